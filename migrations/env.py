@@ -1,0 +1,19 @@
+"""How Alembic reaches the database: the settings' URL, one transaction, and a lock timeout.
+
+A migration that cannot get its lock within seconds gives up rather than queue every other statement behind itself.
+"""
+
+from __future__ import annotations
+
+from alembic import context
+from sqlalchemy import text
+
+from shared.db import engine
+from shared.models import Base
+
+with engine().connect() as connection:
+    context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=False)
+    with context.begin_transaction():
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('milliner.migrations', 0))"))
+        context.run_migrations()

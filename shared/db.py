@@ -1,0 +1,58 @@
+"""The engine, the session scope, and what runs after a commit.
+
+The only `commit()` of the code base is in `session_scope`. Effects that must not happen unless the transaction did
+(ringing a queue) are handed to `after_commit`. No network or GPU work inside a scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.orm import Session
+
+from shared.settings import get_settings
+
+
+@lru_cache(maxsize=4)
+def engine(url: str | None = None) -> Engine:
+    """The process's engine for a libpq URL; `None` means the one in the settings.
+
+    Timeouts are short and every statement is bounded, so that a frozen server is an error and not a hang.
+    """
+    dsn = url or get_settings().database_url.get_secret_value()
+    return create_engine(
+        dsn.replace("postgresql://", "postgresql+psycopg://", 1),
+        pool_size=8,
+        max_overflow=24,
+        pool_timeout=5,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": 3,
+            "options": "-c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=30000",
+            "tcp_user_timeout": 10_000,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+        },
+    )
+
+
+@contextmanager
+def session_scope(bind: Engine | None = None) -> Iterator[Session]:
+    """One transaction: commits at the end, rolls back on any exception, then runs what `after_commit` was given."""
+    with Session(bind or engine(), expire_on_commit=False) as session:
+        yield session
+        session.commit()
+        for effect in session.info.pop(_EFFECTS, []):
+            effect()
+
+
+def after_commit(session: Session, effect: Callable[[], None]) -> None:
+    """Run `effect` once this session's transaction is durable; never, if it rolls back."""
+    session.info.setdefault(_EFFECTS, []).append(effect)
+
+
+_EFFECTS = "after_commit"

@@ -1,0 +1,216 @@
+"""The tables. Postgres only: JSONB, partial indexes, `clock_timestamp()`.
+
+The state machine lives in shared/jobs.py; a trigger (see the first migration) makes terminal states absorbing even for
+hand-written SQL. Must not hold logic.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Index, LargeBinary, MetaData, Text, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from shared.schemas import Desired, State
+
+NOW = text("clock_timestamp()")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it from the class)
+        str: Text,
+        datetime: DateTime(timezone=True),
+        int: BigInteger,
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[Any]: JSONB(none_as_null=True),
+        bytes: LargeBinary,
+    }
+
+
+class Tenant(Base):
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class ApiKey(Base):
+    """`id` is the public part of the secret; only the SHA-256 of the whole is stored."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    name: Mapped[str]
+    sha256: Mapped[bytes]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    revoked_at: Mapped[datetime | None]
+
+
+class File(Base):
+    __tablename__ = "files"
+    __table_args__ = (Index(None, "tenant_id", "id"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    status: Mapped[str]
+    status_details: Mapped[str | None]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    key: Mapped[str]
+    report: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class BaseModel(Base):
+    """A frozen base, mirrored into the bucket under `prefix`; `files` lists {path, bytes, sha256}."""
+
+    __tablename__ = "base_models"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    public_id: Mapped[str]
+    revision: Mapped[str]
+    license: Mapped[str | None]
+    digest: Mapped[str]
+    prefix: Mapped[str]
+    files: Mapped[list[Any]]
+    config: Mapped[dict[str, Any]]
+    parameters: Mapped[int]
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Job(Base):
+    """The job. Written by shared/jobs.py only."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({', '.join(repr(s.value) for s in State)})", name="state"),
+        CheckConstraint(f"desired_state IN ({', '.join(repr(d.value) for d in Desired)})", name="desired_state"),
+        CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
+        CheckConstraint("state <> 'running' OR lease_owner IS NOT NULL", name="running_is_leased"),
+        Index(None, "tenant_id", "id"),
+        Index(
+            "ix_jobs_waiting",
+            "state",
+            text("priority DESC"),
+            "created_at",
+            postgresql_where=text("state IN ('validating_files', 'queued')"),
+        ),
+        Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_owner IS NOT NULL")),
+        Index("uq_jobs_idempotency", "tenant_id", "idempotency_key", unique=True),
+        Index("ix_jobs_request", "tenant_id", "request_sha256"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    request: Mapped[dict[str, Any]]
+    request_sha256: Mapped[bytes]
+    idempotency_key: Mapped[str | None]
+    seed: Mapped[int]
+    dry_run: Mapped[bool] = mapped_column(server_default=text("false"))
+
+    state: Mapped[str]
+    desired_state: Mapped[str] = mapped_column(server_default=Desired.RUN.value)
+    phase: Mapped[str | None]
+    reason: Mapped[str | None]
+    priority: Mapped[int] = mapped_column(server_default=text("0"))
+    not_before: Mapped[datetime] = mapped_column(server_default=NOW)
+    lease_epoch: Mapped[int] = mapped_column(server_default=text("0"))
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    crash_count: Mapped[int] = mapped_column(server_default=text("0"))
+    preempt_count: Mapped[int] = mapped_column(server_default=text("0"))
+    event_seq: Mapped[int] = mapped_column(server_default=text("0"))
+    published_at: Mapped[datetime | None]
+    ring_count: Mapped[int] = mapped_column(server_default=text("0"))
+
+    plan: Mapped[dict[str, Any] | None]
+    progress: Mapped[dict[str, Any] | None]
+    report: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    result_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    queued_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    tenant: Mapped[Tenant] = relationship(lazy="raise")
+    adapter: Mapped[Adapter | None] = relationship(lazy="raise")
+
+
+class JobEvent(Base):
+    """Append-only; `seq` counts from 1 within a job, without gaps."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class JobMetric(Base):
+    """One row a step. A resumed attempt overwrites the steps that it trains again."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    values: Mapped[dict[str, Any]]
+
+
+class Checkpoint(Base):
+    """A checkpoint is real once this row is; `files` lists {path, bytes, sha256} under `prefix`."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("uq_checkpoints_job_step", "job_id", "step", unique=True),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    step: Mapped[int]
+    lease_epoch: Mapped[int]
+    prefix: Mapped[str]
+    files: Mapped[list[Any]]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    deleted_at: Mapped[datetime | None]
+
+
+class Adapter(Base):
+    """The published result of one job, known to clients as `name`."""
+
+    __tablename__ = "adapters"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    prefix: Mapped[str]
+    files: Mapped[list[Any]]
+    bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    deleted_at: Mapped[datetime | None]

@@ -1,0 +1,138 @@
+"""The pipe between the supervisor and the trainer child: JSON lines, each bearing a job id.
+
+Commands go down the child's stdin, events come up its stdout. Files change hands as paths inside the attempt's work
+directory, which both ends can read. The child gets nothing else: no database, no broker, no S3, no network.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter
+
+from shared.schemas import Hyperparameters, Lora, Metrics, Phase, Plan, Quantization, Recipe, Report, TrainerParams
+
+
+class Task(BaseModel):
+    """All that the child is told about a job. Paths are absolute and local."""
+
+    base_dir: str
+    base_name: str
+    base_revision: str
+    training_file: str
+    validation_file: str | None
+    hyperparameters: Hyperparameters
+    lora: Lora
+    quantization: Quantization
+    trainer: TrainerParams
+    seed: int
+    torch_threads: int = 0
+    max_row_bytes: int
+
+
+class Prepare(BaseModel):
+    """Parse and tokenize every row; answer `prepared` or `failed`."""
+
+    op: Literal["prepare"] = "prepare"
+    job: str
+    task: Task
+
+
+class Train(BaseModel):
+    """Train, evaluate, leave an adapter under `work_dir`; answer `done`, `stopped` or `failed`.
+
+    `resume_from` is the folder of a checkpoint that an earlier attempt left; the run goes on bit for bit from there.
+    """
+
+    op: Literal["train"] = "train"
+    job: str
+    task: Task
+    recipe: Recipe
+    work_dir: str
+    resume_from: str | None = None
+
+
+class Stop(BaseModel):
+    """Finish the current step, leave a checkpoint, answer `stopped`."""
+
+    op: Literal["stop"] = "stop"
+    job: str
+
+
+Command = Annotated[Prepare | Train | Stop, Field(discriminator="op")]
+
+
+class PhaseEntered(BaseModel):
+    event: Literal["phase"] = "phase"
+    job: str
+    phase: Phase
+
+
+class Notice(BaseModel):
+    """A line for the job's event list."""
+
+    event: Literal["notice"] = "notice"
+    job: str
+    level: Literal["info", "warn", "error"]
+    message: str
+
+
+class Prepared(BaseModel):
+    event: Literal["prepared"] = "prepared"
+    job: str
+    plan: Plan
+
+
+class Measured(BaseModel):
+    event: Literal["metrics"] = "metrics"
+    job: str
+    metrics: Metrics
+
+
+class CheckpointSaved(BaseModel):
+    """A complete folder lies at `path`; it is the supervisor's to upload and then delete."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    job: str
+    step: int
+    path: str
+    metrics: Metrics
+
+
+class Done(BaseModel):
+    """The adapter folder at `path` is complete, `report.json` and `metrics.jsonl` included."""
+
+    event: Literal["done"] = "done"
+    job: str
+    path: str
+    report: Report
+
+
+class Stopped(BaseModel):
+    """Asked to stop and did; the last `checkpoint` event holds all that was trained."""
+
+    event: Literal["stopped"] = "stopped"
+    job: str
+    step: int
+
+
+class Failed(BaseModel):
+    """This job cannot go on. `retryable` is false for what its user must mend (data, settings), true for the rest."""
+
+    event: Literal["failed"] = "failed"
+    job: str
+    code: str
+    message: str
+    hint: str | None = None
+    param: str | None = None
+    step: int | None = None
+    retryable: bool
+
+
+TrainerEvent = Annotated[
+    PhaseEntered | Notice | Prepared | Measured | CheckpointSaved | Done | Stopped | Failed,
+    Field(discriminator="event"),
+]
+
+COMMAND: TypeAdapter[Command] = TypeAdapter(Command)
+EVENT: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)

@@ -1,0 +1,68 @@
+"""Every setting of every process, in one class. Nothing else reads `os.environ`.
+
+A setting is an environment variable `MILLINER_<NAME>`; the same names point at the local stack or at outside servers,
+so production differs by environment only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Times are seconds, sizes are bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="MILLINER_", extra="ignore")
+
+    database_url: SecretStr = Field(
+        SecretStr("postgresql://milliner@127.0.0.1:5432/milliner"), description="Postgres, as a libpq URL."
+    )
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey; a doorbell only, it may be flushed."
+    )
+    s3_endpoint: str | None = Field(None, description="S3 endpoint URL; unset means Amazon's.")
+    s3_public_endpoint: str | None = Field(
+        None, description="Endpoint that clients reach, for presigned URLs, where it differs from `s3_endpoint`."
+    )
+    s3_region: str = Field("us-east-1", description="S3 region, part of every signature.")
+    s3_bucket: str = Field("milliner", description="Bucket that holds files, models, checkpoints and adapters.")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="S3 access key id.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="S3 secret access key.")
+    presign_seconds: int = Field(3600, description="How long a presigned download URL lives.")
+
+    max_file_bytes: int = Field(8 * 1024**3, description="Largest dataset that an upload may hold.")
+    max_row_bytes: int = Field(4 * 1024**2, description="Longest line that a dataset may hold.")
+    retry_window_seconds: float = Field(
+        300.0, description="A retry (x-stainless-retry-count > 0) of an identical request within this is the same job."
+    )
+
+    lease_seconds: float = Field(60.0, description="How long a claim holds without a renewal.")
+    heartbeat_seconds: float = Field(10.0, description="How often a worker renews its lease and reads desired_state.")
+    fence_seconds: float = Field(45.0, description="Without a renewal for this long, a worker freezes its trainer.")
+    sweep_seconds: float = Field(5.0, description="How often a sweeper looks for jobs nobody was told of.")
+    rering_seconds: float = Field(30.0, description="First back-off before a queued job is announced again.")
+    max_crashes: int = Field(3, description="Crashes after which a job ends as poison.")
+    crash_backoff_seconds: float = Field(5.0, description="Wait before the attempt after a crash; doubled each time.")
+    stop_seconds: float = Field(20.0, description="How long a trainer may take to checkpoint when asked to stop.")
+
+    cache_dir: Path = Field(
+        Path.home() / ".cache" / "milliner", description="Base models by hash, and the work directories of attempts."
+    )
+    cache_bytes: int = Field(200 * 1024**3, description="Disk budget of the base-model cache; least used goes first.")
+    torch_threads: int = Field(0, description="CPU threads of a trainer; 0 leaves the choice to torch.")
+    log_level: str = Field("INFO", description="Lowest level that is logged.")
+    log_json: bool = Field(True, description="Logs as JSON lines; false prints them for people.")
+
+    base_url: str | None = Field(None, description="Client: the API to talk to, such as http://127.0.0.1:8000/v1.")
+    api_key: SecretStr | None = Field(None, description="Client: the key to send.")
+    data: Path = Field(Path.home() / ".milliner", description="Folder of the local stack (`milliner up --data`).")
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

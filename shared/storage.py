@@ -1,0 +1,204 @@
+"""The bucket, through boto3: put, get, presign, delete. Keys are the layout of the product:
+
+`files/<tenant>/<file>`, `models/<digest>/…`, `checkpoints/<tenant>/<job>/<epoch>/<step>/…`, `adapters/<tenant>/<job>/…`
+
+Every put carries a SHA-256 that the server checks, every get is checked against the caller's. Must not know jobs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from shared.errors import Unavailable
+from shared.settings import Settings, get_settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+CHUNK = 1024 * 1024
+MANIFEST = "manifest.json"
+
+
+class Entry(TypedDict):
+    """One file of a manifest, as it is stored on rows and in `manifest.json`."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Corrupt(Exception):
+    """Bytes in the bucket are not the ones that were put there."""
+
+
+@lru_cache(maxsize=2)
+def client(public: bool = False) -> S3Client:
+    """The process's client; `public` signs URLs for the endpoint that users reach."""
+    settings = get_settings()
+    return _client(settings, settings.s3_public_endpoint or settings.s3_endpoint if public else settings.s3_endpoint)
+
+
+def put_stream(key: str, stream: BinaryIO) -> None:
+    """Store a stream of any length in constant memory (multipart above 8 MiB)."""
+    transfer = TransferConfig(multipart_threshold=8 * CHUNK, multipart_chunksize=8 * CHUNK, max_concurrency=2)
+    with _translated():
+        client().upload_fileobj(stream, _bucket(), key, Config=transfer, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+
+
+def put_bytes(key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
+    """Store a small object."""
+    with _translated():
+        client().put_object(
+            Bucket=_bucket(), Key=key, Body=data, ContentType=content_type, ChecksumSHA256=_checksum(data)
+        )
+
+
+def put_folder(prefix: str, folder: Path, *, fresh: bool = False) -> list[Entry]:
+    """Store every file of a folder, `manifest.json` last, and return its entries.
+
+    With `fresh`, an object that is already there is an error: a worker that lost its lease cannot overwrite what its
+    successor published. The caller clears the prefix first, while it still holds the lease.
+    """
+    entries: list[Entry] = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        entry = Entry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
+        put_file(f"{prefix}{entry['path']}", path, entry["sha256"], fresh=fresh)
+        entries.append(entry)
+    manifest = json.dumps({"files": entries}, indent=1).encode()
+    extra: dict[str, Any] = {"IfNoneMatch": "*"} if fresh else {}
+    with _translated():
+        client().put_object(
+            Bucket=_bucket(), Key=prefix + MANIFEST, Body=manifest, ChecksumSHA256=_checksum(manifest), **extra
+        )
+    return entries
+
+
+def put_file(key: str, path: Path, sha256: str, *, fresh: bool = False) -> None:
+    """Store one file; files over 4 GiB go up in parts (S3's limit for one put is 5 GiB)."""
+    with path.open("rb") as stream:
+        if path.stat().st_size > 4 * 1024**3:
+            put_stream(key, stream)
+            return
+        extra: dict[str, Any] = {"IfNoneMatch": "*"} if fresh else {}
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        with _translated():
+            client().put_object(Bucket=_bucket(), Key=key, Body=stream, ChecksumSHA256=checksum, **extra)
+
+
+def read(key: str) -> Iterator[bytes]:
+    """The object's bytes in chunks; the request is made before the first chunk is asked for."""
+    with _translated():
+        body = client().get_object(Bucket=_bucket(), Key=key)["Body"]
+    return body.iter_chunks(CHUNK)
+
+
+def fetch(key: str, path: Path, sha256: str) -> None:
+    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    digest = hashlib.sha256()
+    with partial.open("wb") as out, _translated():
+        for chunk in read(key):
+            digest.update(chunk)
+            out.write(chunk)
+    if digest.hexdigest() != sha256:
+        partial.unlink()
+        raise Corrupt(f"{key}: sha256 {digest.hexdigest()}, expected {sha256}")
+    partial.replace(path)
+
+
+def fetch_folder(prefix: str, entries: Iterable[Entry], folder: Path) -> None:
+    """Download every entry of a manifest, each checked."""
+    for entry in entries:
+        fetch(prefix + entry["path"], folder / entry["path"], entry["sha256"])
+
+
+def delete(key: str) -> None:
+    """Delete one object; absent is fine."""
+    with _translated():
+        client().delete_object(Bucket=_bucket(), Key=key)
+
+
+def delete_prefix(prefix: str) -> int:
+    """Delete every object under a prefix that ends in '/'; returns how many."""
+    if not prefix.endswith("/"):
+        raise ValueError(f"prefix {prefix!r} must end in '/'")
+    deleted = 0
+    with _translated():
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=_bucket(), Prefix=prefix):
+            for item in page.get("Contents", []):
+                client().delete_object(Bucket=_bucket(), Key=item["Key"])
+                deleted += 1
+    return deleted
+
+
+def presign(key: str) -> str:
+    """A GET URL that works without credentials for `presign_seconds`."""
+    expires = get_settings().presign_seconds
+    return client(public=True).generate_presigned_url(
+        "get_object", Params={"Bucket": _bucket(), "Key": key}, ExpiresIn=expires
+    )
+
+
+def uri(key: str) -> str:
+    """The `s3://` name of a key."""
+    return f"s3://{_bucket()}/{key}"
+
+
+def check() -> None:
+    """Raise `Unavailable` unless the bucket answers a signed request."""
+    with _translated():
+        client().head_bucket(Bucket=_bucket())
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _client(settings: Settings, endpoint: str | None) -> S3Client:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key.get_secret_value() or None,
+        aws_secret_access_key=settings.s3_secret_key.get_secret_value() or None,
+        config=Config(
+            signature_version="s3v4",
+            connect_timeout=3,
+            read_timeout=30,
+            retries={"mode": "standard", "total_max_attempts": 4},
+            s3={"addressing_style": "path"} if endpoint else {},
+        ),
+    )
+
+
+def _bucket() -> str:
+    return get_settings().s3_bucket
+
+
+def _checksum(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+class _translated:
+    """boto's errors become ours: the bucket is `Unavailable`, with what it said."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, BotoCoreError | ClientError | boto3.exceptions.Boto3Error):
+            raise Unavailable(f"object storage: {error}; try again, or run `milliner doctor`") from error
