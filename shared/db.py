@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
 
+from shared.errors import Unavailable
 from shared.settings import get_settings
 
 
@@ -42,15 +44,22 @@ def engine(url: str | None = None) -> Engine:
 
 @contextmanager
 def session_scope(bind: Engine | None = None) -> Iterator[Session]:
-    """One transaction: commits at the end, rolls back on any exception, then runs what `after_commit` was given."""
+    """One transaction: commits at the end, rolls back on any exception, then runs what `after_commit` was given.
+
+    A server that is down, or too slow for the timeouts above, is `Unavailable`: the caller may try again.
+    """
     with Session(bind or engine(), expire_on_commit=False) as session:
-        yield session
-        session.commit()
-        for effect in session.info.pop(_EFFECTS, []):
-            effect()
+        try:
+            yield session
+            session.commit()
+        except (OperationalError, InterfaceError, TimeoutError) as error:
+            reason = str(getattr(error, "orig", error)).splitlines()[0]
+            raise Unavailable(f"Postgres: {reason}; try again, or run `milliner doctor`") from error
+    for effect in session.info.pop(_EFFECTS, []):
+        effect()
 
 
-def after_commit(session: Session, effect: Callable[[], None]) -> None:
+def after_commit(session: Session, effect: Callable[[], object]) -> None:
     """Run `effect` once this session's transaction is durable; never, if it rolls back."""
     session.info.setdefault(_EFFECTS, []).append(effect)
 

@@ -12,3 +12,8 @@ import time
 def new_id(prefix: str) -> str:
     """A fresh id such as `ftjob-019a3f…`; 30 hex digits after the prefix."""
     return f"{prefix}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(9)}"
+
+
+def fine_tuned_name(base: str, tenant: str, suffix: str | None, job_id: str) -> str:
+    """What clients call the finished adapter: `ft:{base}:{org}:{suffix}:{id}`, as OpenAI names its own."""
+    return f"ft:{base}:{tenant}:{suffix or ''}:{job_id.removeprefix('ftjob-')}"

@@ -85,7 +85,8 @@ def transition(
 ) -> bool:
     """Move a job as MOVES says and write the event; False if it was not in a state, or at an epoch, that allows it.
 
-    Every move but a claim gives up the lease. `epoch=None` is for moves that no worker makes. `values` are other columns.
+    Every move but a claim gives up the lease. `epoch=None` is for moves that no worker makes; `values` are columns to
+    set beside the state.
     """
     move, values = MOVES[reason], dict(values or {})
     target: Any = move.target
@@ -313,6 +314,15 @@ def latest_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
     return session.scalars(live.order_by(Checkpoint.step.desc())).all()
 
 
+def drop_checkpoints(session: Session, job_id: str, epoch: int, *, keep: int) -> list[str]:
+    """Retire all but the newest `keep` checkpoints; returns the prefixes whose objects may go."""
+    if _locked(session, job_id, epoch) is None:
+        return []
+    old = [checkpoint.id for checkpoint in latest_checkpoints(session, job_id)[keep:]]
+    dropped = update(Checkpoint).where(Checkpoint.id.in_(old)).values(deleted_at=func.clock_timestamp())
+    return list(session.scalars(dropped.returning(Checkpoint.prefix)).all())
+
+
 def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
     """The dataset is good: queue the job, or end it where it was a dry run or its user has changed their mind."""
     job = _locked(session, job_id, epoch)
@@ -326,17 +336,17 @@ def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | No
 
 def succeeded(
     session: Session, job_id: str, epoch: int, *, report: Report, adapter: Adapter, result_file: File
-) -> bool:
+) -> State | None:
     """End the job well, with its adapter and result file; a cancel that was accepted before wins."""
     job = _locked(session, job_id, epoch)
     if job is None:
-        return False
+        return None
     if job.desired_state == Desired.CANCEL:
-        return transition(session, job_id, Reason.CANCELLED, epoch=epoch)
+        return State.CANCELLED if transition(session, job_id, Reason.CANCELLED, epoch=epoch) else None
     session.add_all([adapter, result_file])
     session.flush()
     values = {"report": report.model_dump(mode="json"), "result_file": result_file.id}
-    return transition(session, job_id, Reason.COMPLETED, epoch=epoch, values=values)
+    return State.SUCCEEDED if transition(session, job_id, Reason.COMPLETED, epoch=epoch, values=values) else None
 
 
 def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:

@@ -6,6 +6,7 @@ so production differs by environment only.
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,3 +67,8 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """The settings of this process, read once."""
     return Settings()
+
+
+def inherited(*names: str) -> dict[str, str]:
+    """Those of the named environment variables that are set, for a child whose environment is built from nothing."""
+    return {name: os.environ[name] for name in names if name in os.environ}

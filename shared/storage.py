@@ -65,7 +65,7 @@ def put_bytes(key: str, data: bytes, *, content_type: str = "application/octet-s
 
 
 def put_folder(prefix: str, folder: Path, *, fresh: bool = False) -> list[Entry]:
-    """Store every file of a folder, `manifest.json` last, and return its entries.
+    """Store every file of a folder, then a `manifest.json` of their hashes; return the entries of all of them.
 
     With `fresh`, an object that is already there is an error: a worker that lost its lease cannot overwrite what its
     successor published. The caller clears the prefix first, while it still holds the lease.
@@ -81,7 +81,7 @@ def put_folder(prefix: str, folder: Path, *, fresh: bool = False) -> list[Entry]
         client().put_object(
             Bucket=_bucket(), Key=prefix + MANIFEST, Body=manifest, ChecksumSHA256=_checksum(manifest), **extra
         )
-    return entries
+    return [*entries, Entry(path=MANIFEST, bytes=len(manifest), sha256=sha256_of_bytes(manifest))]
 
 
 def put_file(key: str, path: Path, sha256: str, *, fresh: bool = False) -> None:
@@ -160,6 +160,11 @@ def check() -> None:
     """Raise `Unavailable` unless the bucket answers a signed request."""
     with _translated():
         client().head_bucket(Bucket=_bucket())
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Hex SHA-256 of what is in memory already."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

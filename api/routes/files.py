@@ -1,0 +1,139 @@
+"""`/v1/files`: upload, list, retrieve, content, delete."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, BinaryIO, Literal
+
+from fastapi import APIRouter, Form, Query, UploadFile
+from fastapi.responses import StreamingResponse
+from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy.orm import Session
+
+from api.deps import SessionDep, TenantDep
+from api.paging import Order, keyset_page
+from api.present import file_out
+from shared import storage
+from shared.db import after_commit
+from shared.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from shared.formats import check_file, describe
+from shared.ids import new_id
+from shared.models import File, Job
+from shared.schemas import TERMINAL, Deleted, Page
+from shared.schemas import File as FileOut
+from shared.settings import get_settings
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.post("")
+def upload_file(
+    file: UploadFile,
+    purpose: Annotated[str, Form()],
+    tenant: TenantDep,
+    session: SessionDep,
+    expires_anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
+    expires_seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2592000)] = None,
+) -> FileOut:
+    """Store a dataset. Every row is parsed: one that cannot be trained on makes the status `error`, with its line.
+
+    The body has been spooled to disk by now; it is read three times (hash, rows, bucket) in constant memory, and the
+    transaction begins after that.
+    """
+    if purpose != "fine-tune":
+        raise InvalidRequest(f"purpose {purpose!r}; allowed for uploads: 'fine-tune'", param="purpose")
+    settings = get_settings()
+    size, digest = _measure(file.file)
+    if size > settings.max_file_bytes:
+        raise TooLarge(f"the file has {size:,} bytes; at most {settings.max_file_bytes:,} are allowed", param="file")
+    file.file.seek(0)
+    report = check_file(file.file, max_row_bytes=settings.max_row_bytes)
+    file.file.seek(0)
+    file_id = new_id("file-")
+    key = f"files/{tenant.id}/{file_id}"
+    storage.put_stream(key, file.file)
+    expires = datetime.now(UTC) + timedelta(seconds=expires_seconds) if expires_seconds and expires_anchor else None
+    row = File(
+        id=file_id,
+        tenant_id=tenant.id,
+        filename=file.filename or "file.jsonl",
+        purpose=purpose,
+        status="error" if report.bad_rows else "processed",
+        status_details=describe(report) if report.bad_rows else None,
+        bytes=size,
+        sha256=digest,
+        key=key,
+        report=report.model_dump(mode="json"),
+        expires_at=expires,
+    )
+    session.add(row)
+    session.flush()
+    return file_out(row)
+
+
+@router.get("")
+def list_files(
+    tenant: TenantDep,
+    session: SessionDep,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Order = "desc",
+    purpose: str | None = None,
+) -> Page[FileOut]:
+    """The tenant's files, newest first."""
+    query = select(File).where(*_live(tenant.id))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    return keyset_page(session, query, File.id, file_out, after=after, limit=limit, order=order)
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, tenant: TenantDep, session: SessionDep) -> FileOut:
+    """One file, with the report on its rows."""
+    return file_out(_get(session, tenant.id, file_id))
+
+
+@router.get("/{file_id}/content")
+def file_content(file_id: str, tenant: TenantDep, session: SessionDep) -> StreamingResponse:
+    """The bytes, as they were uploaded (or, for a result file, as they were written)."""
+    file = _get(session, tenant.id, file_id)
+    media = "text/csv" if file.purpose == "fine-tune-results" else "application/octet-stream"
+    return StreamingResponse(
+        storage.read(file.key),
+        media_type=media,
+        headers={"content-length": str(file.bytes), "etag": f'"{file.sha256}"'},
+    )
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, tenant: TenantDep, session: SessionDep) -> Deleted:
+    """Delete a file that no unfinished job needs."""
+    file = _get(session, tenant.id, file_id, for_update=True)
+    needs = or_(Job.training_file == file_id, Job.validation_file == file_id)
+    user = session.scalar(select(Job.id).where(Job.tenant_id == tenant.id, needs, Job.state.not_in(TERMINAL)).limit(1))
+    if user is not None:
+        raise Conflict(f"job {user} still needs file {file_id}; cancel it or wait for its end", code="file_in_use")
+    file.deleted_at = datetime.now(UTC)
+    after_commit(session, lambda: storage.delete(file.key))
+    return Deleted(id=file_id, object="file")
+
+
+def _live(tenant_id: str) -> list[ColumnElement[bool]]:
+    fresh = or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp())
+    return [File.tenant_id == tenant_id, File.deleted_at.is_(None), fresh]
+
+
+def _get(session: Session, tenant_id: str, file_id: str, *, for_update: bool = False) -> File:
+    query = select(File).where(File.id == file_id, *_live(tenant_id))
+    file = session.scalar(query.with_for_update() if for_update else query)
+    if file is None:
+        raise NotFound(f"no file {file_id!r}; list yours with GET /v1/files", param="file_id", code="file_not_found")
+    return file
+
+
+def _measure(stream: BinaryIO) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    while chunk := stream.read(storage.CHUNK):
+        digest.update(chunk)
+    return stream.tell(), digest.hexdigest()

@@ -1,0 +1,119 @@
+"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume, events, checkpoints."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from sqlalchemy import select
+
+from api.deps import BellDep, SessionDep, TenantDep
+from api.paging import keyset_page
+from api.present import checkpoint_out, event_out, job_out
+from shared import jobs
+from shared.db import after_commit, session_scope
+from shared.errors import InvalidRequest
+from shared.ids import fine_tuned_name
+from shared.models import Checkpoint, Job, JobEvent
+from shared.queue import Queue
+from shared.schemas import Checkpoint as CheckpointOut
+from shared.schemas import Desired, Event, JobCreate, Page
+from shared.schemas import Job as JobOut
+from shared.settings import get_settings
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+Limit = Annotated[int, Query(ge=1, le=100)]
+_METADATA = re.compile(r"metadata\[(.{1,64})\]")
+_EVENT_ID = re.compile(r"ftevent-[0-9a-f]{30}-(\d{1,18})")
+
+
+@router.post("")
+def create_job(
+    body: JobCreate,
+    tenant: TenantDep,
+    session: SessionDep,
+    bell: BellDep,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    x_stainless_retry_count: Annotated[int, Header()] = 0,
+) -> JobOut:
+    """Accept a job. Answers once Postgres has it, whatever the broker does."""
+    window = get_settings().retry_window_seconds if x_stainless_retry_count > 0 else None
+    job, new = jobs.submit(session, tenant.id, body, idempotency_key=idempotency_key, retry_window=window)
+    if new:
+        after_commit(session, lambda: bell.ring(Queue.PREPARE, lambda: _told(job.id)))
+    return _shown(session, job)
+
+
+@router.get("")
+def list_jobs(
+    request: Request, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 20
+) -> Page[JobOut]:
+    """The tenant's jobs, newest first, dry runs left out; `metadata[k]=v` filters, `metadata=null` finds bare ones."""
+    query = jobs.jobs_of(tenant.id).where(Job.dry_run.is_(False))
+    for key, value in request.query_params.multi_items():
+        if match := _METADATA.fullmatch(key):
+            query = query.where(Job.request["metadata"].contains({match.group(1): value}))
+        elif key == "metadata" and value == "null":
+            query = query.where(Job.request["metadata"].as_string().is_(None))
+    return keyset_page(session, query, Job.id, lambda job: _shown(session, job), after=after, limit=limit)
+
+
+@router.get("/{job_id}")
+def retrieve_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
+    """One job, with its phase, queue position, progress, plan, report and adapter."""
+    return _shown(session, jobs.get_job(session, tenant.id, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
+    """Cancel: at once where no worker holds the job, within one heartbeat otherwise."""
+    return _shown(session, jobs.ask(session, tenant.id, job_id, Desired.CANCEL))
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
+    """Pause: a running job checkpoints and frees its slot."""
+    return _shown(session, jobs.ask(session, tenant.id, job_id, Desired.PAUSE))
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, tenant: TenantDep, session: SessionDep, bell: BellDep) -> JobOut:
+    """Resume a paused job from its last checkpoint."""
+    job = jobs.ask(session, tenant.id, job_id, Desired.RUN)
+    after_commit(session, lambda: bell.ring(Queue.TRAIN, lambda: _told(job.id)))
+    return _shown(session, job)
+
+
+@router.get("/{job_id}/events")
+def list_events(
+    job_id: str, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 20
+) -> Page[Event]:
+    """The job's events, newest first."""
+    jobs.get_job(session, tenant.id, job_id)
+    match = _EVENT_ID.fullmatch(after or "")
+    if after is not None and match is None:
+        raise InvalidRequest(f"after={after!r} is not an event id; pass the id of the last event seen", param="after")
+    seq = int(match.group(1)) if match else None
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    return keyset_page(session, query, JobEvent.seq, event_out, after=seq, limit=limit)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 10
+) -> Page[CheckpointOut]:
+    """The job's checkpoints, newest first."""
+    job = jobs.get_job(session, tenant.id, job_id)
+    name = fine_tuned_name(job.base_model, job.tenant.name, job.request.get("suffix"), job.id)
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+    return keyset_page(session, query, Checkpoint.id, lambda c: checkpoint_out(c, name), after=after, limit=limit)
+
+
+def _shown(session: SessionDep, job: Job) -> JobOut:
+    return job_out(job, queue_position=jobs.queue_position(session, job))
+
+
+def _told(job_id: str) -> None:
+    with session_scope() as session:
+        jobs.rung(session, [job_id])

@@ -1,0 +1,16 @@
+"""`python -m deploy.local`: the stack's commands alone, without the client. `up --detach` runs its supervisor by it."""
+
+from __future__ import annotations
+
+import typer
+
+from deploy.local import commands
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command()(commands.up)
+app.command()(commands.down)
+app.command()(commands.doctor)
+app.add_typer(commands.keys, name="keys")
+
+if __name__ == "__main__":
+    app()

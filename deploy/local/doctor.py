@@ -1,0 +1,188 @@
+"""`milliner doctor`: what is there, what answers, and one line that mends each part.
+
+Owns: the checks. It changes nothing, except that it puts and deletes one small object.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psycopg
+from alembic.script import ScriptDirectory
+from botocore.exceptions import BotoCoreError, ClientError
+from sqlalchemy.exc import SQLAlchemyError
+
+from deploy.local import servers, services
+from deploy.local.folder import S3, Folder, Record
+from shared.settings import Settings, get_settings
+
+_PACKAGES = ("sqlalchemy", "psycopg", "alembic", "celery", "redis", "boto3", "fastapi", "uvicorn")
+_DISK_BYTES = 5 * 1024**3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part; `mend` is what to do when it is not ok."""
+
+    name: str
+    ok: bool
+    found: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class _Server:
+    """What is examined: a local stack, or the servers that the settings name."""
+
+    database_url: str
+    redis_url: str
+    s3: S3
+    base_url: str | None
+    workers: dict[str, int]
+
+
+def examine(folder: Folder) -> list[Check]:
+    """All checks, in the order in which parts depend on each other."""
+    settings = get_settings()
+    record = folder.record()
+    checks = [_python(), _packages(), _torch(), _disk(folder), _stack(folder, settings, record)]
+    server = _of_settings(settings) if "database_url" in settings.model_fields_set else _of_record(record)
+    parts: list[Callable[[_Server], Check]] = [_postgres, _valkey, _s3, _api, _workers, _models]
+    return checks + [part(server) for part in parts] if server else checks
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    ok = sys.version_info >= (3, 11) and sys.platform == "linux"
+    return Check("python", ok, found, "use Python 3.11 or later on Linux")
+
+
+def _packages() -> Check:
+    missing = [name for name in _PACKAGES if not _version(name)] + servers.missing_wheels()
+    found = "missing: " + ", ".join(missing) if missing else "all installed, servers included"
+    return Check("packages", not missing, found, "run: make setup")
+
+
+def _torch() -> Check:
+    """Torch takes seconds to import: it is asked only about a GPU that the driver shows, in a process of its own."""
+    version = _version("torch")
+    if version is None:
+        return Check("torch", False, "not installed", "run: make setup")
+    if shutil.which("nvidia-smi") is None:
+        return Check("torch", True, f"{version}, CPU", "")
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    gpu = seen.stdout.strip()
+    return Check(
+        "torch",
+        bool(gpu),
+        f"{version}, {gpu or 'and it does not see the GPU that nvidia-smi shows'}",
+        "install the CUDA build of torch that fits the driver, or unset CUDA_VISIBLE_DEVICES",
+    )
+
+
+def _disk(folder: Folder) -> Check:
+    there = next(path for path in (folder.root, *folder.root.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    mend = f"free {_DISK_BYTES / 1e9:.0f} GB, or choose another folder with --data"
+    return Check("disk", free >= _DISK_BYTES, f"{free / 1e9:.1f} GB free at {there}", mend)
+
+
+def _stack(folder: Folder, settings: Settings, record: Record | None) -> Check:
+    if "database_url" in settings.model_fields_set:
+        return Check("settings", True, "servers named by MILLINER_…", "")
+    found = f"{record.base_url}, folder {folder.root}" if record else f"no stack is ready on {folder.root}"
+    return Check("stack", record is not None, found, f"run: milliner up --data {folder.root}")
+
+
+def _postgres(server: _Server) -> Check:
+    head = ScriptDirectory(str(services.ROOT / "migrations")).get_current_head()
+    try:
+        with psycopg.connect(server.database_url, connect_timeout=3) as connection:
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except psycopg.errors.UndefinedTable:
+        row = None
+    except psycopg.Error as error:
+        return Check("postgres", False, str(error).strip().splitlines()[0], "start it, or set MILLINER_DATABASE_URL")
+    at = row[0] if row else "no revision"
+    return Check(
+        "postgres",
+        at == head,
+        f"tables at {at}, code at {head}",
+        "run: python -m alembic -c migrations/alembic.ini upgrade head",
+    )
+
+
+def _valkey(server: _Server) -> Check:
+    ok = servers.valkey_answers(server.redis_url)
+    found = "answers PING" if ok else "does not answer PING"
+    return Check("redis", ok, found, "start it, or set MILLINER_REDIS_URL; jobs wait meanwhile, none is lost")
+
+
+def _s3(server: _Server) -> Check:
+    client, key = servers.s3_client(server.s3), "doctor/probe"
+    mend = "start it, or set MILLINER_S3_ENDPOINT, MILLINER_S3_BUCKET and the two keys"
+    try:
+        client.list_objects_v2(Bucket=server.s3.bucket, MaxKeys=1)
+        client.put_object(Bucket=server.s3.bucket, Key=key, Body=b"milliner")
+        client.delete_object(Bucket=server.s3.bucket, Key=key)
+    except (BotoCoreError, ClientError) as error:
+        return Check("s3", False, str(error), mend)
+    return Check("s3", True, f"bucket {server.s3.bucket} lists, takes and deletes", mend)
+
+
+def _api(server: _Server) -> Check:
+    if server.base_url is None:
+        return Check("api", True, "not looked at: MILLINER_BASE_URL is not set", "")
+    ok = services.api_ready(server.base_url)
+    found = f"{server.base_url} {'is ready' if ok else 'is not ready'}"
+    return Check("api", ok, found, "start it, and look at its log (logs/api.log of the stack)")
+
+
+def _workers(server: _Server) -> Check:
+    if not server.workers:
+        return Check("workers", True, "not looked at: they are no children of a stack here", "")
+    deaf = [name for name, pid in server.workers.items() if not services.worker_listens(pid, server.redis_url)]
+    found = f"{', '.join(deaf)}: no connection to Redis" if deaf else f"{', '.join(server.workers)} listen"
+    return Check("workers", not deaf, found, "look at logs/prepare.log and logs/train.log of the stack")
+
+
+def _models(server: _Server) -> Check:
+    mend = "run: milliner models add NAME SOURCE"
+    try:
+        names = services.catalog(server.database_url)
+    except SQLAlchemyError as error:
+        found = f"the catalog cannot be read ({type(error).__name__})"
+        return Check("base models", False, found, "mend postgres first")
+    return Check("base models", bool(names), ", ".join(names) or "the catalog is empty", mend)
+
+
+def _of_record(record: Record | None) -> _Server | None:
+    if record is None:
+        return None
+    workers = {"prepare": record.pids.prepare, "train": record.pids.train}
+    return _Server(record.database_url, record.redis_url, record.s3, record.base_url, workers)
+
+
+def _of_settings(settings: Settings) -> _Server:
+    s3 = S3(
+        endpoint=settings.s3_endpoint,
+        bucket=settings.s3_bucket,
+        access_key=settings.s3_access_key.get_secret_value(),
+        secret_key=settings.s3_secret_key.get_secret_value(),
+    )
+    database, redis = settings.database_url.get_secret_value(), settings.redis_url.get_secret_value()
+    return _Server(database, redis, s3, settings.base_url, {})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

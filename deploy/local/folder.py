@@ -1,0 +1,251 @@
+"""The folder of one local stack: what lies in it, who may read it, and who holds it.
+
+Owns: the layout, the generated secrets and ports, `stack.json`, and two locks. Must not start or end any process.
+Everything in the folder is private to its owner; files that hold a secret have mode 0600.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+from pydantic import BaseModel
+
+from shared.errors import Conflict
+
+BUCKET = "milliner"
+
+# Below Linux's usual ephemeral range (32768-60999), so that no outgoing connection takes a port of ours meanwhile. The
+# room at the top is for SeaweedFS, whose admin speaks gRPC at its port plus 10000.
+_PORTS = range(10240, 22700)
+
+
+class Secrets(BaseModel):
+    """Generated once; `api_key` follows as soon as there is a database to keep its hash."""
+
+    postgres: str
+    valkey: str
+    s3_access_key: str
+    s3_secret_key: str
+    api_key: str | None = None
+
+
+class Ports(BaseModel):
+    """Loopback ports. SeaweedFS opens many, and picks for itself whichever it is not told."""
+
+    api: int
+    postgres: int
+    valkey: int
+    s3: int
+    s3_grpc: int
+    master: int
+    master_grpc: int
+    volume: int
+    volume_grpc: int
+    filer: int
+    filer_grpc: int
+    admin: int
+
+
+class S3(BaseModel):
+    endpoint: str
+    bucket: str
+    access_key: str
+    secret_key: str
+
+
+class Pids(BaseModel):
+    supervisor: int
+    postgres: int
+    valkey: int
+    s3: int
+    api: int
+    prepare: int
+    train: int
+
+
+class Record(BaseModel):
+    """`stack.json`, and what `up --json` prints. It is there only while the stack is ready."""
+
+    base_url: str
+    api_key: str
+    database_url: str
+    redis_url: str
+    s3: S3
+    data: str
+    pids: Pids
+
+
+class Folder:
+    """One stack's folder, open; `held` says whether this process is its supervisor."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self.logs = self.root / "logs"
+        self.cache = self.root / "cache"
+        self._stack = self.root / "stack.json"
+        self._lock = self.root / "lock"
+        self._children = self.root / "children.lock"
+        self._secrets = self.root / "secrets.json"
+        self._ports = self.root / "ports.json"
+        self._lock_fd: int | None = None
+        self.children_fd: int | None = None
+
+    def create(self) -> Self:
+        for path in (self.root, self.logs, self.cache):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root.chmod(0o700)
+        return self
+
+    def hold(self, *, patience: float) -> None:
+        """Become the supervisor, once all children of an earlier one have ended.
+
+        `lock` belongs to the supervisor and `children.lock` to its children, which inherit it: the kernel frees both
+        however their holders end, so neither can go stale.
+
+        Raises Conflict: another supervisor runs, or an earlier one's children outlast `patience` seconds.
+        """
+        self.create()
+        lock = _open(self._lock)
+        if not _locked(lock):
+            os.close(lock)
+            raise Conflict(f"a stack already runs on {self.root}; end it with: milliner down --data {self.root}")
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        self._lock_fd = lock
+        self.forget()
+        children = _open(self._children)
+        if not _soon(lambda: _locked(children), patience):
+            raise Conflict(
+                f"processes of an earlier stack on {self.root} still run after {patience:.0f} s; "
+                f"find them with: fuser {self._children}"
+            )
+        self.children_fd = children
+
+    def holder(self) -> int | None:
+        """The pid of the running supervisor, or None."""
+        if not self._lock.exists():
+            return None
+        lock = _open(self._lock)
+        try:
+            if _locked(lock):
+                return None
+            return int(os.pread(lock, 32, 0) or 0) or None
+        finally:
+            os.close(lock)
+
+    def emptied(self, *, patience: float) -> bool:
+        """Whether supervisor and children have all ended within `patience` seconds."""
+
+        def free() -> bool:
+            lock = _open(self._children)
+            try:
+                return _locked(lock)
+            finally:
+                os.close(lock)
+
+        return not self.root.exists() or _soon(lambda: self.holder() is None and free(), patience)
+
+    def secrets(self) -> Secrets:
+        if self._secrets.exists():
+            return _load(Secrets, self._secrets)
+        made = Secrets(
+            postgres=secrets.token_urlsafe(32),
+            valkey=secrets.token_urlsafe(32),
+            s3_access_key=secrets.token_hex(10),
+            s3_secret_key=secrets.token_urlsafe(32),
+        )
+        self.keep_secrets(made)
+        return made
+
+    def keep_secrets(self, value: Secrets) -> None:
+        _save(self._secrets, value)
+
+    def ports(self, *, api: int | None = None) -> Ports:
+        """The ports of the last run, each replaced if it has been taken since; `api` overrides that one.
+
+        Raises Conflict: `api` was asked for and is in use.
+        """
+        if api is not None and not _free(api):
+            raise Conflict(f"port {api} is in use; choose another with --port, or leave it out")
+        names = list(Ports.model_fields)
+        known = _load(Ports, self._ports).model_dump() if self._ports.exists() else _block(names)
+        chosen = {name: port if _free(port) else _block([name])[name] for name, port in known.items()}
+        ports = Ports(**chosen | ({"api": api} if api is not None else {}))
+        _save(self._ports, ports)
+        return ports
+
+    def record(self) -> Record | None:
+        """The ready stack, or None while there is none."""
+        holder = self.holder()
+        try:
+            record = _load(Record, self._stack)
+        except FileNotFoundError:
+            return None
+        return record if record.pids.supervisor == holder else None
+
+    def keep_record(self, record: Record) -> None:
+        _save(self._stack, record)
+
+    def forget(self) -> None:
+        self._stack.unlink(missing_ok=True)
+
+
+Saved = TypeVar("Saved", bound=BaseModel)
+
+
+def _load(kind: type[Saved], path: Path) -> Saved:
+    return kind.model_validate_json(path.read_bytes())
+
+
+def _save(path: Path, value: BaseModel) -> None:
+    """Replace the file in one step: a reader sees the old one or the new one."""
+    fresh = path.with_suffix(".new")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        out.write(value.model_dump_json(indent=2) + "\n")
+    fresh.replace(path)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _locked(fd: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _soon(probe: Callable[[], bool], patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while not (done := probe()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done
+
+
+def _block(names: list[str]) -> dict[str, int]:
+    """A run of free neighbouring ports. Two stacks that choose at once then clash with odds of one in a thousand."""
+    while True:
+        first = _PORTS[secrets.randbelow(len(_PORTS) // len(names)) * len(names)]
+        ports = range(first, first + len(names))
+        if all(map(_free, ports)):
+            return dict(zip(names, ports, strict=True))
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        # Servers bind with SO_REUSEADDR too: a port whose last connections linger in TIME_WAIT is free to them.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

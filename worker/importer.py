@@ -1,0 +1,173 @@
+"""Base models into the catalog: `python -m worker.importer NAME SOURCE`, for operators (`milliner models add`).
+
+A source is a local folder, a GGUF file (dequantized once, by a trainer process), or `hf://repo@revision`. Only safetensors
+weights and no remote code are taken; every file is hashed and mirrored into the bucket under `models/<digest>/`, where
+workers find it. Safe to repeat: the same bytes are the same entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from sqlalchemy import func, select
+
+from shared import storage
+from shared.db import session_scope
+from shared.errors import Conflict, InvalidRequest, MillinerError
+from shared.models import BaseModel
+from shared.telemetry import configure, log
+
+TAKEN = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+WEIGHTS = ".safetensors"
+
+
+def main() -> None:
+    """Import one model; print its row as JSON, or one line that says what is wrong, and exit 1."""
+    parser = argparse.ArgumentParser(prog="milliner models add", description=__doc__)
+    parser.add_argument("name", help="the name that jobs will use")
+    parser.add_argument("source", help="a folder, a .gguf file, or hf://repo@revision")
+    parser.add_argument("--public-id", help="the id under which the world knows it, such as org/name")
+    parser.add_argument("--license", help="SPDX id")
+    parser.add_argument("--revision", help="the pinned revision of the public id")
+    options = parser.parse_args()
+    configure("importer")
+    try:
+        base = add_model(
+            options.name,
+            options.source,
+            public_id=options.public_id,
+            license_id=options.license,
+            revision=options.revision,
+        )
+    except MillinerError as error:
+        sys.exit(f"✗ {error.message}")
+    print(json.dumps({"id": base.name, "public_id": base.public_id, "revision": base.revision, "bytes": base.bytes}))
+
+
+def add_model(
+    name: str, source: str, *, public_id: str | None = None, license_id: str | None = None, revision: str | None = None
+) -> BaseModel:
+    """Import `source` as `name`; `Conflict` if other bytes already bear that name, `InvalidRequest` if it is unfit."""
+    with tempfile.TemporaryDirectory(prefix="milliner-import-") as scratch:
+        if source.startswith("hf://"):
+            repo, folder, revision = _from_hub(source, Path(scratch))
+            public_id = public_id or repo
+        elif source.endswith(".gguf"):
+            folder = _from_gguf(Path(source), Path(scratch) / "model")
+        else:
+            folder = Path(source)
+        return _mirror(name, folder, public_id=public_id or name, license_id=license_id, revision=revision)
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """The files to take, or `InvalidRequest`: a config, safetensors weights, no pickles alone, no remote code."""
+    if not folder.is_dir():
+        raise InvalidRequest(f"{folder} is not there; a source is a folder, a .gguf file, or hf://repo@revision")
+    taken = sorted({path for pattern in TAKEN for path in folder.glob(pattern) if path.is_file()})
+    names = {path.name for path in taken}
+    if "config.json" not in names:
+        raise InvalidRequest(f"{folder} has no config.json; it is not a transformers model folder")
+    if not any(path.suffix == WEIGHTS for path in taken):
+        pickles = sorted(
+            path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+        )
+        found = f"only pickled weights ({', '.join(pickles)}), which can run code" if pickles else "no weights"
+        raise InvalidRequest(f"{folder} has {found}; convert them to safetensors (save_pretrained) first")
+    config = json.loads((folder / "config.json").read_text())
+    if "auto_map" in config:
+        raise InvalidRequest(f"{folder} needs remote code (auto_map); only architectures inside transformers are taken")
+    return taken
+
+
+def count_parameters(path: Path) -> int:
+    """Elements of a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > path.stat().st_size:
+            raise InvalidRequest(f"{path.name} is truncated or no safetensors file")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            elements = 1
+            for size in tensor["shape"]:
+                elements *= size
+            total += elements
+    return total
+
+
+def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, revision: str | None) -> BaseModel:
+    paths = check_folder(folder)
+    entries = [storage.Entry(path=p.name, bytes=p.stat().st_size, sha256=storage.sha256_of(p)) for p in paths]
+    listing = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in entries)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    with session_scope() as session:
+        existing = session.get(BaseModel, name)
+    if existing is not None:
+        if existing.digest != digest:
+            raise Conflict(
+                f"{name!r} is in the catalog with other bytes, and jobs may depend on them; choose a new name"
+            )
+        return existing
+    prefix = f"models/{digest}/"
+    for path, entry in zip(paths, entries, strict=True):
+        storage.put_file(prefix + entry["path"], path, entry["sha256"])
+        log.info("model.mirrored", path=entry["path"], bytes=entry["bytes"])
+    storage.put_bytes(prefix + storage.MANIFEST, json.dumps({"files": entries}, indent=1).encode())
+    base = BaseModel(
+        name=name,
+        public_id=public_id,
+        revision=revision or digest,
+        license=license_id,
+        digest=digest,
+        prefix=prefix,
+        files=entries,
+        config=json.loads((folder / "config.json").read_text()),
+        parameters=sum(count_parameters(path) for path in paths if path.suffix == WEIGHTS),
+        bytes=sum(entry["bytes"] for entry in entries),
+    )
+    with session_scope() as session:
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"milliner.models.{name}", 0))))
+        if session.get(BaseModel, name) is None:
+            session.add(base)
+    return base
+
+
+def _from_gguf(path: Path, folder: Path) -> Path:
+    if not path.is_file():
+        raise InvalidRequest(f"{path} is not there; pass the path of a .gguf file")
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.trainer.convert", str(path.resolve()), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InvalidRequest(f"{path.name} could not be converted: {last}")
+    return folder
+
+
+def _from_hub(source: str, scratch: Path) -> tuple[str, Path, str]:
+    """Download a repository at a revision, pinned to the commit that the revision names now."""
+    repo, _, wanted = source.removeprefix("hf://").partition("@")
+    try:
+        commit = HfApi().model_info(repo, revision=wanted or "main").sha
+        folder = snapshot_download(repo, revision=commit, allow_patterns=list(TAKEN), local_dir=scratch / "hub")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InvalidRequest(f"{source} could not be fetched: {str(error).splitlines()[0]}") from error
+    return repo, Path(folder), commit or wanted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A lease, held: renewed by one thread, enforced on ourselves by another.
+
+The renewing thread writes to Postgres every heartbeat and reads back what the user wants. The fencing thread never
+waits for anything: after `fence_seconds` without a renewal it freezes the trainer, and a renewal thaws it, so an outage
+of the database pauses training and does not restart it. An epoch that has moved kills the trainer. The clock is the one
+that counts while the machine sleeps, and a renewal counts from before it was sent.
+"""
+
+from __future__ import annotations
+
+import time
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self
+
+from shared import jobs
+from shared.db import session_scope
+from shared.errors import Unavailable
+from shared.schemas import Desired
+from shared.settings import get_settings
+from shared.telemetry import log
+from worker.session import TrainerSession
+
+
+class Lost(Exception):
+    """Another attempt owns the job now: write nothing, upload nothing, end quietly."""
+
+
+class Lease:
+    """The right to work on one job at one epoch, while the `with` block lasts."""
+
+    def __init__(self, job_id: str, epoch: int) -> None:
+        self.job_id = job_id
+        self.epoch = epoch
+        self.desired = Desired.RUN
+        self._settings = get_settings()
+        self._session: TrainerSession | None = None
+        self._renewed = _now()
+        self._lost = Event()
+        self._done = Event()
+        self._threads = [
+            Thread(target=self._renewing, name=f"renew-{job_id}", daemon=True),
+            Thread(target=self._fencing, name=f"fence-{job_id}", daemon=True),
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    def guard(self, session: TrainerSession | None) -> None:
+        """Freeze, thaw and kill this trainer as the lease demands; None once there is none."""
+        self._session = session
+
+    def check(self) -> None:
+        """Raise `Lost` if the lease is known to be gone."""
+        if self._lost.is_set():
+            raise Lost(self.job_id)
+
+    def lose(self) -> None:
+        """The database has said that the epoch moved."""
+        self._lost.set()
+        if self._session is not None:
+            self._session.kill()
+        log.warning("lease.lost", epoch=self.epoch)
+
+    def _renewing(self) -> None:
+        while not self._done.wait(self._settings.heartbeat_seconds):
+            before = _now()
+            try:
+                with session_scope() as session:
+                    desired = jobs.renew(session, self.job_id, self.epoch, lease_seconds=self._settings.lease_seconds)
+            except Unavailable as error:
+                log.warning("lease.unrenewed", error=error.message, seconds=round(_now() - self._renewed, 1))
+                continue
+            if desired is None:
+                if not self._done.is_set():
+                    self.lose()
+                return
+            self.desired, self._renewed = desired, before
+
+    def _fencing(self) -> None:
+        while not self._done.wait(0.1):
+            session, late = self._session, _now() - self._renewed > self._settings.fence_seconds
+            if session is None or session.frozen == late:
+                continue
+            if late:
+                session.freeze()
+                log.warning("trainer.frozen", pid=session.pid, seconds=round(_now() - self._renewed, 1))
+            else:
+                session.thaw()
+                log.info("trainer.thawed", pid=session.pid)
+
+
+def _now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,137 @@
+"""The parent's end of the pipe to a trainer child.
+
+Owns the child: how it is started (scrubbed environment, own process group, no secret), frozen, thawed, killed, and what
+it says. Its stderr goes to a log file in the work directory, whose tail explains a crash. Must not know jobs' rows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+
+from pydantic import ValidationError
+
+from shared.protocol import EVENT, Command, TrainerEvent
+from shared.settings import inherited
+from shared.telemetry import log
+
+PASSED_ON = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+)
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class Ended(Exception):
+    """The child is gone without a last word. `signal` is set where one killed it."""
+
+    def __init__(self, returncode: int) -> None:
+        self.signal = signal.Signals(-returncode).name if returncode < 0 else None
+        cause = f"killed by {self.signal}" if self.signal else f"ended with exit code {returncode}"
+        hint = "; 137 or SIGKILL from outside usually means out of memory" if self.signal == "SIGKILL" else ""
+        super().__init__(f"the trainer was {cause}{hint}" if self.signal else f"the trainer {cause}")
+
+
+class TrainerSession:
+    """One trainer process. Its group can be signalled from any thread; events are read by one."""
+
+    def __init__(self, work_dir: Path, *, visible_device: str | None = None) -> None:
+        self._log = work_dir / "trainer.log"
+        env = inherited(*PASSED_ON) | OFFLINE | {"HF_HOME": str(work_dir / "hf")}
+        if visible_device is not None:
+            env["CUDA_VISIBLE_DEVICES"] = visible_device
+        with self._log.open("ab") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.trainer.main"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=env,
+                cwd=work_dir,
+                start_new_session=True,
+            )
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._signals = Lock()
+        self.frozen = False
+        Thread(target=self._read, name="trainer-events", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: Command) -> None:
+        """Write one command; a child that is gone is noticed by `receive`."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(command.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            log.warning("trainer.deaf", pid=self.pid)
+
+    def receive(self, *, timeout: float) -> TrainerEvent | None:
+        """The next event, or None after `timeout` seconds; `Ended` once the child is gone and all it said is read."""
+        try:
+            line = self._lines.get(timeout=timeout)
+        except Empty:
+            return None
+        if line is None:
+            raise Ended(self._process.wait())
+        try:
+            return EVENT.validate_json(line)
+        except ValidationError:
+            log.warning("trainer.babbled", line=line[:200].decode(errors="replace"))
+            return None
+
+    def freeze(self) -> None:
+        """SIGSTOP the group: without a lease nothing may be trained."""
+        self.frozen = self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT the group: the lease is ours again."""
+        self._signal(signal.SIGCONT)
+        self.frozen = False
+
+    def kill(self) -> None:
+        """SIGKILL the group; safe to repeat."""
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the child and reap it."""
+        self.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                log.debug("trainer.pipe_broken", pid=self.pid)
+
+    def last_log_lines(self, count: int = 20) -> list[str]:
+        """The end of what the child wrote to stderr."""
+        with self._log.open("rb") as stream:
+            stream.seek(max(0, self._log.stat().st_size - 64 * 1024))
+            return [line.decode(errors="replace").rstrip() for line in deque(stream, maxlen=count)]
+
+    def _signal(self, number: signal.Signals) -> bool:
+        with self._signals:
+            if self._process.poll() is not None:
+                return False
+            os.killpg(self._process.pid, number)
+            return True
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)

@@ -1,0 +1,99 @@
+"""The sweeper: one thread in every worker slot that finds what fell through.
+
+It rings for jobs that nobody was told of and takes back jobs whose worker fell silent. One sweeps at a time (advisory
+lock), yet two at once would be right: every write is guarded. It takes back nothing before it has itself watched the
+database without a gap for one whole lease time: after an outage, the living get the time to renew.
+"""
+
+from __future__ import annotations
+
+import time
+from threading import Event, Thread
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from shared import jobs
+from shared.db import session_scope
+from shared.errors import Unavailable
+from shared.models import Job
+from shared.queue import Queue, ring
+from shared.schemas import JobError
+from shared.settings import Settings, get_settings
+from shared.telemetry import log
+
+
+def start(stop: Event) -> Thread:
+    """Sweep until `stop` is set."""
+    thread = Thread(target=_sweeping, args=(stop,), name="sweeper", daemon=True)
+    thread.start()
+    return thread
+
+
+class Watch:
+    """For how long the database has been seen without a gap, on a clock that counts through sleep."""
+
+    def __init__(self, *, longest_gap: float) -> None:
+        self._longest_gap = longest_gap
+        self._since: float | None = None
+        self._last = 0.0
+
+    def seen(self, now: float) -> float:
+        """Note a look at `now` (seconds); returns how long the unbroken watch has lasted."""
+        if self._since is None or now - self._last > self._longest_gap:
+            self._since = now
+        self._last = now
+        return now - self._since
+
+    def missed(self) -> None:
+        """A look failed: the watch begins anew."""
+        self._since = None
+
+
+def sweep(settings: Settings, *, watched: float) -> None:
+    """One round. `watched` is the length of the unbroken watch in seconds."""
+    with session_scope() as session:
+        if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
+            return
+        if watched >= settings.lease_seconds:
+            reclaim(session, settings)
+        unrung = {queue: jobs.unrung(session, queue, backoff=settings.rering_seconds) for queue in Queue}
+    for queue, job_ids in unrung.items():
+        told = [job_id for job_id in job_ids if ring(queue)]
+        if told:
+            log.info("queue.rung", queue=queue, jobs=len(told))
+            with session_scope() as session:
+                jobs.rung(session, told)
+
+
+def reclaim(session: Session, settings: Settings) -> int:
+    """Take back every job whose lease has run out; returns how many."""
+    gone = session.execute(select(Job.id, Job.lease_epoch, Job.lease_owner).where(jobs.expired()).limit(100)).all()
+    reclaimed = 0
+    for job_id, epoch, owner in gone:
+        error = JobError(
+            code="worker_lost",
+            message=f"worker {owner} stopped renewing its lease",
+            hint="the machine or the worker process died; out of memory is the usual cause (exit code 137)",
+        )
+        backoff, crashes = settings.crash_backoff_seconds, settings.max_crashes
+        if jobs.crashed(session, job_id, epoch, error, backoff=backoff, max_crashes=crashes, silent=True):
+            log.warning("job.reclaimed", job=job_id, epoch=epoch, owner=owner)
+            reclaimed += 1
+    return reclaimed
+
+
+def _sweeping(stop: Event) -> None:
+    settings = get_settings()
+    watch = Watch(longest_gap=max(3 * settings.sweep_seconds, 5.0))
+    while not stop.wait(settings.sweep_seconds):
+        try:
+            with session_scope() as session:
+                session.execute(select(1))
+            sweep(settings, watched=watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME)))
+        except Unavailable as error:
+            watch.missed()
+            log.warning("sweep.missed", error=error.message)
+        except Exception:
+            watch.missed()
+            log.exception("sweep.broke")

@@ -1,0 +1,69 @@
+"""The folder that a finished job hands over: an adapter that any PEFT reader takes, with its tokenizer and its numbers.
+
+Owns: the published layout. Must not write a local path, nor a key that older readers refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from shared.protocol import Task
+from shared.schemas import Metrics, Recipe, Report
+from worker.trainer import checkpoint
+
+
+def write(
+    folder: Path,
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task,
+    recipe: Recipe,
+    report: Report,
+    metrics: list[Metrics],
+) -> None:
+    """Everything of the adapter folder but what the supervisor adds (manifest, model card)."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
+    tokenizer.save_pretrained(partial)
+    save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
+    config = adapter_config(adapted, task, recipe)
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+    (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    checkpoint.publish(partial, folder)
+
+
+def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """The keys that PEFT has had since LoRA was young, and vLLM reads; newer ones break older readers.
+
+    `target_modules` is the list that "all-linear" came to: not every reader knows the word.
+    """
+    lora = adapted.peft_config["default"]
+    targets = lora.target_modules
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": task.base_name,
+        "revision": task.base_revision,
+        "r": recipe.r,
+        "lora_alpha": int(recipe.alpha) if recipe.alpha == int(recipe.alpha) else recipe.alpha,
+        "lora_dropout": recipe.dropout,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "use_rslora": recipe.use_rslora,
+        "use_dora": recipe.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": lora.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,101 @@
+"""Encoded rows → tensors: packed rows or padded ones.
+
+Owns: how examples share a row, and the arithmetic of positions and targets. Must not know about models or epochs.
+
+In a packed row the documents are kept apart by `position_ids` that start again at 0 and by the *absence* of an attention
+mask: transformers then builds a block-diagonal mask by itself. With a mask, or with a cache, it would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from worker.trainer.encoding import Encoded
+from worker.trainer.recipe import PACK_LENGTH
+
+#: The target of a position that predicts nothing trained, as in torch's cross entropy.
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All (rows, length) int64. `targets[r, t]` is the token that position t predicts, or IGNORED.
+
+    `attention_mask` is None for packed rows and required for padded ones.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    attention_mask: torch.Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.targets.to(device),
+            None if mask is None else mask.to(device),
+        )
+
+
+def trained_tokens(examples: Sequence[Encoded]) -> int:
+    """What a step's loss is divided by."""
+    return sum(example.trained_tokens for example in examples)
+
+
+def batches(examples: Sequence[Encoded], *, packing: bool, micro_batch: int, pad: int) -> Iterator[Batch]:
+    """Split examples into micro-batches of at most `micro_batch` rows. Every trained token appears exactly once."""
+    rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
+    for start in range(0, len(rows), micro_batch):
+        yield collate(rows[start : start + micro_batch], packing=packing, pad=pad)
+
+
+def pack(examples: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Best-fit decreasing: each example goes to the fullest row that still has room, the longest first.
+
+    Rows hold at most max(PACK_LENGTH, the longest example) tokens.
+    """
+    capacity = max(PACK_LENGTH, max(map(len, examples), default=0))
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: (-len(e), e.line)):
+        fitting = [i for i, left in enumerate(room) if left >= len(example)]
+        if fitting:
+            best = min(fitting, key=lambda i: room[i])
+        else:
+            best = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[best].append(example)
+        room[best] -= len(example)
+    return rows
+
+
+def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Batch:
+    """Rows of one or more documents → tensors as long as the fullest row.
+
+    Padding is never a target. In packed rows it is a document of its own, so no mask is needed.
+    """
+    length = max(sum(map(len, row)) for row in rows)
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
+    targets = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    attention_mask = None if packing else torch.zeros((len(rows), length), dtype=torch.long)
+    for r, row in enumerate(rows):
+        start = 0
+        for example in row:
+            ids, end = torch.from_numpy(example.ids).long(), start + len(example)
+            input_ids[r, start:end] = ids
+            trained = torch.from_numpy(example.trained)
+            # The last position of a document predicts nothing: what follows it is another document.
+            targets[r, start : end - 1] = torch.where(trained[1:], ids[1:], IGNORED)
+            position_ids[r, start:end] = torch.arange(len(example))
+            if attention_mask is not None:
+                attention_mask[r, start:end] = 1
+            start = end
+        position_ids[r, start:] = torch.arange(length - start)
+    return Batch(input_ids, position_ids, targets, attention_mask)

@@ -1,0 +1,183 @@
+"""A folder that holds all of a run: adapter, optimizer, random numbers, counters.
+
+Owns: making a run bitwise resumable, and making a folder appear complete or not at all. Tensors go to safetensors and
+the rest to JSON: a checkpoint travels through a bucket, and loading one must never run code, so nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+
+from shared.schemas import Metrics, Recipe, Score
+from worker.trainer.model import trainable
+
+ADAPTER = "adapter_model.safetensors"
+BEST = "best.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+METRICS = "metrics.jsonl"
+
+Tensors = dict[str, torch.Tensor]
+
+
+class RunState(BaseModel):
+    """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts."""
+
+    recipe: Recipe
+    step: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    base: Score | None = None
+    evaluation_due: bool = False
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse_evaluations: int = 0
+    metrics: list[Metrics] = []
+
+
+class RandomState(BaseModel):
+    """Python's and NumPy's generators; torch's are tensors and lie beside the optimizer."""
+
+    python: list[Any]
+    numpy_key: list[int]
+    numpy_rest: tuple[int, int, float]
+
+
+class Stored(BaseModel):
+    """state.json."""
+
+    run: RunState
+    random: RandomState
+
+
+def save(folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
+    """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
+    partial = _partial(folder)
+    save_file(adapter_tensors(adapted), partial / ADAPTER)
+    save_file(_optimizer_tensors(adapted, optimizer) | _torch_random(), partial / OPTIMIZER)
+    if best is not None:
+        save_file(best, partial / BEST)
+    write_metrics(partial / METRICS, run.metrics)
+    stored = Stored(run=run.model_copy(update={"metrics": []}), random=_random_state())
+    (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
+    publish(partial, folder)
+    return folder
+
+
+def load(
+    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> tuple[RunState, Tensors | None]:
+    """Put the run back into `adapted`, `optimizer` and every random generator. Raises ValueError for another recipe's."""
+    stored = Stored.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
+    if stored.run.recipe != recipe:
+        raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")
+    stored.run.metrics = read_metrics(folder / METRICS)
+    set_adapter(adapted, load_file(folder / ADAPTER))
+    tensors = load_file(folder / OPTIMIZER)
+    _restore_optimizer(adapted, optimizer, tensors)
+    _restore_random(stored.random, tensors)
+    best = folder / BEST
+    return stored.run, load_file(best) if best.is_file() else None
+
+
+def adapter_tensors(adapted: PeftModel) -> Tensors:
+    """A copy of the adapter on the CPU, under the keys of the PEFT format."""
+    state = get_peft_model_state_dict(adapted)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
+
+
+def set_adapter(adapted: PeftModel, tensors: Tensors) -> None:
+    """Raises ValueError unless `tensors` are exactly the adapter's."""
+    if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
+        raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
+    set_peft_model_state_dict(adapted, tensors)
+
+
+def write_metrics(path: Path, metrics: list[Metrics]) -> None:
+    path.write_text("".join(m.model_dump_json(exclude_none=True) + "\n" for m in metrics), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    return [Metrics.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Files to the disk, then the name: a crash leaves either no folder or a whole one."""
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _partial(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _optimizer_tensors(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's state, flattened: `optimizer.<field>.<parameter>`."""
+    return {
+        f"optimizer.{field}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in trainable(adapted).items()
+        for field, tensor in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter."""
+    state = optimizer.state_dict()
+    state["state"] = {
+        i: {
+            field: tensors[key]
+            for field in ("step", "exp_avg", "exp_avg_sq")
+            if (key := f"optimizer.{field}.{name}") in tensors
+        }
+        for i, name in enumerate(trainable(adapted))
+    }
+    optimizer.load_state_dict(state)
+
+
+def _torch_random() -> Tensors:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{i}": state for i, state in enumerate(cuda)}
+
+
+def _random_state() -> RandomState:
+    version, words, gauss = random.getstate()
+    _, key, *rest = np.random.get_state(legacy=True)
+    return RandomState(
+        python=[version, list(words), gauss],
+        numpy_key=[int(word) for word in key],
+        numpy_rest=(int(rest[0]), int(rest[1]), float(rest[2])),
+    )
+
+
+def _restore_random(state: RandomState, tensors: Tensors) -> None:
+    version, words, gauss = state.python
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(("MT19937", np.array(state.numpy_key, dtype=np.uint32), *state.numpy_rest))
+    torch.set_rng_state(tensors["random.cpu"])
+    for i in range(torch.cuda.device_count()):
+        if (key := f"random.cuda.{i}") in tensors:
+            torch.cuda.set_rng_state(tensors[key], i)

@@ -1,0 +1,80 @@
+"""A GGUF file → a folder of bf16 safetensors with its tokenizer: `python -m worker.trainer.convert GGUF OUT_DIR`.
+
+Owns: the one-time dequantization of an imported base model. Its own process, so that the importer needs no torch.
+Must not reach the network, and must not leave a half-written folder: OUT_DIR appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+#: Tokens that end a generation, as llama.cpp writes them; chat models often end a turn by another token than a text.
+STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Dequantize `gguf` into `out`. Raises FileExistsError if `out` holds something already."""
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; give a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
+        )
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=stop_tokens(gguf) or tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        # The name inside a GGUF is free text; a local path or a stale name must not become the model's identity.
+        model.config._name_or_path = ""
+        if model.config.max_position_embeddings:
+            tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if out.exists():
+            out.rmdir()
+        # mkdtemp and the safetensors writer make private files; a base model is no secret.
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            path.chmod(0o644)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def stop_tokens(gguf: Path) -> list[int]:
+    """The ids that must end a generation, in the file's own words."""
+    fields = GGUFReader(gguf).fields
+    found = [int(fields[key].contents()) for key in STOP_KEYS if key in fields]
+    return sorted(set(found))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="worker.trainer.convert", description=__doc__)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args(argv)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    convert(args.gguf.resolve(strict=True), args.out.absolute())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

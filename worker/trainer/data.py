@@ -1,0 +1,119 @@
+"""A dataset file → encoded rows: read, held out, truncated, and put in the order of each epoch.
+
+Owns: which rows are trained on, which are held out, and in what order. Everything is a pure function of the files, the
+base and the seed, so that a resumed run sees the same rows. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shared import formats
+from shared.errors import TrainingFailed
+from shared.formats import RowError
+from shared.protocol import Task
+from shared.schemas import FileReport
+from worker.trainer.encoding import CannotEncode, Encoded, Encoder
+
+HELDOUT_SHARE = 0.05
+HELDOUT_MOST = 200
+#: Below this many rows, five percent would be no row at all, or one that says nothing.
+CARVE_FROM_ROWS = 20
+
+HeldoutSource = Literal["validation_file", "training_file_carved", "training_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Rows to train on and rows to score, not yet truncated. `rows` counts the training file."""
+
+    rows: int
+    train: list[Encoded]
+    heldout: list[Encoded]
+    heldout_source: HeldoutSource
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Rows cut to a length; `dropped` lost every trained token by it."""
+
+    kept: list[Encoded]
+    truncated: int
+    dropped: int
+
+
+def load(task: Task, encoder: Encoder) -> Dataset:
+    """Read and encode the job's files. Raises TrainingFailed that names every bad line (the first ones in full)."""
+    rows = _read(task.training_file, encoder, task.max_row_bytes, param="training_file")
+    if task.validation_file is not None:
+        heldout = _read(task.validation_file, encoder, task.max_row_bytes, param="validation_file")
+        return Dataset(len(rows), rows, heldout, "validation_file")
+    if len(rows) < CARVE_FROM_ROWS:
+        return Dataset(len(rows), rows, rows, "training_file")
+    count = min(HELDOUT_MOST, max(1, int(len(rows) * HELDOUT_SHARE)))
+    chosen = frozenset(random.Random(f"heldout {task.seed}").sample(range(len(rows)), count))
+    return Dataset(
+        len(rows),
+        [row for i, row in enumerate(rows) if i not in chosen],
+        [row for i, row in enumerate(rows) if i in chosen],
+        "training_file_carved",
+    )
+
+
+def fit(rows: Sequence[Encoded], max_length: int) -> Fitted:
+    """Cut each row to `max_length` tokens; a row left with nothing to learn is dropped, and counted."""
+    cut = [
+        row if len(row) <= max_length else Encoded(row.line, row.ids[:max_length], row.trained[:max_length])
+        for row in rows
+    ]
+    kept = [row for row in cut if row.trained_tokens]
+    return Fitted(kept, sum(len(row) > max_length for row in rows), len(cut) - len(kept))
+
+
+def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
+    """A permutation that depends on nothing but its arguments."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+    return [int(i) for i in order]
+
+
+def step_examples(rows: Sequence[Encoded], step: int, *, batch_size: int, seed: int) -> list[Encoded]:
+    """The examples of optimizer step `step` (0-based). The last step of an epoch may be short; none crosses epochs."""
+    per_epoch = -(-len(rows) // batch_size)
+    epoch, within = divmod(step, per_epoch)
+    order = epoch_order(len(rows), seed=seed, epoch=epoch)
+    return [rows[i] for i in order[within * batch_size : (within + 1) * batch_size]]
+
+
+def _read(path: str, encoder: Encoder, max_row_bytes: int, *, param: str) -> list[Encoded]:
+    rows: list[Encoded] = []
+    errors: list[RowError] = []
+    bad = 0
+    with open(path, "rb") as stream:
+        for line, example in formats.read_rows(stream, max_row_bytes=max_row_bytes):
+            if isinstance(example, RowError):
+                error = example
+            else:
+                try:
+                    rows.append(encoder.encode(line, example))
+                    continue
+                except CannotEncode as cause:
+                    error = RowError(line, cause.field, cause.message, cause.hint)
+            bad += 1
+            if len(errors) < formats.MAX_PROBLEMS:
+                errors.append(error)
+    if bad:
+        report = FileReport(
+            rows=len(rows), bad_rows=bad, format=None, problems=[error.problem() for error in errors]
+        )
+        raise TrainingFailed(
+            formats.describe(report),
+            code=f"invalid_{param}",
+            param=param,
+            hint="mend these lines, upload the file again, and create the job anew",
+        )
+    return rows

@@ -1,0 +1,244 @@
+"""One canonical Example → token ids and which of them are trained.
+
+Owns: chat templates, special tokens, and where the loss falls. Must not import torch, nor know about files or batches.
+
+The trap it closes: the token that ends a turn (or a text) is always trained, whatever the tokenizer pads with, or the
+tuned model would never stop.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from shared.errors import TrainingFailed
+from shared.formats import Chat, Completion, Example
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`ids` int32 (length,), `trained` bool (length,): True where predicting that token carries the loss."""
+
+    line: int
+    ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.trained[1:].sum())
+
+
+class CannotEncode(Exception):
+    """An example that the base's tokenizer or chat template cannot render: (field, message, hint)."""
+
+    def __init__(self, field: str, message: str, hint: str) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+        self.message = message
+        self.hint = hint
+
+
+class Encoding(Protocol):
+    """What the Rust tokenizers give back: ids and, for each, the characters it covers."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Encoder:
+    """A base model's tokenizer, with its special tokens settled once."""
+
+    def __init__(self, base_dir: str) -> None:
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                base_dir, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingFailed(
+                f"the base model's tokenizer cannot be loaded: {error}",
+                code="unsupported_base_model",
+                param="model",
+                hint="import the base again with its tokenizer.json",
+            ) from error
+        if not self.tokenizer.is_fast:
+            raise TrainingFailed(
+                f"the base model's tokenizer, {type(self.tokenizer).__name__}, keeps no character offsets",
+                code="unsupported_base_model",
+                param="model",
+                hint="import a base that ships a tokenizer.json",
+            )
+        self._fast = self.tokenizer.backend_tokenizer
+        # A saved tokenizer.json may carry the truncation and padding of whoever trained it.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self.bos = self._own_bos()
+        self.stops = self._stop_tokens(Path(base_dir))
+        self.eos: int = self._eos()
+
+    def encode(self, line: int, example: Example) -> Encoded:
+        """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""
+        ids, trained = self._chat(example) if isinstance(example, Chat) else self._completion(example)
+        return Encoded(line, np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=np.bool_))
+
+    # ------------------------------------------------------------ prompt and completion
+
+    def _completion(self, example: Completion) -> tuple[list[int], list[bool]]:
+        """BOS only where the tokenizer itself adds it; EOS appended and trained.
+
+        Prompt and completion are tokenized together, as a pretrained model met them, unless a token would straddle
+        the seam: then apart, because a user's prompt is tokenized alone when the adapter is used.
+        """
+        prompt = self._tokens(example.prompt).ids if example.prompt else []
+        joint = self._tokens(example.prompt + example.completion).ids
+        if joint[: len(prompt)] != prompt:
+            joint = prompt + self._tokens(example.completion).ids
+        ids = [*self.bos, *joint]
+        if ids[-1] != self.eos:
+            ids.append(self.eos)
+        untrained = len(self.bos) + len(prompt)
+        return ids, [i >= untrained for i in range(len(ids))]
+
+    # ------------------------------------------------------------ chat
+
+    def _chat(self, example: Chat) -> tuple[list[int], list[bool]]:
+        """The whole conversation is rendered and tokenized once; each trained turn is then found in it by characters.
+
+        A turn begins where the rendering of the turns before it, with the generation prompt, ends: the model learns
+        to write exactly what it will be asked to write. It ends with its end-of-turn token.
+        """
+        if not self.tokenizer.chat_template:
+            raise TrainingFailed(
+                "the base model has no chat template, and the file holds chat rows",
+                code="no_chat_template",
+                param="training_file",
+                hint='choose an instruct model, or send rows of "prompt" and "completion"',
+            )
+        messages = [_template_message(turn.message) for turn in example.turns]
+        tools = list(example.tools) or None
+        full = self._render(messages, tools)
+        encoding = self._tokens(full)
+        ids, trained = list(encoding.ids), [False] * len(encoding.ids)
+        for i, turn in enumerate(example.turns):
+            if turn.trained:
+                begin, end = self._turn_span(messages, tools, i, full)
+                self._mark(encoding, trained, begin, end)
+        if example.turns[-1].trained and not any(
+            token in self.stops and mark for token, mark in zip(ids[-4:], trained[-4:], strict=True)
+        ):
+            # A template that ends no turn: without this the tuned model would have nothing to stop at.
+            ids.append(self.eos)
+            trained.append(True)
+        return ids, trained
+
+    def _turn_span(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, full: str
+    ) -> tuple[int, int]:
+        before = self._render(messages[:i], tools, generation_prompt=True)
+        if not full.startswith(before):
+            raise CannotEncode(
+                f"messages[{i}]",
+                "the base's chat template renders what comes before this turn differently once the turn is there",
+                "begin with a system or user message, or set weight 0 on this turn",
+            )
+        upto = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
+        if full.startswith(upto):
+            return len(before), len(upto)
+        # Some templates (Qwen 3, DeepSeek R1) render the newest answer unlike the older ones: then look for its text.
+        content = str(messages[i]["content"]).strip()
+        at = full.find(content, len(before)) if content else -1
+        if at < 0:
+            raise CannotEncode(
+                f"messages[{i}]",
+                "the base's chat template changes this turn once others follow it",
+                "set weight 0 on this turn, or end the conversation with it",
+            )
+        following = full.find(str(messages[i + 1]["content"]).strip(), at + len(content))
+        return at, following if following >= 0 else len(full)
+
+    def _mark(self, encoding: Encoding, trained: list[bool], begin: int, end: int) -> None:
+        """Mark the tokens of characters [begin, end), up to the last token that stops a generation.
+
+        What a template puts after it, such as ChatML's newline, is never generated.
+        """
+        span = [j for j, (a, b) in enumerate(encoding.offsets) if b > begin and a < end and b > a]
+        stops = [j for j in span if encoding.ids[j] in self.stops]
+        for j in span:
+            if not stops or j <= stops[0]:
+                trained[j] = True
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
+    ) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
+        except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+            raise CannotEncode(
+                "messages",
+                f"the base's chat template refuses this conversation: {error}",
+                "the order of roles that the base model knows",
+            ) from error
+
+    # ------------------------------------------------------------ special tokens
+
+    def _tokens(self, text: str) -> Encoding:
+        """Without the tokenizer's own BOS and EOS: a chat template writes its own."""
+        encoding: Encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding
+
+    def _own_bos(self) -> list[int]:
+        """The BOS that the tokenizer puts before any text, if it does."""
+        bos = self.tokenizer.bos_token_id
+        own = self._fast.encode("a", add_special_tokens=True).ids
+        return [bos] if bos is not None and own[:1] == [bos] and self._tokens("a").ids[:1] != [bos] else []
+
+    def _stop_tokens(self, base: Path) -> frozenset[int]:
+        """What ends a generation: EOS, and whatever the base's generation config adds (Llama 3, Gemma: end of turn)."""
+        stops = {self.tokenizer.eos_token_id}
+        for name in ("generation_config.json", "config.json"):
+            path = base / name
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            stops.update(named if isinstance(named, list) else [named])
+        return frozenset(stop for stop in stops if stop is not None)
+
+    def _eos(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            if not self.stops:
+                raise TrainingFailed(
+                    "the base model names no end-of-sequence token, so a tuned model could never stop",
+                    code="unsupported_base_model",
+                    param="model",
+                    hint="set eos_token in its tokenizer_config.json and import it again",
+                )
+            eos = min(self.stops)
+        return int(eos)
+
+
+def _template_message(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends a tool call's arguments as a JSON string; chat templates want the object."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_template_call(call) for call in calls]}
+
+
+def _template_call(call: Any) -> Any:
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return call | {"function": call["function"] | {"arguments": arguments}}

@@ -1,0 +1,141 @@
+"""The frozen base and the adapter on it.
+
+Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on and taking it off.
+Must not run remote code, reach the network, or change a frozen weight: the base may serve the next job.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shared.errors import TrainingFailed
+from shared.schemas import Quantization, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32."""
+
+    model: PreTrainedModel
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast for adapters in fp32 on a bf16 base: bf16 adapters would lose small updates."""
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            yield
+
+
+def load_base(base_dir: str, quantization: Quantization) -> Base:
+    """Load safetensors as they are or quantized on the fly. Raises TrainingFailed if the folder holds no usable model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_dir,
+            quantization_config=_quantization_config(quantization, dtype),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainingFailed(
+            f"the base model cannot be loaded as {quantization.value}: {error}",
+            code="unsupported_base_model",
+            param="model",
+            hint="choose another base or quantization; `milliner models` lists what is imported",
+        ) from error
+    close_nf4_trap(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if device.type == "cuda":
+        # On a CPU memory is plentiful and time is not, so activations are kept there.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Base(model, device, dtype)
+
+
+def close_nf4_trap(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on AVX512-BF16 machines.
+
+    It does so at the first no-grad forward in eval mode, and never undoes it: after one evaluation, training loses the
+    base path's gradients (LoRA gradients 87 % wrong, loss unchanged).
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def put_on(base: Base, recipe: Recipe) -> PeftModel:
+    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first)."""
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 still asks for a name that transformers 5 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = get_peft_model(base.model, lora_config(base.model, recipe), autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise TrainingFailed(
+            f"the adapter does not fit the base: {error}",
+            code="invalid_lora",
+            param="lora.target_modules",
+            hint='leave target_modules at "all-linear", or name linear modules of this base',
+        ) from error
+    assert isinstance(model, PeftModel)
+    model.train()
+    return model
+
+
+def take_off(adapted: PeftModel) -> None:
+    """Leave the base exactly as it was before `put_on`."""
+    adapted.unload()
+
+
+def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
+    targets = recipe.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.r,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_dropout=recipe.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        # GPT-2 keeps its weights transposed; once quantized they are ordinary linears.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+
+
+def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by name, in the model's order: the order of the optimizer."""
+    return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization is Quantization.NF4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization is Quantization.INT8 else None

@@ -1,0 +1,188 @@
+"""`auto` → numbers: every hyperparameter that training uses, resolved before a job is queued.
+
+Owns: the defaults, and why they are what they are. A pure function of the request, the dataset's size and the base's
+architecture. Must not import torch or read a file, apart from `architecture`, which reads one config.json.
+
+Where the numbers come from: LoRA learns best at about ten times the rate of full fine-tuning, and that rate falls with
+width, 5e-4 x (2000 / hidden)^p (Schulman et al., "LoRA Without Regret", 2025; p as tinker-cookbook fits it).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import TrainingFailed
+from shared.schemas import Hyperparameters, Lora, Quantization, Recipe, TrainerParams
+
+BASE_RATE = 5e-4
+BASE_WIDTH = 2000
+WIDTH_EXPONENT = 0.78
+WIDTH_EXPONENT_QWEN = 0.08
+
+WARMUP_SHARE = 0.03
+MAX_GRAD_NORM = 1.0
+#: An adapter starts at zero and is small: decay only slows it.
+WEIGHT_DECAY = 0.0
+
+LARGEST_AUTO_BATCH = 32
+#: Fewer optimizer steps than this seldom teach a format reliably; `batch_size` auto keeps to it, the rest is warned of.
+ENOUGH_STEPS = 100
+#: `r` auto: 16, and 32 once there is enough data to fill it.
+MANY_ROWS = 20_000
+#: `alpha` auto stops growing here, so that the best rate does not depend on the rank.
+LARGEST_AUTO_ALPHA = 32
+#: `max_length` auto goes no further, whatever the base's context: activations grow with it.
+LONGEST_AUTO_ROW = 2048
+ROUND_LENGTH_TO = 64
+#: `micro_batch` auto: rows that together hold about this many tokens.
+MICRO_BATCH_TOKENS = 2048
+#: A packed row is at least this long (see `batches.pack`). Measured there.
+PACK_LENGTH = 256
+#: `eval_every` and `save_every` auto: this often in a run, but a checkpoint at least every so many steps.
+PARTS_OF_A_RUN = 5
+LONGEST_WITHOUT_CHECKPOINT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the recipe needs to know of a base."""
+
+    model_type: str
+    hidden_size: int
+    context: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What the recipe needs to know of a dataset: rows that are trained on, and the longest of them in tokens."""
+
+    rows: int
+    longest: int
+
+
+def architecture(base_dir: str) -> Architecture:
+    """Read a base's config.json. Raises TrainingFailed if it is not one of a text model."""
+    try:
+        config = json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        context = config.get("max_position_embeddings") or config.get("n_positions")
+        return Architecture(config["model_type"], int(config.get("hidden_size") or config["n_embd"]), context)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise TrainingFailed(
+            f"the base model's config.json cannot be used: {error!r}",
+            code="unsupported_base_model",
+            param="model",
+            hint="choose a text-generation base; `milliner models` lists what is imported",
+        ) from error
+
+
+def max_length(trainer: TrainerParams, base: Architecture, longest: int) -> int:
+    """Tokens of a row that are kept. Raises TrainingFailed if more is asked for than the base can attend to."""
+    if trainer.max_length == "auto":
+        rounded = -(-longest // ROUND_LENGTH_TO) * ROUND_LENGTH_TO
+        return min(rounded, LONGEST_AUTO_ROW, base.context or LONGEST_AUTO_ROW)
+    if base.context is not None and trainer.max_length > base.context:
+        raise TrainingFailed(
+            f"max_length is {trainer.max_length:,}; this base attends to at most {base.context:,} tokens",
+            code="invalid_max_length",
+            param="trainer.max_length",
+            hint=f'"auto", or at most {base.context}',
+        )
+    return trainer.max_length
+
+
+def resolve(
+    hyperparameters: Hyperparameters,
+    lora: Lora,
+    trainer: TrainerParams,
+    quantization: Quantization,
+    *,
+    seed: int,
+    base: Architecture,
+    size: Size,
+) -> tuple[Recipe, list[str]]:
+    """The recipe, and what its user should be warned of."""
+    n_epochs = _n_epochs(size.rows) if hyperparameters.n_epochs == "auto" else hyperparameters.n_epochs
+    batch_size = _batch_size(size.rows, n_epochs) if hyperparameters.batch_size == "auto" else hyperparameters.batch_size
+    total_steps = -(-size.rows // batch_size) * n_epochs
+    if trainer.max_steps is not None:
+        total_steps = min(total_steps, trainer.max_steps)
+    multiplier = hyperparameters.learning_rate_multiplier
+    multiplier = 1.0 if multiplier == "auto" else multiplier
+    r = (32 if size.rows >= MANY_ROWS else 16) if lora.r == "auto" else lora.r
+    length = max_length(trainer, base, size.longest)
+    part = -(-total_steps // PARTS_OF_A_RUN)
+    recipe = Recipe(
+        n_epochs=n_epochs,
+        batch_size=batch_size,
+        learning_rate_multiplier=multiplier,
+        learning_rate=learning_rate(base) * multiplier,
+        schedule="cosine",
+        warmup_steps=math.ceil(WARMUP_SHARE * total_steps),
+        total_steps=total_steps,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        r=r,
+        alpha=min(2 * r, LARGEST_AUTO_ALPHA) if lora.alpha == "auto" else lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        quantization=quantization,
+        max_length=length,
+        packing=trainer.packing,
+        micro_batch=_micro_batch(trainer, length, batch_size),
+        save_every=trainer.save_every or min(part, LONGEST_WITHOUT_CHECKPOINT),
+        eval_every=trainer.eval_every or part,
+        early_stopping=trainer.early_stopping,
+        seed=seed,
+    )
+    return recipe, _warnings(recipe)
+
+
+def learning_rate(base: Architecture) -> float:
+    exponent = WIDTH_EXPONENT_QWEN if base.model_type.startswith("qwen") else WIDTH_EXPONENT
+    return float(BASE_RATE * (BASE_WIDTH / base.hidden_size) ** exponent)
+
+
+def learning_rate_at(recipe: Recipe, step: int) -> float:
+    """The rate of optimizer step `step` (0-based): a linear warm-up to the peak, then down towards 0."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.total_steps - recipe.warmup_steps)
+    return recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done)
+
+
+def _n_epochs(rows: int) -> int:
+    return 3 if rows < 1_000 else 2 if rows < 10_000 else 1
+
+
+def _batch_size(rows: int, n_epochs: int) -> int:
+    """The largest power of two up to 32 that still leaves enough steps; 1 where nothing does."""
+    batch = LARGEST_AUTO_BATCH
+    while batch > 1 and -(-rows // batch) * n_epochs < ENOUGH_STEPS:
+        batch //= 2
+    return batch
+
+
+def _micro_batch(trainer: TrainerParams, length: int, batch_size: int) -> int:
+    """Rows of a forward pass. It changes memory and speed, never the gradient."""
+    if trainer.micro_batch != "auto":
+        return trainer.micro_batch
+    row = max(length, PACK_LENGTH) if trainer.packing else length
+    return max(1, min(batch_size, MICRO_BATCH_TOKENS // row))
+
+
+def _warnings(recipe: Recipe) -> list[str]:
+    warnings = []
+    if recipe.total_steps < ENOUGH_STEPS:
+        warnings.append(
+            f"only {recipe.total_steps} optimizer steps: under {ENOUGH_STEPS}, a tuned model often keeps its old habits; "
+            "add rows or epochs, or lower batch_size"
+        )
+    if recipe.use_dora:
+        warnings.append("use_dora: vLLM refuses DoRA adapters, and merging one into a quantized base is inexact")
+    return warnings

@@ -1,0 +1,305 @@
+"""One supervised run, top to bottom: rows, base, adapter, loop, score, adapter folder.
+
+Owns: the order of things, and saying aloud each decision. Must not know about pipes or processes: it gets `emit` and
+`stopping`.
+
+A resumed run ends with the same adapter, bit for bit, as one that was never stopped (on a CPU; on CUDA as far as its
+kernels are deterministic): the order of examples is a function of seed and epoch, and a checkpoint holds the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from shared.errors import TrainingFailed
+from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
+from shared.schemas import Metrics, Phase, Recipe, Report, Score
+from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest
+from worker.trainer.batches import batches, trained_tokens
+from worker.trainer.checkpoint import RunState, Tensors
+from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.methods import sft
+from worker.trainer.model import Base
+from worker.trainer.prepare import Rows, usable
+from worker.trainer.recipe import learning_rate_at
+
+Emit = Callable[[TrainerEvent], None]
+LoadBase = Callable[[], Base]
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that lives as long as the loop."""
+
+    command: Train
+    emit: Emit
+    stopping: Callable[[], bool]
+    rows: Rows
+    base: Base
+    adapted: PeftModel
+    optimizer: torch.optim.Optimizer
+    layout: sft.Layout
+    state: RunState
+    best: Tensors | None
+    saved_step: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.command.recipe
+
+    def say(self, message: str, level: str = "info") -> None:
+        _say(self.emit, self.command.job, message, level)
+
+
+def train(command: Train, load_base: LoadBase, *, emit: Emit, stopping: Callable[[], bool]) -> None:
+    """Ends with `done` or `stopped`. Raises TrainingFailed for what the user must mend."""
+    encoder = Encoder(command.task.base_dir)
+    run = _start(command, encoder, load_base, emit, stopping)
+    try:
+        tuned = _loop(run)
+        report = _report(run, tuned)
+        folder = Path(command.work_dir) / "adapter"
+        adapter.write(
+            folder,
+            run.adapted,
+            encoder.tokenizer,
+            task=command.task,
+            recipe=run.recipe,
+            report=report,
+            metrics=run.state.metrics,
+        )
+        run.emit(Done(job=command.job, path=str(folder), report=report))
+    except evaluate.Interrupted:
+        _save(run)
+        run.emit(Stopped(job=command.job, step=run.state.step))
+    finally:
+        model.take_off(run.adapted)
+
+
+def _start(
+    command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, stopping: Callable[[], bool]
+) -> Run:
+    """From the files to the point before the next optimizer step, which is step 0 or where a checkpoint was left."""
+    task, recipe, job = command.task, command.recipe, command.job
+    if task.torch_threads > 0:
+        torch.set_num_threads(task.torch_threads)
+    emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
+    rows = usable(data.load(task, encoder), recipe.max_length)
+    emit(PhaseEntered(job=job, phase=Phase.LOADING))
+    base = load_base()
+    layout, warnings = selftest.layout(
+        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+    )
+    for warning in warnings:
+        _say(emit, job, warning, "warn")
+    random.seed(recipe.seed)
+    np.random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    adapted = model.put_on(base, recipe)
+    optimizer = torch.optim.AdamW(
+        model.trainable(adapted).values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    state, best = RunState(recipe=recipe), None
+    if command.resume_from is not None:
+        state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
+    run = Run(command, emit, stopping, rows, base, adapted, optimizer, layout, state, best, state.step)
+    _say_decisions(run)
+    return run
+
+
+def _loop(run: Run) -> Score:
+    """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
+    run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
+    if run.state.base is None:
+        run.state.base = _score(run, adapter=False)
+        run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
+    run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
+    while True:
+        if run.state.evaluation_due:
+            _evaluate(run)
+        if run.stopping():
+            raise evaluate.Interrupted
+        if run.state.step % run.recipe.save_every == 0 and run.state.step > run.saved_step:
+            _save(run)
+        if run.state.step >= run.recipe.total_steps or _patience_is_spent(run):
+            break
+        _step(run)
+    run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
+    if run.best is not None and run.state.best_step != run.state.step:
+        checkpoint.set_adapter(run.adapted, run.best)
+        run.say(f"step {run.state.best_step} scored best and is the one that is kept")
+    tuned = _score(run, adapter=True)
+    run.say(f"held-out loss {run.state.base.loss:.4f} → {tuned.loss:.4f}")
+    return tuned
+
+
+def _step(run: Run) -> None:
+    """One optimizer step over `batch_size` examples, in as many micro-batches as the layout takes."""
+    recipe, state = run.recipe, run.state
+    started = time.perf_counter()
+    examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
+    tokens = trained_tokens(examples)
+    total, correct = 0.0, 0
+    for batch in batches(
+        examples, packing=run.layout.packing, micro_batch=run.layout.micro_batch, pad=run.layout.pad
+    ):
+        with run.base.precision():
+            loss = sft.loss(run.base.model, batch.to(run.base.device), run.layout)
+        # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
+        (loss.sum / tokens).backward()
+        total += loss.sum.item()
+        correct += int(loss.correct.item())
+    rate = learning_rate_at(recipe, state.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise TrainingFailed(
+            f"the loss diverged at step {state.step + 1}: loss {total / tokens}, gradient norm {norm}",
+            code="diverged",
+            param="hyperparameters.learning_rate_multiplier",
+            hint="lower learning_rate_multiplier, to a third for instance",
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    seconds = time.perf_counter() - started
+    state.step += 1
+    state.trained_tokens += tokens
+    state.seconds += seconds
+    state.evaluation_due = bool(recipe.eval_every) and state.step % (recipe.eval_every or 1) == 0
+    _record(
+        run,
+        Metrics(
+            step=state.step,
+            total_steps=recipe.total_steps,
+            train_loss=total / tokens,
+            train_mean_token_accuracy=correct / tokens,
+            learning_rate=rate,
+            grad_norm=norm,
+            trained_tokens=state.trained_tokens,
+            tokens_per_second=tokens / seconds,
+        ),
+    )
+
+
+def _evaluate(run: Run) -> None:
+    """Score the adapter so far; remember the best one where early stopping will want it."""
+    state = run.state
+    score = _score(run, adapter=True)
+    state.evaluation_due = False
+    if state.best_loss is None or score.loss < state.best_loss:
+        state.best_loss, state.best_step, state.worse_evaluations = score.loss, state.step, 0
+        if run.recipe.early_stopping is not None:
+            run.best = checkpoint.adapter_tensors(run.adapted)
+    else:
+        state.worse_evaluations += 1
+    _record(
+        run,
+        Metrics(
+            step=state.step,
+            total_steps=run.recipe.total_steps,
+            valid_loss=score.loss,
+            valid_mean_token_accuracy=score.token_accuracy,
+            full_valid_loss=score.loss,
+            full_valid_mean_token_accuracy=score.token_accuracy,
+        ),
+    )
+    if _patience_is_spent(run):
+        run.say(f"stopping early at step {state.step}: no improvement in {state.worse_evaluations} evaluations")
+
+
+def _patience_is_spent(run: Run) -> bool:
+    return run.recipe.early_stopping is not None and run.state.worse_evaluations >= run.recipe.early_stopping
+
+
+def _save(run: Run) -> None:
+    """A checkpoint of this step, unless one is there already or nothing was trained."""
+    if run.state.step == run.saved_step:
+        return
+    folder = Path(run.command.work_dir) / "checkpoints" / f"step-{run.state.step:08d}"
+    checkpoint.save(folder, run.adapted, run.optimizer, run.state, run.best)
+    run.saved_step = run.state.step
+    run.emit(
+        CheckpointSaved(
+            job=run.command.job, step=run.state.step, path=str(folder), metrics=_latest(run.state, run.recipe)
+        )
+    )
+
+
+def _latest(state: RunState, recipe: Recipe) -> Metrics:
+    """What is known at this step, the step's own line and its evaluation in one."""
+    merged = Metrics(step=state.step, total_steps=recipe.total_steps)
+    for metrics in state.metrics[-2:]:
+        if metrics.step == state.step:
+            merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
+    return merged
+
+
+def _score(run: Run, *, adapter: bool) -> Score:
+    return evaluate.score(
+        run.base, run.adapted, run.rows.heldout, adapter=adapter, layout=run.layout, stopping=run.stopping
+    )
+
+
+def _record(run: Run, metrics: Metrics) -> None:
+    run.state.metrics.append(metrics)
+    run.emit(Measured(job=run.command.job, metrics=metrics))
+
+
+def _report(run: Run, tuned: Score) -> Report:
+    assert run.state.base is not None
+    trainable_parameters, total_parameters = run.adapted.get_nb_trainable_parameters()
+    return Report(
+        base=run.state.base,
+        tuned=tuned,
+        heldout_source=run.rows.heldout_source,
+        heldout_lines=[row.line for row in run.rows.heldout],
+        quantization=run.recipe.quantization,
+        compute_dtype="bfloat16" if run.base.compute_dtype == torch.bfloat16 else "float32",
+        steps=run.state.step,
+        trained_tokens=run.state.trained_tokens,
+        trainable_parameters=trainable_parameters,
+        total_parameters=total_parameters,
+        train_seconds=round(run.state.seconds, 3),
+        peak_memory_bytes=_peak_memory(run.base.device),
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _say_decisions(run: Run) -> None:
+    recipe, layout = run.recipe, run.layout
+    trainable_parameters, total = run.adapted.get_nb_trainable_parameters()
+    run.say(
+        f"{len(run.rows.train)} rows train, {len(run.rows.heldout)} are held out ({run.rows.heldout_source}); "
+        f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs"
+    )
+    run.say(
+        f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}: {trainable_parameters:,} of {total:,} "
+        f"parameters; rate {recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
+    )
+    run.say(
+        f"base in {recipe.quantization.value} on {run.base.device.type}, computing in "
+        f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
+        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
+    )
+    if run.state.step:
+        run.say(f"going on from the checkpoint of step {run.state.step}")
+
+
+def _say(emit: Emit, job: str, message: str, level: str) -> None:
+    emit(Notice.model_validate({"job": job, "level": level, "message": message}))
