@@ -111,8 +111,11 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     lines = [f"{_path(p)}: {p['msg'].removeprefix('Value error, ')}{_found(p)}" for p in problems[:5]]
     if problems[0]["type"] == "json_invalid":
         return _answer(InvalidRequest("the body is not JSON", code="invalid_json"))
-    code = "unknown_parameter" if problems[0]["type"] == "extra_forbidden" else "invalid_value"
-    return _answer(InvalidRequest("; ".join(lines), param=_path(problems[0]), code=code))
+    first, param = problems[0], _path(problems[0])
+    if first["type"] == "unknown_parameter":
+        param = first["ctx"]["key"] if param == "body" else f"{param}.{first['ctx']['key']}"
+    code = first["type"] if first["type"] in ("unknown_parameter", "missing") else "invalid_value"
+    return _answer(InvalidRequest("; ".join(lines), param=param, code=code))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -139,7 +142,7 @@ def _path(problem: dict[str, Any]) -> str:
 
 
 def _found(problem: dict[str, Any]) -> str:
-    if problem["type"] in ("missing", "extra_forbidden") or "input" not in problem:
+    if problem["type"] in ("missing", "unknown_parameter") or "input" not in problem:
         return ""
     shown = repr(problem["input"])
     return f" (found {shown if len(shown) <= 60 else shown[:59] + '…'})"

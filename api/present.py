@@ -60,7 +60,7 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
             learning_rate_multiplier=recipe.learning_rate_multiplier,
         )
     progress = _progress(job)
-    eta = progress.eta_seconds if progress and job.state == State.RUNNING else None
+    eta = progress.eta_seconds if progress else None
     adapter = job.adapter if job.adapter is not None and job.adapter.deleted_at is None else None
     return JobOut(
         id=job.id,
@@ -162,13 +162,16 @@ def _progress(job: Job) -> Progress | None:
     if not job.progress:
         return None
     step, total = int(job.progress["step"]), int(job.progress["total_steps"])
-    left = (total - step) * float(job.progress["seconds_per_step"]) - (time.time() - float(job.progress["at"]))
+    pace: float | None = job.progress["seconds_per_step"]
+    eta = None
+    if job.state == State.RUNNING and pace is not None:
+        eta = max(0, round((total - step) * pace - (time.time() - job.progress["at"])))
     return Progress(
         step=step,
         total_steps=total,
         percent=round(100 * step / max(total, 1), 1),
         tokens_per_second=job.progress["tokens_per_second"],
-        eta_seconds=max(0, round(left)) if job.state == State.RUNNING else None,
+        eta_seconds=eta,
     )
 
 

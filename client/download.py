@@ -30,7 +30,9 @@ class Corrupt(MillinerError):
     code = "checksum_mismatch"
 
 
-def pull(files: Iterable[Artifact], folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None) -> list[Path]:
+def pull(
+    files: Iterable[Artifact], folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> list[Path]:
     """Bring every file into `folder`, the manifest last, and return where they lie.
 
     `on_bytes` hears of each chunk; a file that is already there counts at once. Raises InvalidRequest for a path that

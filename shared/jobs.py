@@ -353,7 +353,7 @@ def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     """End the job for a reason that its user must mend."""
     values = {"error": error.model_dump(mode="json")}
     return transition(
-        session, job_id, Reason.INVALID, epoch=epoch, message=f"The job failed: {error.message}", **values
+        session, job_id, Reason.INVALID, epoch=epoch, message=f"The job failed: {error.message}", values=values
     )
 
 

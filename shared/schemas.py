@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 Metadata = dict[
@@ -61,9 +62,19 @@ class Wire(BaseModel):
 
 
 class Request(Wire):
-    """Base of what we accept: an unknown key is an error that names it."""
+    """Base of what we accept: an unknown key is an error that names it and what is allowed."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        unknown = sorted(set(data) - set(cls.model_fields)) if isinstance(data, dict) else []
+        if unknown:
+            allowed = ", ".join(sorted(cls.model_fields))
+            context = {"key": str(unknown[0]), "allowed": allowed}
+            raise PydanticCustomError("unknown_parameter", "unknown key '{key}'; allowed: {allowed}", context)
+        return data
 
 
 # ---------------------------------------------------------------- requests

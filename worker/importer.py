@@ -1,8 +1,8 @@
 """Base models into the catalog: `python -m worker.importer NAME SOURCE`, for operators (`milliner models add`).
 
-A source is a local folder, a GGUF file (dequantized once, by a trainer process), or `hf://repo@revision`. Only safetensors
-weights and no remote code are taken; every file is hashed and mirrored into the bucket under `models/<digest>/`, where
-workers find it. Safe to repeat: the same bytes are the same entry.
+A source is a local folder, a GGUF file (dequantized once, by a trainer process), or `hf://repo@revision`. Only
+safetensors weights and no remote code are taken; every file is hashed and mirrored into the bucket under
+`models/<digest>/`, where workers find it. Safe to repeat: the same bytes are the same entry.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ app.command()(commands.up)
 app.command()(commands.down)
 app.command()(commands.doctor)
 app.add_typer(commands.keys, name="keys")
+app.command("add-model")(commands.add_model)
 
 if __name__ == "__main__":
     app()

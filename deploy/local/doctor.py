@@ -126,12 +126,9 @@ def _valkey(server: _Server) -> Check:
 
 
 def _s3(server: _Server) -> Check:
-    client, key = servers.s3_client(server.s3), "doctor/probe"
     mend = "start it, or set MILLINER_S3_ENDPOINT, MILLINER_S3_BUCKET and the two keys"
     try:
-        client.list_objects_v2(Bucket=server.s3.bucket, MaxKeys=1)
-        client.put_object(Bucket=server.s3.bucket, Key=key, Body=b"milliner")
-        client.delete_object(Bucket=server.s3.bucket, Key=key)
+        servers.try_s3(server.s3)
     except (BotoCoreError, ClientError) as error:
         return Check("s3", False, str(error), mend)
     return Check("s3", True, f"bucket {server.s3.bucket} lists, takes and deletes", mend)
@@ -172,7 +169,7 @@ def _of_record(record: Record | None) -> _Server | None:
 
 def _of_settings(settings: Settings) -> _Server:
     s3 = S3(
-        endpoint=settings.s3_endpoint,
+        endpoint=settings.s3_endpoint or "https://s3.amazonaws.com",
         bucket=settings.s3_bucket,
         access_key=settings.s3_access_key.get_secret_value(),
         secret_key=settings.s3_secret_key.get_secret_value(),

@@ -84,7 +84,7 @@ class Record(BaseModel):
 
 
 class Folder:
-    """One stack's folder, open; `held` says whether this process is its supervisor."""
+    """One stack's folder. It need not exist to be looked at."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
@@ -92,11 +92,10 @@ class Folder:
         self.cache = self.root / "cache"
         self._stack = self.root / "stack.json"
         self._lock = self.root / "lock"
-        self._children = self.root / "children.lock"
+        self.children_lock = self.root / "children.lock"
         self._secrets = self.root / "secrets.json"
         self._ports = self.root / "ports.json"
         self._lock_fd: int | None = None
-        self.children_fd: int | None = None
 
     def create(self) -> Self:
         for path in (self.root, self.logs, self.cache):
@@ -104,13 +103,10 @@ class Folder:
         self.root.chmod(0o700)
         return self
 
-    def hold(self, *, patience: float) -> None:
-        """Become the supervisor, once all children of an earlier one have ended.
+    def hold(self) -> None:
+        """Become the supervisor. The kernel frees the lock however its holder ends, so that it cannot go stale.
 
-        `lock` belongs to the supervisor and `children.lock` to its children, which inherit it: the kernel frees both
-        however their holders end, so neither can go stale.
-
-        Raises Conflict: another supervisor runs, or an earlier one's children outlast `patience` seconds.
+        Raises Conflict: another supervisor runs.
         """
         self.create()
         lock = _open(self._lock)
@@ -121,13 +117,20 @@ class Folder:
         os.write(lock, str(os.getpid()).encode())
         self._lock_fd = lock
         self.forget()
-        children = _open(self._children)
-        if not _soon(lambda: _locked(children), patience):
-            raise Conflict(
-                f"processes of an earlier stack on {self.root} still run after {patience:.0f} s; "
-                f"find them with: fuser {self._children}"
-            )
-        self.children_fd = children
+
+    def release(self) -> None:
+        """Stop being the supervisor."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def children_fd(self, *, patience: float) -> int | None:
+        """The descriptor that every child inherits, locked; None if children of an earlier supervisor still have it."""
+        fd = _open(self.children_lock)
+        if _soon(lambda: _locked(fd), patience):
+            return fd
+        os.close(fd)
+        return None
 
     def holder(self) -> int | None:
         """The pid of the running supervisor, or None."""
@@ -144,14 +147,14 @@ class Folder:
     def emptied(self, *, patience: float) -> bool:
         """Whether supervisor and children have all ended within `patience` seconds."""
 
-        def free() -> bool:
-            lock = _open(self._children)
-            try:
-                return _locked(lock)
-            finally:
-                os.close(lock)
-
-        return not self.root.exists() or _soon(lambda: self.holder() is None and free(), patience)
+        if not self.root.exists():
+            return True
+        if not _soon(lambda: self.holder() is None, patience):
+            return False
+        fd = self.children_fd(patience=patience)
+        if fd is not None:
+            os.close(fd)
+        return fd is not None
 
     def secrets(self) -> Secrets:
         if self._secrets.exists():
@@ -175,12 +178,16 @@ class Folder:
         """
         if api is not None and not _free(api):
             raise Conflict(f"port {api} is in use; choose another with --port, or leave it out")
-        names = list(Ports.model_fields)
-        known = _load(Ports, self._ports).model_dump() if self._ports.exists() else _block(names)
+        kept = self.kept_ports()
+        known = kept.model_dump() if kept else _block(list(Ports.model_fields))
         chosen = {name: port if _free(port) else _block([name])[name] for name, port in known.items()}
         ports = Ports(**chosen | ({"api": api} if api is not None else {}))
         _save(self._ports, ports)
         return ports
+
+    def kept_ports(self) -> Ports | None:
+        """The ports of the last run, whether they are in use or not."""
+        return _load(Ports, self._ports) if self._ports.exists() else None
 
     def record(self) -> Record | None:
         """The ready stack, or None while there is none."""

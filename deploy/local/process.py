@@ -63,8 +63,30 @@ def spawn(program: Program, *, log: Path, inherit: int) -> subprocess.Popen[byte
             process_group=0,
             umask=0o077,
             # Safe here: the supervisor has one thread.
-            preexec_fn=_binding(program.identity, program.stop_signal, os.getpid()),  # noqa: PLW1509
+            preexec_fn=binding(program.stop_signal, identity=program.identity),  # noqa: PLW1509
         )
+
+
+def binding(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Callable[[], None]:
+    """What a child does between fork and exec: become `identity`, and get the signal `death` when this process ends.
+
+    PDEATHSIG comes last: a change of credentials clears it.
+    """
+    parent = os.getpid()
+
+    def bind() -> None:
+        if identity is Identity.NAMESPACE:
+            _enter_namespace()
+        elif identity is Identity.NOBODY:
+            nobody = pwd.getpwnam("nobody")
+            os.setgroups([])
+            os.setgid(nobody.pw_gid)
+            os.setuid(nobody.pw_uid)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return bind
 
 
 def stop(child: subprocess.Popen[bytes], program: Program) -> None:
@@ -91,6 +113,24 @@ def tail(log: Path, lines: int = 15) -> str:
         return "\n".join(stream.read().decode(errors="replace").splitlines()[-lines:])
 
 
+def open_files(pid: int) -> set[str]:
+    """What a process's descriptors point to, such as "/a/file" or "socket:[8413]"; nothing if it has ended."""
+    found = set()
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.add(os.readlink(entry))
+    return found
+
+
+def kill_holders(path: Path) -> None:
+    """Kill every process but this one that has `path` open."""
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        if pid != os.getpid() and str(path) in open_files(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @lru_cache(maxsize=1)
 def unprivileged() -> Identity:
     """The way to not be root here."""
@@ -105,24 +145,6 @@ def unprivileged() -> Identity:
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     return Identity.NAMESPACE if os.waitstatus_to_exitcode(status) == 0 else Identity.NOBODY
-
-
-def _binding(identity: Identity, death: signal.Signals, parent: int) -> Callable[[], None]:
-    """What the child does between fork and exec. PDEATHSIG comes last: a change of credentials clears it."""
-
-    def bind() -> None:
-        if identity is Identity.NAMESPACE:
-            _enter_namespace()
-        elif identity is Identity.NOBODY:
-            nobody = pwd.getpwnam("nobody")
-            os.setgroups([])
-            os.setgid(nobody.pw_gid)
-            os.setuid(nobody.pw_uid)
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return bind
 
 
 def _enter_namespace() -> None:

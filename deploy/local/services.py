@@ -15,12 +15,11 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
 from sqlalchemy import select
 
 from deploy.local import servers
 from deploy.local.folder import S3, Folder, Ports
-from deploy.local.process import Program
+from deploy.local.process import Program, open_files
 from shared.db import engine, session_scope
 from shared.models import BaseModel
 from shared.tenants import create_key, ensure_tenant
@@ -63,7 +62,9 @@ def migrate(env: dict[str, str]) -> Program:
 
 def api(env: dict[str, str], ports: Ports) -> Program:
     listen = ["--host", servers.HOST, "--port", str(ports.api)]
-    return _python("api", ["uvicorn", "api.app:app", *listen, "--timeout-graceful-shutdown", "5", "--no-access-log"], env)
+    return _python(
+        "api", ["uvicorn", "api.app:app", *listen, "--timeout-graceful-shutdown", "5", "--no-access-log"], env
+    )
 
 
 def worker(queue: str, env: dict[str, str], *, slots: int) -> Program:
@@ -105,12 +106,10 @@ def api_ready(base_url: str) -> bool:
 
 def worker_listens(pid: int, redis_url: str) -> bool:
     """Whether the process holds a connection to the broker. Celery's own ping needs remote control, which is off."""
-    try:
-        connections = psutil.Process(pid).net_connections("tcp")
-    except psutil.Error:
-        return False
-    port = urlsplit(redis_url).port
-    return any(c.raddr and c.raddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in connections)
+    port, established = urlsplit(redis_url).port, "01"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]  # proc(5): hex, network order
+    sockets = {f"socket:[{r[9]}]" for r in rows if int(r[2].split(":")[1], 16) == port and r[3] == established}
+    return not sockets.isdisjoint(open_files(pid))
 
 
 def make_key(url: str) -> str:

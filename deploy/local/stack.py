@@ -15,15 +15,15 @@ from pathlib import Path
 
 from deploy.local import servers, services
 from deploy.local.folder import Folder, Pids, Record
-from deploy.local.process import Program, end, spawn, stop, tail
-from shared.errors import Unavailable
+from deploy.local.process import Program, end, kill_holders, spawn, stop, tail
+from shared.errors import Conflict, Unavailable
 
 # What may still be at work is asked to end before what it works with.
 _STOP_ORDER = (("api",), ("prepare", "train"), ("s3",), ("valkey",), ("postgres",))
 
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.25, 30.0
 _SOUND_AFTER = 60.0  # seconds alive, after which the next death starts at the first back-off again
-_PREDECESSOR_PATIENCE = 40.0  # the children of a supervisor that was killed -9 take this long at most
+_PREDECESSOR_PATIENCE = 35.0  # how long the children of a supervisor that was killed -9 may take to end
 _START_PATIENCE = 90.0
 
 
@@ -43,10 +43,11 @@ class _Child:
 class Stack:
     """One stack in the foreground of this process; use it from the main thread."""
 
-    def __init__(self, folder: Folder, *, port: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Folder, *, port: int | None, base_model: bool, say: Callable[[str], None]) -> None:
         self._folder = folder
         self._say = say
         self._asked_port = port
+        self._wants_base_model = base_model
         self._children: dict[str, _Child] = {}
         self._stopping = False
 
@@ -56,7 +57,7 @@ class Stack:
         Raises MillinerError: the folder is taken, a package is missing, or a child failed to start. All that had been
         started is ended by then.
         """
-        self._folder.hold(patience=_PREDECESSOR_PATIENCE)
+        self._take_folder()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._ask_to_stop)
         try:
@@ -69,8 +70,22 @@ class Stack:
         finally:
             self._folder.forget()
             self._stop()
+            os.close(self._inherit)
+            self._folder.release()
 
     # ------------------------------------------------------------ start
+
+    def _take_folder(self) -> None:
+        """Become the folder's supervisor, once the children of an earlier one have ended, or been made to."""
+        folder = self._folder
+        folder.hold()
+        inherit = folder.children_fd(patience=_PREDECESSOR_PATIENCE)
+        if inherit is None:
+            kill_holders(folder.children_lock)
+            inherit = folder.children_fd(patience=_PREDECESSOR_PATIENCE)
+        if inherit is None:
+            raise Conflict(f"processes of an earlier stack hold {folder.children_lock}; see them with: fuser")
+        self._inherit = inherit
 
     def _start(self) -> Record:
         folder = self._folder
@@ -100,6 +115,7 @@ class Stack:
         self._await("s3", lambda: servers.s3_answers(self._s3))
         servers.create_database(maintenance)
         servers.create_bucket(self._s3)
+        self._await("s3", lambda: servers.s3_stores(self._s3))
 
     def _start_services(self) -> None:
         self._say("bringing the tables up to date")
@@ -117,7 +133,8 @@ class Stack:
         self._await("api", lambda: services.api_ready(services.base_url(self._ports)))
         self._await("prepare", lambda: services.worker_listens(self._pid("prepare"), self._redis_url))
         self._await("train", lambda: services.worker_listens(self._pid("train"), self._redis_url))
-        self._import_bundled_model(env)
+        if self._wants_base_model:
+            self._import_bundled_model(env)
 
     def _import_bundled_model(self, env: dict[str, str]) -> None:
         name, source = services.BUNDLED, services.bundled_model()
@@ -200,9 +217,7 @@ class Stack:
             end(process, program, asked_at=time.monotonic() - program.grace)
 
     def _spawn(self, program: Program) -> subprocess.Popen[bytes]:
-        inherit = self._folder.children_fd
-        assert inherit is not None, "run() holds the folder first"
-        return spawn(program, log=self._log(program.name), inherit=inherit)
+        return spawn(program, log=self._log(program.name), inherit=self._inherit)
 
     def _log(self, name: str) -> Path:
         return self._folder.logs / f"{name}.log"

@@ -2,8 +2,8 @@
 
 Owns: how examples share a row, and the arithmetic of positions and targets. Must not know about models or epochs.
 
-In a packed row the documents are kept apart by `position_ids` that start again at 0 and by the *absence* of an attention
-mask: transformers then builds a block-diagonal mask by itself. With a mask, or with a cache, it would not.
+In a packed row the documents are kept apart by `position_ids` that start again at 0 and by the *absence* of an
+attention mask: transformers then builds a block-diagonal mask by itself. With a mask, or with a cache, it would not.
 """
 
 from __future__ import annotations

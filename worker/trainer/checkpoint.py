@@ -40,6 +40,8 @@ class RunState(BaseModel):
     seconds: float = 0.0
     base: Score | None = None
     evaluation_due: bool = False
+    last_score: Score | None = None
+    last_score_step: int | None = None
     best_loss: float | None = None
     best_step: int | None = None
     worse_evaluations: int = 0
@@ -61,7 +63,9 @@ class Stored(BaseModel):
     random: RandomState
 
 
-def save(folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
+def save(
+    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None
+) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
     partial = _partial(folder)
     save_file(adapter_tensors(adapted), partial / ADAPTER)
@@ -78,7 +82,10 @@ def save(folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run
 def load(
     folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> tuple[RunState, Tensors | None]:
-    """Put the run back into `adapted`, `optimizer` and every random generator. Raises ValueError for another recipe's."""
+    """Put the run back into `adapted`, `optimizer` and every random generator.
+
+    Raises ValueError for a checkpoint of another recipe.
+    """
     stored = Stored.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
     if stored.run.recipe != recipe:
         raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")

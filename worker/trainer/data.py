@@ -107,9 +107,7 @@ def _read(path: str, encoder: Encoder, max_row_bytes: int, *, param: str) -> lis
             if len(errors) < formats.MAX_PROBLEMS:
                 errors.append(error)
     if bad:
-        report = FileReport(
-            rows=len(rows), bad_rows=bad, format=None, problems=[error.problem() for error in errors]
-        )
+        report = FileReport(rows=len(rows), bad_rows=bad, format=None, problems=[error.problem() for error in errors])
         raise TrainingFailed(
             formats.describe(report),
             code=f"invalid_{param}",

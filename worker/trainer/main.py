@@ -21,7 +21,17 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_T
 from pydantic import ValidationError
 
 from shared.errors import TrainingFailed
-from shared.protocol import COMMAND, Command, Failed, Measured, PhaseEntered, Prepare, Prepared, Stop, Train, TrainerEvent
+from shared.protocol import (
+    COMMAND,
+    Failed,
+    Measured,
+    PhaseEntered,
+    Prepare,
+    Prepared,
+    Stop,
+    Train,
+    TrainerEvent,
+)
 from shared.schemas import Phase, Quantization
 
 if TYPE_CHECKING:
@@ -63,7 +73,7 @@ class Session:
     """The pipe's two ends and the base that is resident."""
 
     def __init__(self, pipe: int) -> None:
-        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Prepare | Train | None] = queue.SimpleQueue()
         self._pipe = os.fdopen(pipe, "wb", buffering=0)
         self._stopping: set[str] = set()
         self._resident: tuple[tuple[str, Quantization], Base] | None = None
@@ -86,7 +96,7 @@ class Session:
     def emit(self, event: TrainerEvent) -> None:
         if isinstance(event, Measured):
             self._step = event.metrics.step
-        self._pipe.write(event.model_dump_json(exclude_none=True).encode() + b"\n")
+        self._pipe.write(event.model_dump_json().encode() + b"\n")
 
     def serve(self, command: Prepare | Train) -> None:
         """Answer one command; no exception of a job ends the session."""
@@ -95,13 +105,74 @@ class Session:
             self._prepare(command) if isinstance(command, Prepare) else self._train(command)
         except TrainingFailed as error:
             self._fail(command, error.code, error.message, hint=error.hint, param=error.param)
-        except MemoryError as error:
-            self._out_of_memory(command, error)
         except Exception as error:
-            if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") or "can't allocate memory" in str(error):
-                self._out_of_memory(command, error)
+            traceback.print_exc()
+            if is_out_of_memory(error):
+                hint = "lower trainer.micro_batch or trainer.max_length, or take quantization nf4"
+                self._fail(command, "out_of_memory", f"the trainer ran out of memory: {error}", hint=hint)
             else:
-                traceback.print_exc()
                 self._fail(command, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
         finally:
             self._stopping.discard(command.job)
+
+    def _prepare(self, command: Prepare) -> None:
+        self.emit(PhaseEntered(job=command.job, phase=Phase.TOKENIZING))
+        # Imported here: transformers takes seconds, and the pipe should answer at once.
+        from worker.trainer.prepare import prepare  # noqa: PLC0415 (import cost)
+
+        self.emit(Prepared(job=command.job, plan=prepare(command.task)))
+
+    def _train(self, command: Train) -> None:
+        # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
+        from worker.trainer.train import train  # noqa: PLC0415 (import cost)
+
+        train(
+            command,
+            lambda: self._base(command.task.base_dir, command.recipe.quantization),
+            emit=self.emit,
+            stopping=lambda: command.job in self._stopping,
+        )
+
+    def _base(self, base_dir: str, quantization: Quantization) -> Base:
+        from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)
+
+        key = (base_dir, quantization)
+        if self._resident is None or self._resident[0] != key:
+            self._resident = None  # first let go of the old one: two do not fit
+            self._resident = (key, load_base(base_dir, quantization))
+        return self._resident[1]
+
+    def _fail(
+        self,
+        command: Prepare | Train,
+        code: str,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        retryable: bool = False,
+    ) -> None:
+        self.emit(
+            Failed(
+                job=command.job,
+                code=code,
+                message=message,
+                hint=hint,
+                param=param,
+                step=self._step,
+                retryable=retryable,
+            )
+        )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's own, CUDA's, and what torch's CPU allocator raises: a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

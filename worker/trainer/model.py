@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -36,10 +37,13 @@ class Base:
             yield
 
 
-def load_base(base_dir: str, quantization: Quantization) -> Base:
-    """Load safetensors as they are or quantized on the fly. Raises TrainingFailed if the folder holds no usable model."""
+def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch.dtype | None = None) -> Base:
+    """Load safetensors as they are or quantized on the fly, computing in bf16 where the machine is fast at it.
+
+    Raises TrainingFailed if the folder holds no usable model.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    dtype = compute_dtype or (torch.bfloat16 if _fast_bfloat16(device) else torch.float32)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base_dir,
@@ -51,7 +55,7 @@ def load_base(base_dir: str, quantization: Quantization) -> Base:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise TrainingFailed(
@@ -109,7 +113,7 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
+        lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=recipe.use_rslora,
@@ -126,7 +130,7 @@ def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

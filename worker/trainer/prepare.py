@@ -70,7 +70,7 @@ def usable(dataset: data.Dataset, max_length: int) -> Rows:
 def _length_warnings(train: data.Fitted, length: int) -> list[str]:
     warnings = []
     if train.truncated:
-        warnings.append(f"{train.truncated} rows are longer than {length:,} tokens and are cut there (trainer.max_length)")
+        warnings.append(f"{train.truncated} rows are cut at {length:,} tokens (trainer.max_length)")
     if train.dropped:
         warnings.append(f"{train.dropped} rows are dropped: nothing trained is left within {length:,} tokens")
     return warnings

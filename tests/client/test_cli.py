@@ -1,0 +1,210 @@
+"""The `milliner` command as a user runs it: a process, against the real stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from client.cli import app
+from client.connect import connect
+from deploy.local.folder import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-c", "import sys; sys.argv[0] = 'milliner'; from client.cli import main; main()"]
+MODEL = "SmolLM2-135M-Instruct"
+TRAIN = ("--model", MODEL, "--max-steps", "2", "--batch-size", "4", "--r", "4", "--max-length", "64")
+
+
+class Done(subprocess.CompletedProcess[str]):
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def environment(stack: Record) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
+    return clean | {"MILLINER_DATA": stack.data, "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def milliner(stack: Record, *arguments: str | Path, **env: str) -> Done:
+    command = [*PROGRAM, *map(str, arguments)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment(stack) | env, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return Done(ran.args, ran.returncode, ran.stdout, ran.stderr)
+
+
+def dataset(path: Path, rows: Sequence[str]) -> Path:
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = [json.dumps({"prompt": f"{number} + 1 =", "completion": f" {number + 1}"}) for number in range(12)]
+    return dataset(tmp_path_factory.mktemp("data") / "sums.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def finished(stack: Record, rows: Path) -> Done:
+    """One small job, submitted and followed to its end."""
+    ran = milliner(stack, "submit", rows, *TRAIN, "--follow", "--yes", "--metadata", "made=here", "--json")
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def test_a_job_goes_all_the_way(finished: Done) -> None:
+    job = finished.json()
+    assert job["status"] == "succeeded"
+    assert job["plan"]["recipe"]["r"] == 4
+    assert job["report"]["tuned"]["loss"] != job["report"]["base"]["loss"]
+    lines = finished.stderr.splitlines()
+    assert any(line.startswith("running, training  step ") for line in lines)
+    assert lines[-1] == "succeeded"
+
+
+def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
+    job = finished.json()
+    shown = milliner(stack, "show", job["id"]).stdout
+    assert "succeeded" in shown
+    assert f"{job['report']['tuned']['loss']:.4f}" in shown
+    assert job["id"] in milliner(stack, "ls", "--metadata", "made=here").stdout
+    assert job["id"] not in milliner(stack, "ls", "--metadata", "made=there").stdout
+    printed = milliner(stack, "logs", job["id"]).stdout.splitlines()
+    assert "Created" in printed[0]
+    assert "successfully completed" in printed[-1]
+    followed = milliner(stack, "logs", job["id"], "--follow", "--json").stdout.splitlines()
+    assert [json.loads(line)["message"] for line in followed] == [line.split("  ", 1)[1] for line in printed]
+
+
+def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: Path) -> None:
+    job = finished.json()
+    assert milliner(stack, "pull", job["id"], tmp_path / "hat").returncode == 0
+    assert {path.name for path in (tmp_path / "hat").iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "manifest.json",
+    }
+    again = milliner(stack, "pull", job["id"], tmp_path / "hat", "--json").json()
+    assert again["uri"] == job["adapter"]["uri"]
+
+
+def test_the_result_file_can_be_read(stack: Record, finished: Done) -> None:
+    text = milliner(stack, "files", "cat", finished.json()["result_files"][0]).stdout
+    assert text.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,")
+
+
+@pytest.mark.parametrize("command", [("models",), ("models", "ls"), ("files",), ("ls",), ("logs", "JOB")], ids=" ".join)
+def test_lists_are_the_apis_own_objects(stack: Record, finished: Done, command: tuple[str, ...]) -> None:
+    words = [finished.json()["id"] if word == "JOB" else word for word in command]
+    listed = milliner(stack, *words, "--json").json()
+    assert listed["object"] == "list"
+    assert listed["data"]
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Done, rows: Path) -> None:
+    files = milliner(stack, "files", "--json").json()["data"]
+    ran = milliner(stack, "submit", rows, *TRAIN, "--dry-run")
+    assert ran.returncode == 0
+    assert "2: " in ran.stdout
+    assert "4 rows a step" in ran.stdout
+    planned = milliner(stack, "submit", rows, *TRAIN, "--dry-run", "--json").json()
+    assert (planned["status"], planned["reason"], planned["plan"]["recipe"]["total_steps"]) == (
+        "cancelled",
+        "dry_run",
+        2,
+    )
+    assert milliner(stack, "files", "--json").json()["data"] == files
+
+
+def test_bad_rows_are_named_and_not_kept(stack: Record, tmp_path: Path) -> None:
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    broken = dataset(tmp_path / "broken.jsonl", [*[good] * 6, '{"prompt": ', good])
+    ran = milliner(stack, "submit", broken, *TRAIN)
+    assert ran.returncode == 1
+    assert "broken.jsonl: 1 of 8 rows cannot be trained on" in ran.stdout
+    assert "\n7 " in ran.stdout
+    assert "broken.jsonl" not in milliner(stack, "files").stdout
+
+
+def test_a_file_can_be_added_listed_and_removed(stack: Record, rows: Path) -> None:
+    added = milliner(stack, "files", "add", rows, "--json").json()
+    assert added["report"]["rows"] == 12
+    assert added["id"] in milliner(stack, "files", "ls").stdout
+    assert milliner(stack, "files", "rm", added["id"], "--json").json()["deleted"] is True
+    assert milliner(stack, "files", "cat", added["id"]).returncode == 1
+
+
+def test_ctrl_c_detaches_and_the_job_goes_on(stack: Record, finished: Done, rows: Path) -> None:
+    sent = milliner(stack, "submit", rows, *TRAIN[:2], "--epochs", "50", "--json").json()
+    with subprocess.Popen(
+        [*PROGRAM, "show", sent["id"], "--follow"],
+        cwd=ROOT,
+        env=environment(stack) | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        watching.stdout.readline()
+        watching.send_signal(signal.SIGINT)
+        _, said = watching.communicate(timeout=30)
+    assert watching.returncode == 130
+    assert f"milliner show {sent['id']} --follow" in said
+    assert connect(Path(stack.data)).fine_tuning.jobs.retrieve(sent["id"]).status in (
+        "validating_files",
+        "queued",
+        "running",
+    )
+    assert f"{sent['id']} is " in milliner(stack, "cancel", sent["id"]).stdout
+    ended = milliner(stack, "show", sent["id"], "--follow")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[-1].strip() == "cancelled"
+    nothing = milliner(stack, "pull", sent["id"], "nowhere")
+    assert nothing.returncode == 1
+    assert "has no adapter: it is cancelled" in nothing.stderr
+
+
+def test_errors_are_one_line_on_stderr(stack: Record, rows: Path, tmp_path: Path) -> None:
+    server = {"MILLINER_BASE_URL": stack.base_url, "MILLINER_API_KEY": "mln_wrong"}
+    cases = (
+        (milliner(stack, "show", "ftjob-none"), "not_found, "),
+        (milliner(stack, "ls", **server), "invalid_api_key, "),
+        (milliner(stack, "ls", **server | {"MILLINER_BASE_URL": "http://127.0.0.1:9/v1"}), "milliner up"),
+        (milliner(stack, "ls", "--data", tmp_path), f"milliner up --data {tmp_path}"),
+        (milliner(stack, "submit", rows, "--model", "none-such"), "model_not_found, "),
+        (milliner(stack, "submit", rows, "--model", MODEL, "--r", "0"), "lora.r"),
+        (milliner(stack, "models", "rm", MODEL), "permission_denied, "),
+    )
+    for ran, said in cases:
+        assert ran.returncode == 1
+        assert said in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+        assert ran.stdout == ""
+
+
+def every_command(group: click.Command, *names: str) -> list[tuple[tuple[str, ...], click.Command]]:
+    nested = getattr(group, "commands", {})
+    found = [(names, group)] if names else []
+    return found + [entry for name, command in nested.items() for entry in every_command(command, *names, name)]
+
+
+COMMANDS = every_command(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("names", "command"), COMMANDS, ids=[" ".join(names) for names, _ in COMMANDS])
+def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], command: click.Command) -> None:
+    assert command.help
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    assert [option.name for option in options if not option.help] == []
+    assert "--data" in {word for option in options for word in option.opts}

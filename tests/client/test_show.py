@@ -1,0 +1,80 @@
+"""What people read: every number that matters is there, and no text of a user's is taken for markup."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+
+from client import show
+from shared.schemas import File, Job, Model
+
+
+def drawn(thing: RenderableType, width: int = 160) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, markup=False, highlight=False).print(thing)
+    return out.getvalue()
+
+
+def test_the_plan_names_what_will_happen(queued: Job) -> None:
+    assert queued.plan is not None
+    text = drawn(show.plan(queued.plan))
+    for said in ("13,438, 128 of them held out", "598,907 trained an epoch", "70: 1 epoch ", "32 rows a step, packed"):
+        assert said in text
+    for said in ("1.32e-03, cosine", "16 (alpha 32, dropout 0)", "nf4", "! only 70 optimizer steps"):
+        assert said in text
+    assert "2 rows are longer than 256 tokens and are cut" in text
+    assert "1 rows have nothing left to train on" in text
+
+
+def test_a_waiting_job_shows_its_place(queued: Job) -> None:
+    text = drawn(show.job(queued))
+    assert "position 3" in text
+    assert "demo=quotes" in text
+
+
+def test_a_finished_job_shows_both_losses_and_how_to_fetch_it(succeeded: Job) -> None:
+    text = drawn(show.job(succeeded))
+    for said in ("3.2500", "2.5000", "37.5%", "50.0%", "in 3:20", "s3://bucket/adapters/", "milliner pull ftjob-1 DIR"):
+        assert said in text
+
+
+def test_a_failed_job_shows_code_step_hint_and_the_last_words(failed: Job) -> None:
+    text = drawn(show.outcome(failed))
+    assert text.splitlines() == [
+        "failed: the trainer died three times (poison, step 4)",
+        "  Killed [9]",
+        "→ lower batch_size",
+    ]
+
+
+def test_problems_are_a_table_and_say_how_many_more() -> None:
+    problem = {"line": 7, "field": "messages[i].role", "message": 'found "bot"', "hint": "one of system, user"}
+    report = {"rows": 18, "bad_rows": 22, "format": "chat", "problems": [problem]}
+    file = {"id": "file-1", "bytes": 9, "created_at": 0, "filename": "[red]x.jsonl", "purpose": "fine-tune"}
+    text = drawn(show.problems(File.model_validate(file | {"status": "error", "sha256": "0" * 64, "report": report})))
+    assert "[red]x.jsonl: 22 of 40 rows cannot be trained on" in text
+    assert "and 21 more" in text
+    assert [word for word in ("7", "messages[i].role", 'found "bot"', "one of system, user") if word not in text] == []
+
+
+def test_lists_fold_long_names_and_never_cut_them(succeeded: Job) -> None:
+    name = "ft:small:org:suffix:" + "x" * 60
+    models = [Model(id=name, created=0, owned_by="me", base="small", bytes=23_100_000)]
+    assert drawn(show.models(models), width=60).count("x") == name.count("x")
+    assert "3.250 → 2.500" in drawn(show.jobs([succeeded]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (9.6, "0:10"), (92, "1:32"), (3600, "1:00:00"), (90061, "25:01:01")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert show.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, ""), (5, "5 B"), (4_100, "4.1 kB"), (23_100_000, "23.1 MB"), (2_720_000_000, "2.7 GB")]
+)
+def test_sizes(number: int | None, text: str) -> None:
+    assert show.size(number) == text

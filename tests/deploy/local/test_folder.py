@@ -1,0 +1,67 @@
+"""What lies in a stack's folder, who may read it, and who holds it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy.local.folder import Folder
+from shared.errors import Conflict
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_secrets_are_made_once_and_kept_private(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "data").create()
+    first = folder.secrets()
+    assert Folder(tmp_path / "data").secrets() == first
+    assert len({first.postgres, first.valkey, first.s3_secret_key}) == 3
+    assert mode(folder.root) == 0o700
+    assert mode(folder.root / "secrets.json") == 0o600
+
+
+def test_ports_are_kept_and_one_that_was_taken_is_replaced(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).create()
+    first = folder.ports()
+    assert folder.ports() == first
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", first.valkey))
+        squatter.listen()
+        second = folder.ports()
+    assert second.valkey != first.valkey
+    assert second.model_copy(update={"valkey": first.valkey}) == first
+
+
+def test_a_port_that_was_asked_for_must_be_free(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).create()
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        port = squatter.getsockname()[1]
+        with pytest.raises(Conflict, match=f"port {port} is in use"):
+            folder.ports(api=port)
+    assert folder.ports(api=port).api == port
+    assert folder.ports().api == port
+
+
+def test_one_supervisor_at_a_time(tmp_path: Path) -> None:
+    first = Folder(tmp_path)
+    assert first.holder() is None
+    first.hold()
+    assert Folder(tmp_path).holder() == os.getpid()
+    with pytest.raises(Conflict, match="already runs"):
+        Folder(tmp_path).hold()
+    first.release()
+    assert Folder(tmp_path).holder() is None
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "nowhere")
+    assert folder.record() is None
+    assert folder.emptied(patience=0)
+    assert not folder.root.exists()

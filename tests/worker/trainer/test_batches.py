@@ -1,0 +1,61 @@
+"""Packing moves examples about and changes nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.trainer.batches import IGNORED, batches, collate, pack, trained_tokens
+from worker.trainer.encoding import Encoded
+from worker.trainer.recipe import PACK_LENGTH
+
+lengths = st.lists(st.integers(2, 2 * PACK_LENGTH), min_size=1, max_size=40)
+
+
+def examples_of(sizes: list[int]) -> list[Encoded]:
+    generator = np.random.Generator(np.random.PCG64(len(sizes)))
+    return [
+        Encoded(i, generator.integers(0, 99, size).astype(np.int32), generator.random(size) < 0.7)
+        for i, size in enumerate(sizes)
+    ]
+
+
+@given(sizes=lengths, packing=st.booleans(), micro_batch=st.integers(1, 9))
+def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, micro_batch: int) -> None:
+    examples = examples_of(sizes)
+    found = list(batches(examples, packing=packing, micro_batch=micro_batch, pad=0))
+    assert sum(int((b.targets != IGNORED).sum()) for b in found) == trained_tokens(examples)
+    assert all(len(b.input_ids) <= micro_batch for b in found)
+    assert all((b.attention_mask is None) == packing for b in found)
+
+
+@given(sizes=lengths)
+def test_packed_rows_hold_each_example_and_no_more_than_fits(sizes: list[int]) -> None:
+    examples = examples_of(sizes)
+    rows = pack(examples)
+    assert sorted(e.line for row in rows for e in row) == list(range(len(examples)))
+    capacity = max(PACK_LENGTH, *sizes)
+    filled = [sum(map(len, row)) for row in rows]
+    assert max(filled) <= capacity
+    # Best fit leaves no two rows that would have gone into one.
+    assert sum(sorted(filled)[:2]) > capacity or len(rows) == 1
+
+
+def test_packed_row_restarts_positions_and_predicts_nothing_across_a_seam() -> None:
+    one = Encoded(1, np.array([5, 6, 7], dtype=np.int32), np.array([True, True, True]))
+    two = Encoded(2, np.array([8, 9], dtype=np.int32), np.array([False, True]))
+    batch = collate([[one, two], [two]], packing=True, pad=3)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [8, 9, 3, 3, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch.targets.tolist() == [[6, 7, IGNORED, 9, IGNORED], [9, IGNORED, IGNORED, IGNORED, IGNORED]]
+
+
+def test_padding_that_equals_eos_leaves_the_eos_trained() -> None:
+    eos = 2
+    short = Encoded(1, np.array([5, eos], dtype=np.int32), np.array([True, True]))
+    long = Encoded(2, np.array([5, 6, 7, eos], dtype=np.int32), np.array([True] * 4))
+    batch = collate([[long], [short]], packing=False, pad=eos)
+    assert batch.targets.tolist() == [[6, 7, eos, IGNORED], [eos, IGNORED, IGNORED, IGNORED]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]

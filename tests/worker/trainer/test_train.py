@@ -1,0 +1,236 @@
+"""A whole run in this process: it learns, resumes bit for bit, and leaves an adapter that anyone can load."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from shared.errors import TrainingFailed
+from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train, TrainerEvent
+from shared.schemas import Report
+from worker.trainer import checkpoint, data, evaluate, model
+from worker.trainer.encoding import Encoder
+from worker.trainer.methods import sft
+from worker.trainer.train import train
+
+from .conftest import MakeTask, WriteRows, quotes, recipe_of
+
+Kind = TypeVar("Kind")
+
+
+@dataclass
+class Observer:
+    """The supervisor's end: it keeps the events and asks to stop once `stop_at` steps are measured."""
+
+    stop_at: int | None = None
+    events: list[TrainerEvent] = field(default_factory=list)
+
+    def stopping(self) -> bool:
+        steps = [e.metrics.step for e in self.of(Measured)]
+        return self.stop_at is not None and bool(steps) and steps[-1] >= self.stop_at
+
+    def of(self, kind: type[Kind]) -> list[Kind]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def run(
+    task: Task, work: Path, *, stop_at: int | None = None, resume_from: str | None = None, **changes: Any
+) -> Observer:
+    observer = Observer(stop_at)
+    command = Train(job="j", task=task, recipe=recipe_of(task, **changes), work_dir=str(work), resume_from=resume_from)
+    train(
+        command,
+        lambda: model.load_base(task.base_dir, task.quantization),
+        emit=observer.events.append,
+        stopping=observer.stopping,
+    )
+    return observer
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_overfits_a_tiny_model(
+    request: pytest.FixtureRequest,
+    folder: str,
+    quantization: str,
+    make_task: MakeTask,
+    write_rows: WriteRows,
+    tmp_path: Path,
+) -> None:
+    task = make_task(
+        write_rows(quotes(4)),
+        base_dir=request.getfixturevalue(folder),
+        quantization=quantization,
+        hyperparameters={"n_epochs": 40, "batch_size": 4},
+    )
+    done = run(task, tmp_path, eval_every=None, learning_rate=2e-2).of(Done)[0]
+    assert done.report.base.loss > 4
+    assert done.report.tuned.loss < 0.5
+    assert done.report.tuned.token_accuracy > 0.85
+    assert done.report.heldout_source == "training_file"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_resumed_run_ends_with_the_same_bytes(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, quantization: str, stop_at: int
+) -> None:
+    task = make_task(
+        write_rows(quotes(24)),
+        quantization=quantization,
+        hyperparameters={"n_epochs": 1, "batch_size": 4},
+        lora={"dropout": 0.2},
+        trainer={"eval_every": 2, "save_every": 3, "early_stopping": 9, "micro_batch": 1},
+    )
+    whole = run(task, tmp_path / "whole")
+    first = run(task, tmp_path / "first", stop_at=stop_at)
+    assert first.of(Stopped) == [Stopped(job="j", step=stop_at)]
+    saved = first.of(CheckpointSaved)[-1]
+    assert saved.step == stop_at
+    torch.manual_seed(999)
+    second = run(task, tmp_path / "second", resume_from=saved.path)
+    assert second.of(Done)[0].report.tuned == whole.of(Done)[0].report.tuned
+    assert second.of(Done)[0].report.trained_tokens == whole.of(Done)[0].report.trained_tokens
+
+    def adapter_bytes(name: str) -> bytes:
+        return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    assert adapter_bytes("second") == adapter_bytes("whole")
+
+    def losses(name: str) -> list[tuple[int, float | None, float | None]]:
+        lines = checkpoint.read_metrics(tmp_path / name / "adapter" / "metrics.jsonl")
+        return [(m.step, m.train_loss, m.valid_loss) for m in lines]
+
+    assert losses("second") == losses("whole")
+
+
+def test_stock_peft_loads_the_adapter_and_its_loss_is_the_reported_one(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    task = make_task(write_rows(quotes(40)), quantization="nf4", hyperparameters={"n_epochs": 2, "batch_size": 4})
+    report = run(task, tmp_path).of(Done)[0].report
+    folder = tmp_path / "adapter"
+    assert Report.model_validate_json((folder / "report.json").read_text()) == report
+    assert report.tuned.loss < report.base.loss
+    base = AutoModelForCausalLM.from_pretrained(
+        llama,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    with warnings.catch_warnings():
+        # peft 0.21 still asks for a name that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        tuned = PeftModel.from_pretrained(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(llama).chat_template
+    lines = Path(task.training_file).read_text().splitlines()
+    total, tokens = 0.0, 0
+    for line in report.heldout_lines:
+        ids = tokenizer(json.loads(lines[line - 1])["text"] + tokenizer.eos_token, return_tensors="pt").input_ids
+        with torch.no_grad():
+            total += tuned(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert tokens == report.tuned.tokens
+    assert total / tokens == pytest.approx(report.tuned.loss, rel=0.01)
+
+
+def test_adapter_folder_is_public(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
+    run(task, tmp_path)
+    folder = tmp_path / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", "0" * 40)
+    assert any(name.endswith("q_proj") for name in config["target_modules"])
+    texts = [p.read_text() for p in folder.iterdir() if p.suffix in (".json", ".jsonl", ".jinja")]
+    assert not any(task.base_dir in text or str(tmp_path) in text for text in texts)
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".jsonl", ".safetensors", ".jinja"}
+
+
+def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    task = make_task(
+        write_rows(quotes(24)),
+        validation_file=write_rows([{"text": "nothing like it 123"}]),
+        hyperparameters={"n_epochs": 20, "batch_size": 4},
+        trainer={"eval_every": 1, "early_stopping": 3},
+    )
+    observer = run(task, tmp_path, learning_rate=3e-2)
+    report = observer.of(Done)[0].report
+    evaluations = [e.metrics.valid_loss for e in observer.of(Measured) if e.metrics.valid_loss is not None]
+    assert report.steps == len(evaluations) < 120
+    assert report.tuned.loss == min(evaluations)
+    assert any("stopping early" in notice.message for notice in observer.of(Notice))
+
+
+def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    task = make_task(write_rows(quotes(24)), hyperparameters={"n_epochs": 2, "batch_size": 4})
+    with pytest.raises(TrainingFailed) as failed:
+        run(task, tmp_path, learning_rate=1e30)
+    assert failed.value.code == "diverged"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_stop_before_the_first_step_leaves_no_checkpoint(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    observer = Observer()
+    task = make_task(write_rows(quotes(4)))
+    command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path))
+    train(
+        command,
+        lambda: model.load_base(task.base_dir, task.quantization),
+        emit=observer.events.append,
+        stopping=lambda: True,
+    )
+    assert observer.events[-1] == Stopped(job="j", step=0)
+    assert observer.of(CheckpointSaved) == []
+
+
+def test_checkpoint_is_plain_data_and_of_its_recipe_only(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    task = make_task(write_rows(quotes(8)), trainer={"max_steps": 2, "save_every": 1})
+    saved = run(task, tmp_path).of(CheckpointSaved)
+    assert [s.step for s in saved] == [1, 2]
+    assert saved[0].metrics.train_loss is not None
+    assert {p.suffix for s in saved for p in Path(s.path).iterdir()} == {".json", ".jsonl", ".safetensors"}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    with pytest.raises(ValueError, match="another recipe"):
+        run(task, tmp_path / "other", resume_from=saved[0].path, learning_rate=1e-9)
+
+
+def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    task = make_task(write_rows(quotes(24)), quantization="nf4", trainer={"max_steps": 3})
+    base = model.load_base(task.base_dir, task.quantization)
+    reports = []
+    for name in ("one", "two"):
+        observer = Observer()
+        command = Train(job=name, task=task, recipe=recipe_of(task), work_dir=str(tmp_path / name))
+        train(command, lambda: base, emit=observer.events.append, stopping=observer.stopping)
+        reports.append(observer.of(Done)[0].report)
+    assert reports[0].base == reports[1].base
+    assert reports[0].tuned == reports[1].tuned
+
+
+def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
+    task = make_task(write_rows(quotes(4)))
+    base = model.load_base(llama, task.quantization)
+    adapted = model.put_on(base, recipe_of(task))
+    layout = sft.Layout(packing=True, chunked=True, micro_batch=1, pad=2)
+    with pytest.raises(evaluate.Interrupted):
+        evaluate.score(
+            base, adapted, data.load(task, encoder).train, adapter=True, layout=layout, stopping=lambda: True
+        )
+    assert adapted.training
