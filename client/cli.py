@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -46,10 +47,10 @@ models.command("add")(stack.add_model)
 app.add_typer(files, name="files")
 
 
-def main() -> None:
-    """Entry point: an error that a user can meet is one line, never a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point, with the process's arguments: an error that a user can meet is one line, never a traceback."""
     try:
-        app()
+        app(arguments, prog_name="milliner")
     except MillinerError as error:
         _fail(error.message)
     except openai.OpenAIError as error:

@@ -1,7 +1,7 @@
 """The classic LoRA lesson: teach a small model one habit, `Quote by NAME: "…"`, and look at it before and after.
 
-Start a server first (`milliner up --detach`), then run this file. Run it again: what is ready is shown, what still trains
-is watched on.
+Start a server first (`milliner up --detach`), then run this file. Run it again: what is ready is shown, what still
+trains is watched on.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def fetch(client: OpenAI, job: Job, places: Places) -> Model:
 
 def sample(places: Places) -> Samples:
     """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
-    # Here, because torch and transformers take seconds to import, and a second run needs neither.
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    # Imported here: they take seconds, and a second run needs none of them.
+    import torch  # noqa: PLC0415
+    from peft import PeftModel  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(places.base)
     base = AutoModelForCausalLM.from_pretrained(places.base, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGTERM
 
+import openai
 import pytest
 
 from deploy.local.folder import Record
 from deploy.local.process import binding
+from shared.db import engine, session_scope
+from shared.tenants import create_key, ensure_tenant
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +52,26 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
             yield Record.model_validate_json(printed)
         finally:
             supervisor.terminate()
+
+
+@pytest.fixture(scope="session")
+def client(stack: Record) -> Iterator[openai.OpenAI]:
+    """The official client, unchanged, as the stack's own tenant."""
+    with openai.OpenAI(base_url=stack.base_url, api_key=stack.api_key) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def stranger(stack: Record) -> Iterator[openai.OpenAI]:
+    """The official client as another tenant."""
+    with session_scope(engine(stack.database_url)) as session:
+        key = create_key(session, ensure_tenant(session, "stranger"), name="tests")
+    with openai.OpenAI(base_url=stack.base_url, api_key=key) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def quotes() -> bytes:
+    """Sixty rows of the shape that the demo trains on."""
+    rows = [{"text": f'Quote by SPEAKER {i % 7}: "hat number {i} is felt"'} for i in range(60)]
+    return "\n".join(json.dumps(row) for row in rows).encode()

@@ -15,8 +15,11 @@ import threading
 import traceback
 from typing import TYPE_CHECKING
 
-# Before anything of Hugging Face is imported: these are read at import. The parent scrubs the environment as well.
+# Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
+# environment as well. OMP_WAIT_POLICY: threads that wait for work sleep; spinning, they starve each other and the rest
+# of the machine as soon as one more process wants a core.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pydantic import ValidationError
 

@@ -86,7 +86,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=None,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

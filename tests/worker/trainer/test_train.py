@@ -66,15 +66,15 @@ def test_overfits_a_tiny_model(
     tmp_path: Path,
 ) -> None:
     task = make_task(
-        write_rows(quotes(4)),
+        write_rows(quotes(1)),
         base_dir=request.getfixturevalue(folder),
         quantization=quantization,
-        hyperparameters={"n_epochs": 40, "batch_size": 4},
+        hyperparameters={"n_epochs": 30, "batch_size": 1},
     )
-    done = run(task, tmp_path, eval_every=None, learning_rate=2e-2).of(Done)[0]
+    done = run(task, tmp_path, eval_every=None, learning_rate=1e-2).of(Done)[0]
     assert done.report.base.loss > 4
     assert done.report.tuned.loss < 0.5
-    assert done.report.tuned.token_accuracy > 0.85
+    assert done.report.tuned.token_accuracy > 0.9
     assert done.report.heldout_source == "training_file"
 
 

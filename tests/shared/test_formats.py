@@ -1,0 +1,142 @@
+"""Every format, good rows and bad ones: a bad row is named by line and field, with what would be right."""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.formats import FORMATS, MAX_PROBLEMS, Chat, Completion, RowError, Turn, check_file, describe, read_rows
+
+LIMIT = 4096
+USER = {"role": "user", "content": "hi"}
+BOT = {"role": "assistant", "content": "hello"}
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+
+GOOD = [
+    ({"messages": [USER, BOT]}, Chat((Turn(USER, False), Turn(BOT, True)))),
+    (
+        {"messages": [USER, BOT | {"weight": 0}, USER, BOT | {"weight": 1}]},
+        Chat((Turn(USER, False), Turn(BOT, False), Turn(USER, False), Turn(BOT, True))),
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]},
+        Chat((Turn(USER, False), Turn(BOT, True))),
+    ),
+    ({"messages": [USER, CALL], "tools": [{"type": "function"}]},
+     Chat((Turn(USER, False), Turn(CALL | {"content": ""}, True)), ({"type": "function"},))),
+    ({"prompt": "2+2=", "completion": "4"}, Completion("2+2=", "4")),
+    ({"prompt": "", "completion": "4"}, Completion("", "4")),
+    ({"text": "Quote by ADA: “…”"}, Completion("", "Quote by ADA: “…”")),
+]  # fmt: skip
+
+BAD = [
+    ('{"messages": [', "", "not JSON at column"),
+    ("[1, 2]", "", "found [1, 2]"),
+    ('"text"', "", 'found "text"'),
+    ("{}", "", "found keys none"),
+    ('{"question": 1}', "", "found keys question"),
+    ('{"messages": []}', "messages", "found []"),
+    ('{"messages": "hi"}', "messages", 'found "hi"'),
+    ('{"messages": [7]}', "messages[0]", "found 7"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "messages[0].role", 'found "robot"'),
+    ('{"messages": [{"content": "x"}]}', "messages[0].role", "found nothing"),
+    ('{"messages": [{"role": "user"}]}', "messages[0].content", "found nothing"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "messages", "no assistant message"),
+    ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "messages[0].weight", "on a user message"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "messages[0].weight", "found 0.5"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": true}]}', "messages[0].weight", "found true"),
+    ('{"messages": [{"role": "assistant", "content": "x"}], "tools": "f"}', "tools", 'found "f"'),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages[0].content[0]", "image_url"),
+    ('{"prompt": "x"}', "completion", "found nothing"),
+    ('{"prompt": "x", "completion": ""}', "completion", 'found ""'),
+    ('{"prompt": 1, "completion": "x"}', "prompt", "found 1"),
+    ('{"text": ""}', "text", 'found ""'),
+    ('{"text": null}', "text", "found nothing"),
+    ("[" * 2000 + "]" * 2000, "", "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("row", "example"), GOOD)
+def test_a_good_row(row: dict[str, Any], example: Chat | Completion) -> None:
+    assert parse(json.dumps(row)) == [(1, example)]
+
+
+def test_every_format_has_a_good_row() -> None:
+    assert {next(key for key in FORMATS if key in row) for row, _ in GOOD} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("line", "field", "message"), BAD)
+def test_a_bad_row_is_named(line: str, field: str, message: str) -> None:
+    ((number, error),) = parse(line)
+    assert isinstance(error, RowError)
+    assert (number, error.line, error.field) == (1, 1, field)
+    assert message in error.message
+    assert error.hint
+
+
+def test_bad_rows_among_good_ones_keep_their_line_numbers() -> None:
+    good = json.dumps({"text": "x"})
+    lines = [good, "", good, "{oops", good, json.dumps({"prompt": "a", "completion": "b"})]
+    found = parse("\n".join(lines))
+    assert [(n, isinstance(row, RowError)) for n, row in found] == [
+        (1, False), (3, False), (4, True), (5, False), (6, True),
+    ]  # fmt: skip
+    assert "'prompt' row in a file of 'text' rows" in str(found[-1][1])
+
+
+def test_an_empty_file_is_one_error() -> None:
+    for nothing in ("", "\n\n  \n"):
+        ((_, error),) = parse(nothing)
+        assert isinstance(error, RowError)
+        assert error.message == "the file is empty"
+
+
+def test_bytes_that_are_not_utf8_are_found() -> None:
+    ((_, error),) = list(read_rows(io.BytesIO('{"text": "Caf\xe9"}\n'.encode("latin-1")), max_row_bytes=LIMIT))
+    assert isinstance(error, RowError)
+    assert "byte 14 of the line is not UTF-8" in error.message
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_fine() -> None:
+    body = '\ufeff{"text": "x"}\r\n{"text": "y"}\r\n'.encode()
+    rows = list(read_rows(io.BytesIO(body), max_row_bytes=LIMIT))
+    assert rows == [(1, Completion("", "x")), (2, Completion("", "y"))]
+
+
+def test_a_line_that_is_too_long_is_skipped_in_constant_memory() -> None:
+    body = b'{"text": "' + b"x" * 20_000_000 + b'"}\n{"text": "y"}\n'
+    stream = io.BytesIO(body)
+    tracemalloc.start()
+    rows = list(read_rows(stream, max_row_bytes=LIMIT))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [number for number, _ in rows] == [1, 2]
+    assert "longer than 4,096 bytes" in str(rows[0][1])
+    assert rows[1][1] == Completion("", "y")
+    assert peak < 1_000_000
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_no_bytes_break_the_reader(lines: list[bytes]) -> None:
+    body = b"\n".join(lines)
+    for number, row in read_rows(io.BytesIO(body), max_row_bytes=40):
+        assert 1 <= number <= body.count(b"\n") + 1
+        assert isinstance(row, Chat | Completion | RowError)
+
+
+def test_the_report_counts_all_and_shows_the_first() -> None:
+    report = check_file(io.BytesIO(b'{"text":"x"}\n' + b"oops\n" * 50), max_row_bytes=LIMIT)
+    assert (report.rows, report.bad_rows, report.format, len(report.problems)) == (1, 50, "text", MAX_PROBLEMS)
+    sentence = describe(report)
+    assert sentence.startswith("50 bad rows: line 2: not JSON at column 1")
+    assert sentence.endswith("and 45 more")
+
+
+def parse(body: str) -> list[tuple[int, Chat | Completion | RowError]]:
+    return list(read_rows(io.BytesIO(body.encode()), max_row_bytes=LIMIT))
