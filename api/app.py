@@ -62,8 +62,6 @@ class Envelope:
 
         try:
             await self.app(scope, _limited(scope, receive), send_with_id)
-        except TooLarge as error:
-            await _answer(error)(scope, receive, send_with_id)
         except Exception:
             log.exception("request.broke", method=scope["method"], path=scope["path"])
             if status == 0:
@@ -93,7 +91,8 @@ def _limited(scope: Scope, receive: Receive) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > limit:
-            raise TooLarge(f"the body is over {limit:,} bytes, the most this endpoint takes")
+            # An HTTPException, because FastAPI turns any other one that comes out of a body into a 400.
+            raise HTTPException(TooLarge.status, f"the body is over {limit:,} bytes, the most this endpoint takes")
         return message
 
     return receive_limited
@@ -119,9 +118,12 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """Unknown routes and wrong methods."""
+    """Unknown routes, wrong methods, bodies over the limit or cut off."""
     assert isinstance(error, HTTPException)
-    wrapped = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}; see /docs", code="unknown_url")
+    if error.status_code == TooLarge.status:
+        return _answer(TooLarge(error.detail))
+    code = "unknown_url" if error.status_code in (404, 405) else InvalidRequest.code
+    wrapped = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}; see /docs", code=code)
     wrapped.status = error.status_code
     return _answer(wrapped)
 

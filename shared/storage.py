@@ -50,8 +50,8 @@ def client(public: bool = False) -> S3Client:
 
 
 def put_stream(key: str, stream: BinaryIO) -> None:
-    """Store a stream of any length in constant memory (multipart above 8 MiB)."""
-    transfer = TransferConfig(multipart_threshold=8 * CHUNK, multipart_chunksize=8 * CHUNK, max_concurrency=2)
+    """Store a stream of any length, holding 8 MiB of it at a time (boto's threads would hold ten parts)."""
+    transfer = TransferConfig(multipart_threshold=8 * CHUNK, multipart_chunksize=8 * CHUNK, use_threads=False)
     with _translated():
         client().upload_fileobj(stream, _bucket(), key, Config=transfer, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
 

@@ -21,8 +21,13 @@ def configure(process: str) -> None:
     """Send this process's logs, and those of its libraries, to stderr."""
     settings = get_settings()
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+
+    def name_process(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {"process": process} | event
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        name_process,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
@@ -46,4 +51,3 @@ def configure(process: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    bind(process=process)

@@ -16,6 +16,7 @@ from shared.formats import FORMATS, MAX_PROBLEMS, Chat, Completion, RowError, Tu
 LIMIT = 4096
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello"}
+PARTS = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
 
 GOOD = [
@@ -25,7 +26,7 @@ GOOD = [
         Chat((Turn(USER, False), Turn(BOT, False), Turn(USER, False), Turn(BOT, True))),
     ),
     (
-        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]},
+        {"messages": [USER, {"role": "assistant", "content": PARTS}]},
         Chat((Turn(USER, False), Turn(BOT, True))),
     ),
     ({"messages": [USER, CALL], "tools": [{"type": "function"}]},

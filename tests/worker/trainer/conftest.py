@@ -74,7 +74,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         pad_token_id=2,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

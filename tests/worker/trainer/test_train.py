@@ -69,7 +69,7 @@ def test_overfits_a_tiny_model(
         write_rows(quotes(1)),
         base_dir=request.getfixturevalue(folder),
         quantization=quantization,
-        hyperparameters={"n_epochs": 30, "batch_size": 1},
+        hyperparameters={"n_epochs": 50, "batch_size": 1},
     )
     done = run(task, tmp_path, eval_every=None, learning_rate=1e-2).of(Done)[0]
     assert done.report.base.loss > 4
