@@ -166,9 +166,8 @@ def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
     console.print(pairs, facts)
     if job.report:
         console.print(f"trained in {show.duration(job.report.train_seconds)}, {job.report.trained_tokens:,} tokens")
-    console.print(
-        f"\nThe adapter lies in {job.adapter.uri if job.adapter else ''}\nand in {places.adapter}. Load it:\n"
-    )
+    uri = job.adapter.uri if job.adapter else ""
+    console.print(f"\nThe adapter lies in {uri}\nand in {places.adapter}. These three lines load it:\n", soft_wrap=True)
     console.print(
         f'  base = transformers.AutoModelForCausalLM.from_pretrained("{places.base}")\n'
         f'  model = peft.PeftModel.from_pretrained(base, "{places.adapter}")\n'

@@ -30,6 +30,7 @@ from shared.storage import Entry
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL
 LEASABLE = frozenset({State.VALIDATING, State.RUNNING})
+_LOSSES = {"training": "train_loss", "validation": "valid_loss"}
 
 
 class Reason(StrEnum):
@@ -258,27 +259,28 @@ def note(session: Session, job_id: str, epoch: int, *, level: str, message: str)
 
 
 def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]) -> bool:
-    """Store a batch of steps, the last of them as an event too, as OpenAI shows them."""
-    last = batch[-1]
+    """Store a batch of steps, the last of them as an event too, as OpenAI shows them.
+
+    A step and the evaluation after it come as two `Metrics` and make one row.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for metrics in batch:
+        steps.setdefault(metrics.step, {}).update(metrics.model_dump(exclude_none=True))
+    data = steps[batch[-1].step]
     seq = session.scalar(
         _held(job_id, epoch).values(event_seq=Job.event_seq + 1, progress=progress).returning(Job.event_seq)
     )
     if seq is None:
         return False
-    rows = [{"job_id": job_id, "step": m.step, "values": m.model_dump(exclude_none=True)} for m in batch]
+    rows = [{"job_id": job_id, "step": step, "values": values} for step, values in steps.items()]
     merged = insert(JobMetric).values(rows)
     session.execute(
         merged.on_conflict_do_update(
             index_elements=["job_id", "step"], set_={"values": JobMetric.values.op("||")(merged.excluded["values"])}
         )
     )
-    if last.train_loss is not None:
-        message = f"Step {last.step}/{last.total_steps}: training loss={last.train_loss:.2f}"
-    else:
-        message = f"Step {last.step}/{last.total_steps}"
-    if last.valid_loss is not None:
-        message += f", validation loss={last.valid_loss:.2f}"
-    data = last.model_dump(exclude_none=True)
+    losses = [f"{name} loss={data[key]:.2f}" for name, key in _LOSSES.items() if key in data]
+    message = f"Step {data['step']}/{data['total_steps']}: {', '.join(losses)}"
     session.add(JobEvent(job_id=job_id, seq=seq, level="info", type="metrics", message=message, data=data))
     return True
 

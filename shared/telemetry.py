@@ -23,7 +23,8 @@ def configure(process: str) -> None:
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
 
     def name_process(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {"process": process} | event
+        event["process"] = process
+        return event
 
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -1,47 +1,68 @@
-"""The `milliner` command as a user runs it: a process, against the real stack."""
+"""The `milliner` command as a user runs it, against the real stack."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import click
 import pytest
 import typer
 
-from client.cli import app
-from client.connect import connect
+from client.cli import app, main
 from deploy.local.folder import Record
+from shared.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = [sys.executable, "-c", "import sys; sys.argv[0] = 'milliner'; from client.cli import main; main()"]
 MODEL = "SmolLM2-135M-Instruct"
 TRAIN = ("--model", MODEL, "--max-steps", "2", "--batch-size", "4", "--r", "4", "--max-length", "64")
 
 
-class Done(subprocess.CompletedProcess[str]):
+class Done(NamedTuple):
+    """How one command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
     def json(self) -> Any:
         return json.loads(self.stdout)
 
 
-def environment(stack: Record) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
-    return clean | {"MILLINER_DATA": stack.data, "COLUMNS": "200", "NO_COLOR": "1"}
-
-
 def milliner(stack: Record, *arguments: str | Path, **env: str) -> Done:
-    command = [*PROGRAM, *map(str, arguments)]
-    ran = subprocess.run(
-        command, cwd=ROOT, env=environment(stack) | env, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert "Traceback" not in ran.stderr, ran.stderr
-    return Done(ran.args, ran.returncode, ran.stdout, ran.stderr)
+    """Run a command in this process, for speed, on pipes, with no setting but the given ones."""
+    out, err = io.BytesIO(), io.BytesIO()
+    code: object = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.TextIOWrapper(out, encoding="utf-8", write_through=True)),
+        redirect_stderr(io.TextIOWrapper(err, encoding="utf-8", write_through=True)),
+    ):
+        for name in [name for name in os.environ if name.startswith("MILLINER_")]:
+            patch.delenv(name)
+        for name, value in (settings(stack) | env).items():
+            patch.setenv(name, value)
+        get_settings.cache_clear()
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            get_settings.cache_clear()
+        said = out.getvalue().decode(), err.getvalue().decode()
+    assert isinstance(code, int)
+    return Done(code, *said)
+
+
+def settings(stack: Record) -> dict[str, str]:
+    return {"MILLINER_DATA": stack.data, "COLUMNS": "200"}
 
 
 def dataset(path: Path, rows: Sequence[str]) -> Path:
@@ -80,11 +101,12 @@ def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
     assert f"{job['report']['tuned']['loss']:.4f}" in shown
     assert job["id"] in milliner(stack, "ls", "--metadata", "made=here").stdout
     assert job["id"] not in milliner(stack, "ls", "--metadata", "made=there").stdout
-    printed = milliner(stack, "logs", job["id"]).stdout.splitlines()
-    assert "Created" in printed[0]
-    assert "successfully completed" in printed[-1]
-    followed = milliner(stack, "logs", job["id"], "--follow", "--json").stdout.splitlines()
-    assert [json.loads(line)["message"] for line in followed] == [line.split("  ", 1)[1] for line in printed]
+    printed = milliner(stack, "logs", job["id"]).stdout
+    events = [json.loads(line) for line in milliner(stack, "logs", job["id"], "--follow", "--json").stdout.splitlines()]
+    assert "Created" in events[0]["message"]
+    assert "successfully completed" in events[-1]["message"]
+    assert [event["message"] for event in events if event["message"] not in printed] == []
+    assert [event["id"] for event in events] == sorted(event["id"] for event in events)
 
 
 def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: Path) -> None:
@@ -119,11 +141,8 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Do
     assert "2: " in ran.stdout
     assert "4 rows a step" in ran.stdout
     planned = milliner(stack, "submit", rows, *TRAIN, "--dry-run", "--json").json()
-    assert (planned["status"], planned["reason"], planned["plan"]["recipe"]["total_steps"]) == (
-        "cancelled",
-        "dry_run",
-        2,
-    )
+    assert (planned["status"], planned["reason"]) == ("cancelled", "dry_run")
+    assert planned["plan"]["recipe"]["total_steps"] == 2
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
@@ -147,10 +166,11 @@ def test_a_file_can_be_added_listed_and_removed(stack: Record, rows: Path) -> No
 
 def test_ctrl_c_detaches_and_the_job_goes_on(stack: Record, finished: Done, rows: Path) -> None:
     sent = milliner(stack, "submit", rows, *TRAIN[:2], "--epochs", "50", "--json").json()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
     with subprocess.Popen(
-        [*PROGRAM, "show", sent["id"], "--follow"],
+        [sys.executable, "-u", "-c", "from client.cli import main; main()", "show", sent["id"], "--follow"],
         cwd=ROOT,
-        env=environment(stack) | {"PYTHONUNBUFFERED": "1"},
+        env=clean | settings(stack),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -161,11 +181,7 @@ def test_ctrl_c_detaches_and_the_job_goes_on(stack: Record, finished: Done, rows
         _, said = watching.communicate(timeout=30)
     assert watching.returncode == 130
     assert f"milliner show {sent['id']} --follow" in said
-    assert connect(Path(stack.data)).fine_tuning.jobs.retrieve(sent["id"]).status in (
-        "validating_files",
-        "queued",
-        "running",
-    )
+    assert milliner(stack, "show", sent["id"], "--json").json()["status"] in ("validating_files", "queued", "running")
     assert f"{sent['id']} is " in milliner(stack, "cancel", sent["id"]).stdout
     ended = milliner(stack, "show", sent["id"], "--follow")
     assert ended.returncode == 1
@@ -193,7 +209,7 @@ def test_errors_are_one_line_on_stderr(stack: Record, rows: Path, tmp_path: Path
         assert ran.stdout == ""
 
 
-def every_command(group: click.Command, *names: str) -> list[tuple[tuple[str, ...], click.Command]]:
+def every_command(group: Any, *names: str) -> list[tuple[tuple[str, ...], Any]]:
     nested = getattr(group, "commands", {})
     found = [(names, group)] if names else []
     return found + [entry for name, command in nested.items() for entry in every_command(command, *names, name)]
@@ -203,8 +219,9 @@ COMMANDS = every_command(typer.main.get_command(app))
 
 
 @pytest.mark.parametrize(("names", "command"), COMMANDS, ids=[" ".join(names) for names, _ in COMMANDS])
-def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], command: click.Command) -> None:
+def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], command: Any) -> None:
     assert command.help
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     assert [option.name for option in options if not option.help] == []
-    assert "--data" in {word for option in options for word in option.opts}
+    if not hasattr(command, "commands"):
+        assert "--data" in {word for option in options for word in option.opts}

@@ -259,6 +259,18 @@ def test_a_dry_run_ends_with_its_plan(database: Engine, tenant: Tenant, dataset:
     assert (ended.reason, ended.plan is not None) == (Reason.DRY_RUN, True)
 
 
+def test_a_step_and_its_evaluation_are_one_row_and_one_event(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job = queued(database, tenant, dataset)
+    epoch = claim(database, Queue.TRAIN).lease_epoch
+    with session_scope(database) as session:
+        batch = [step(1, 2.0), Metrics(step=1, total_steps=3, valid_loss=1.5)]
+        assert jobs.record(session, job.id, epoch, batch, {})
+        session.flush()
+        row = session.get_one(JobMetric, (job.id, 1))
+        assert (row.values["train_loss"], row.values["valid_loss"]) == (2.0, 1.5)
+    assert messages(database, job.id)[-1] == "Step 1/3: training loss=2.00, validation loss=1.50"
+
+
 def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch

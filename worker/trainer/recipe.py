@@ -39,8 +39,9 @@ LONGEST_AUTO_ROW = 2048
 ROUND_LENGTH_TO = 64
 #: `micro_batch` auto: rows that together hold about this many tokens.
 MICRO_BATCH_TOKENS = 2048
-#: A packed row is at least this long (see `batches.pack`). Measured there.
-PACK_LENGTH = 256
+#: A packed row is at least this long. Attention between documents is computed and masked away, so long rows of short
+#: documents waste it: with rows of 30 tokens, SmolLM2-135M on 2 cores trains 518 tokens/s at 128, 473 at 256.
+PACK_LENGTH = 128
 #: `eval_every` and `save_every` auto: this often in a run, but a checkpoint at least every so many steps.
 PARTS_OF_A_RUN = 5
 LONGEST_WITHOUT_CHECKPOINT = 100

@@ -15,9 +15,11 @@ from worker.trainer.encoding import Encoded
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 
-#: Relative error of logits. Measured with SmolLM2-135M: bf16 rounding gives 0.0X, documents that see each other 0.Y.
-TOLERANCE = 0.08
-TRIED_ROWS = 3
+#: Relative error of logits. With SmolLM2-135M, bf16 rounding gives 0.01 and documents that see each other 0.5 to 0.9.
+TOLERANCE = 0.1
+#: LLM.int8() picks its outlier columns over the whole batch, so its logits depend on the company: 0.08 to 0.2.
+TOLERANCE_INT8 = 0.4
+TRIED_ROWS = 4
 TRIED_TOKENS = 256
 
 
@@ -25,14 +27,14 @@ def layout(
     base: Base, rows: Sequence[Encoded], *, packing: bool, micro_batch: int, pad: int
 ) -> tuple[sft.Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
-    tried = [_cut(row) for row in sorted(rows, key=lambda row: (len(row), row.line))[-TRIED_ROWS:]]
+    tried = [_cut(row) for row in rows[:TRIED_ROWS]]
     warnings = []
     base.model.eval()
     with torch.no_grad(), base.precision():
         chunked = _chunked_head_is_exact(base, tried[0])
         if not chunked:
             warnings.append("this base's head does more than a projection: logits are taken whole, which needs memory")
-        if packing and not _packing_is_exact(base, tried, pad):
+        if packing and not _packing_is_exact(base, tried):
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
@@ -48,15 +50,12 @@ def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:
     return _error(ours, sft.own_logits(base.model, batch)) < TOLERANCE
 
 
-def _packing_is_exact(base: Base, rows: Sequence[Encoded], pad: int) -> bool:
-    packed = sft.own_logits(base.model, _batch(base, rows, packing=True))[0]
-    start = 0
-    for row in rows:
-        alone = sft.own_logits(base.model, _batch(base, [row], packing=False))[0]
-        if not _error(packed[start : start + len(row)], alone) < TOLERANCE:
-            return False
-        start += len(row)
-    return True
+def _packing_is_exact(base: Base, rows: Sequence[Encoded]) -> bool:
+    """The first document sees nobody before it and is right in any case: only those after it tell."""
+    packed = sft.own_logits(base.model, _batch(base, rows, packing=True))[0, len(rows[0]) :]
+    alone = [sft.own_logits(base.model, _batch(base, [row], packing=False))[0] for row in rows[1:]]
+    tolerance = TOLERANCE_INT8 if getattr(base.model, "is_loaded_in_8bit", False) else TOLERANCE
+    return not alone or _error(packed, torch.cat(alone)) < tolerance
 
 
 def _batch(base: Base, rows: Sequence[Encoded], *, packing: bool) -> Batch:

@@ -78,7 +78,7 @@ def test_max_length_beyond_the_base_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("trainer", "micro_batch"),
-    [({}, 8), ({"max_length": 2048}, 1), ({"packing": False}, 32), ({"micro_batch": 3}, 3)],
+    [({}, 16), ({"max_length": 2048}, 1), ({"packing": False}, 32), ({"micro_batch": 3}, 3)],
 )
 def test_micro_batch_holds_about_2048_tokens(trainer: dict[str, Any], micro_batch: int) -> None:
     assert resolve(5000, trainer=trainer)[0].micro_batch == micro_batch

