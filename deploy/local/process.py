@@ -62,8 +62,7 @@ def spawn(program: Program, *, log: Path, inherit: int) -> subprocess.Popen[byte
             pass_fds=(inherit,),
             process_group=0,
             umask=0o077,
-            # Safe here: the supervisor has one thread.
-            preexec_fn=binding(program.stop_signal, identity=program.identity),  # noqa: PLW1509
+            preexec_fn=binding(program.stop_signal, identity=program.identity),  # noqa: PLW1509 (it has one thread)
         )
 
 

@@ -16,11 +16,14 @@ from worker.trainer.encoding import Encoded, Encoder
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is trained on and what is scored, cut to the recipe's length."""
+    """What is trained on and what is scored, cut to the recipe's length; and what the cut cost."""
 
     train: list[Encoded]
     heldout: list[Encoded]
     heldout_source: data.HeldoutSource
+    truncated: int
+    dropped: int
+    dropped_heldout: int
 
 
 def prepare(task: Task) -> Plan:
@@ -29,7 +32,6 @@ def prepare(task: Task) -> Plan:
     dataset = data.load(task, Encoder(task.base_dir))
     longest = max(map(len, [*dataset.train, *dataset.heldout]))
     length = recipe.max_length(task.trainer, base, longest)
-    train, heldout = data.fit(dataset.train, length), data.fit(dataset.heldout, length)
     rows = usable(dataset, length)
     resolved, warnings = recipe.resolve(
         task.hyperparameters,
@@ -46,9 +48,9 @@ def prepare(task: Task) -> Plan:
         tokens=sum(map(len, rows.train)),
         trained_tokens=sum(row.trained_tokens for row in rows.train),
         longest_row=longest,
-        truncated_rows=train.truncated,
-        dropped_rows=train.dropped,
-        warnings=[*_length_warnings(train, length), *_heldout_warnings(heldout, dataset.heldout_source), *warnings],
+        truncated_rows=rows.truncated,
+        dropped_rows=rows.dropped,
+        warnings=[*_row_warnings(rows, length), *warnings],
         recipe=resolved,
     )
 
@@ -64,21 +66,19 @@ def usable(dataset: data.Dataset, max_length: int) -> Rows:
                 param=param,
                 hint="raise trainer.max_length, or shorten what comes before the answers",
             )
-    return Rows(train.kept, heldout.kept, dataset.heldout_source)
+    return Rows(train.kept, heldout.kept, dataset.heldout_source, train.truncated, train.dropped, heldout.dropped)
 
 
-def _length_warnings(train: data.Fitted, length: int) -> list[str]:
+def _row_warnings(rows: Rows, length: int) -> list[str]:
     warnings = []
-    if train.truncated:
-        warnings.append(f"{train.truncated} rows are cut at {length:,} tokens (trainer.max_length)")
-    if train.dropped:
-        warnings.append(f"{train.dropped} rows are dropped: nothing trained is left within {length:,} tokens")
-    return warnings
-
-
-def _heldout_warnings(heldout: data.Fitted, source: data.HeldoutSource) -> list[str]:
-    if source == "training_file":
-        return [
+    if rows.truncated:
+        warnings.append(f"{rows.truncated} rows are cut at {length:,} tokens (trainer.max_length)")
+    if rows.dropped:
+        warnings.append(f"{rows.dropped} rows are dropped: nothing trained is left within {length:,} tokens")
+    if rows.heldout_source == "training_file":
+        warnings.append(
             f"under {data.CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows themselves"
-        ]
-    return [f"{heldout.dropped} held-out rows are dropped by the cut"] if heldout.dropped else []
+        )
+    elif rows.dropped_heldout:
+        warnings.append(f"{rows.dropped_heldout} held-out rows are dropped by the cut")
+    return warnings

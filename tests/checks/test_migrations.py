@@ -1,0 +1,37 @@
+"""The migrations lead to the tables of shared/models.py, and back to nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_migrations_and_models_agree(postgres: str) -> None:
+    alembic(postgres, "upgrade", "head")
+    assert "No new upgrade operations" in alembic(postgres, "check")
+    alembic(postgres, "downgrade", "base")
+    with psycopg.connect(postgres) as connection:
+        left = connection.execute(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'i', 'S')"
+            " UNION SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        ).fetchall()
+    assert {name for (name,) in left} <= {"alembic_version", "alembic_version_pkc"}
+    alembic(postgres, "upgrade", "head")
+
+
+def alembic(url: str, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "-c", str(ROOT / "migrations" / "alembic.ini"), *command],
+        env=os.environ | {"MILLINER_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr

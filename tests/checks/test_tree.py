@@ -1,0 +1,48 @@
+"""What the tree looks like: short files, names that say something, no escape from a rule without a reason."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [
+    ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+]  # fmt: skip
+CODE = [path for path in FILES if path.suffix == ".py" and path.exists()]
+
+
+def test_no_file_is_over_500_lines() -> None:
+    long = {str(path.relative_to(ROOT)): lines for path in CODE if (lines := len(path.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_names_say_something() -> None:
+    vague = re.compile(r"(^|/)(utils?|common|helpers?|misc|managers?|factory)(/|\.py$)")
+    assert not [path for path in FILES if vague.search(path.relative_to(ROOT).as_posix())]
+
+
+def test_every_module_says_what_it_owns() -> None:
+    bare = [path for path in CODE if path.read_text().strip() and not path.read_text().startswith(('"""', "#!"))]
+    assert not bare
+
+
+def test_exceptions_from_the_rules_have_a_reason() -> None:
+    bare = re.compile(r"#\s*noqa(?!: \w+ +[(#])|#\s*type: ignore(?!\[)|pytest\.mark\.(skip|xfail)\((?!.*reason)")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in CODE
+        if path != Path(__file__)
+        for line in path.read_text().splitlines()
+        if bare.search(line)
+    ]
+    assert not found
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    for path in CODE:
+        name = path.relative_to(ROOT).as_posix()
+        if name.split("/")[0] in {"shared", "api", "worker", "client"} and name != "shared/settings.py":
+            # The trainer child writes what libraries read at import.
+            assert not re.search(r"getenv|environ\.get|environ\[[^]]+\](?! = )", path.read_text()), name
