@@ -53,7 +53,7 @@ class TrainerSession:
             env["CUDA_VISIBLE_DEVICES"] = visible_device
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer.main"],
+                [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

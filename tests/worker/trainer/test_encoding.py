@@ -11,9 +11,8 @@ from tokenizers import processors
 
 from shared.errors import TrainingFailed
 from shared.formats import FORMATS
+from tests.tiny import tiny_tokenizer
 from worker.trainer.encoding import CannotEncode, Encoded, Encoder
-
-from .conftest import tiny_tokenizer
 
 
 def encode(encoder: Encoder, row: dict[str, Any]) -> Encoded:

@@ -1,0 +1,71 @@
+"""Tiny real models: random weights, a real byte-level tokenizer, loaded by the same code as any base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
+CORPUS = [
+    "the hat on the head of the milliner",
+    'Quote by NAME: "a felt hat is a hat that is felt"',
+    "user assistant system",
+]
+
+
+def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """256 bytes, a few merges, ChatML; pad = eos, which is the trap."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} | options
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+def tiny_llama(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        bos_token_id=None,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def tiny_gpt2(folder: Path) -> None:
+    """Conv1D layers, learned positions, biases: what is unlike Llama."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=None,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
