@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import re
 import sys
+import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -32,7 +35,7 @@ PROMPT = "Quote by"
 PATTERN = re.compile(r'Quote by [^"\n]{1,80}: "[^"\n]+"')
 METADATA = {"demo": "quotes"}
 STEPS, BATCH = 70, 32
-SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_P = 50, 5, 7, 200, 0.8, 0.95
+SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_K = 50, 5, 7, 160, 0.8, 50
 
 
 class Sample(TypedDict):
@@ -99,7 +102,7 @@ def create(client: OpenAI) -> Job:
         metadata=METADATA,
         seed=SEED,
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": BATCH}}},
-        extra_body={"quantization": "nf4", "trainer": {"max_steps": STEPS}},
+        extra_body={"quantization": "nf4", "trainer": {"max_steps": STEPS, "eval_every": STEPS // 2}},
     )
     return job_of(wire)
 
@@ -123,13 +126,17 @@ def fetch(client: OpenAI, job: Job, places: Places) -> Model:
 
 
 def sample(places: Places) -> Samples:
+    logging.disable(logging.WARNING)  # what the libraries say while loading is not about this lesson
+    warnings.simplefilter("ignore", FutureWarning)
     """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
     import torch  # noqa: PLC0415 (these three take seconds, and a second run needs none of them)
     from peft import PeftModel  # noqa: PLC0415 (as above)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (as above)
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 (as above)
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(places.base)
-    base = AutoModelForCausalLM.from_pretrained(places.base, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(places.base)
     tuned = PeftModel.from_pretrained(base, places.adapter).eval()
     prompt = tokenizer(PROMPT, return_tensors="pt")
 
@@ -140,8 +147,7 @@ def sample(places: Places) -> Samples:
                 **prompt,
                 do_sample=True,
                 temperature=TEMPERATURE,
-                top_p=TOP_P,
-                top_k=0,
+                top_k=TOP_K,
                 num_return_sequences=SAMPLES,
                 max_new_tokens=MAX_TOKENS,
             )
@@ -159,7 +165,7 @@ def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
     console = show.console()
     pairs = Table("base", "tuned", title=f"“{PROMPT}”, continued", show_lines=True, expand=True)
     for plain, tuned in list(zip(samples["base"], samples["tuned"], strict=True))[:SHOWN]:
-        pairs.add_row(*(Text(one["text"] if one["stopped"] else one["text"] + " …") for one in (plain, tuned)))
+        pairs.add_row(*(Text(textwrap.shorten(one["text"], 300, placeholder=" …")) for one in (plain, tuned)))
     facts = Table("", "base", "tuned", box=None)
     if job.report:
         facts.add_row("held-out loss", f"{job.report.base.loss:.3f}", f"{job.report.tuned.loss:.3f}")

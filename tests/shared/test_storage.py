@@ -1,0 +1,99 @@
+"""The bucket, on the run's real SeaweedFS: hashes both ways, manifests last, nothing overwritten by a latecomer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from deploy.local.folder import Record
+from shared import settings, storage
+from shared.errors import Unavailable
+
+
+@pytest.fixture
+def prefix(stack: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A corner of the stack's bucket, for this process's own client."""
+    for name, value in stack.s3.model_dump().items():
+        monkeypatch.setenv(f"MILLINER_S3_{name.upper()}", value)
+    settings.get_settings.cache_clear()
+    storage.client.cache_clear()
+    corner = f"unit/{secrets.token_hex(4)}/"
+    yield corner
+    storage.delete_prefix(corner)
+    settings.get_settings.cache_clear()
+    storage.client.cache_clear()
+
+
+def test_a_folder_goes_up_with_its_manifest_and_comes_back(prefix: str, tmp_path: Path) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    (there / "sub").mkdir(parents=True)
+    (there / "a.txt").write_text("hat")
+    (there / "sub" / "b.bin").write_bytes(os.urandom(100_000))
+    entries = storage.put_folder(prefix, there)
+    assert [entry["path"] for entry in entries] == ["a.txt", "sub/b.bin", "manifest.json"]
+    storage.fetch_folder(prefix, entries, back)
+    assert (back / "sub" / "b.bin").read_bytes() == (there / "sub" / "b.bin").read_bytes()
+    assert json.loads((back / "manifest.json").read_text()) == {"files": entries[:-1]}
+
+
+def test_a_large_stream_goes_up_in_parts(prefix: str) -> None:
+    body = os.urandom(20 * 1024 * 1024)
+    storage.put_stream(prefix + "big", io.BytesIO(body))
+    assert b"".join(storage.read(prefix + "big")) == body
+
+
+def test_wrong_bytes_are_not_let_in_or_out(prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("hat")
+    wrong = hashlib.sha256(b"cap").hexdigest()
+    with pytest.raises(Unavailable, match="object storage"):
+        storage.put_file(prefix + "x", path, wrong)
+    storage.put_bytes(prefix + "x", b"hat")
+    with pytest.raises(storage.Corrupt, match="expected"):
+        storage.fetch(prefix + "x", tmp_path / "y", wrong)
+    assert not (tmp_path / "y").exists()
+    assert not (tmp_path / "y.partial").exists()
+
+
+def test_a_latecomer_cannot_overwrite_what_was_published(prefix: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("the one")
+    storage.put_folder(prefix, tmp_path, fresh=True)
+    (tmp_path / "adapter").write_text("a zombie's")
+    with pytest.raises(Unavailable, match=r"PreconditionFailed|412"):
+        storage.put_folder(prefix, tmp_path, fresh=True)
+    assert b"".join(storage.read(prefix + "adapter")) == b"the one"
+
+
+def test_a_presigned_url_needs_no_key_and_a_plain_one_is_refused(prefix: str) -> None:
+    storage.put_bytes(prefix + "x", b"hat")
+    url = storage.presign(prefix + "x")
+    assert httpx.get(url).content == b"hat"
+    assert httpx.get(url.split("?")[0]).status_code == 403
+
+
+def test_delete_prefix_deletes_that_prefix_only(prefix: str) -> None:
+    for key in ("a/1", "a/2", "ab"):
+        storage.put_bytes(prefix + key, b"x")
+    assert storage.delete_prefix(prefix + "a/") == 2
+    assert b"".join(storage.read(prefix + "ab")) == b"x"
+    with pytest.raises(ValueError, match="must end in '/'"):
+        storage.delete_prefix(prefix + "a")
+
+
+def test_a_server_that_is_down_is_unavailable(stack: Record, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLINER_S3_ENDPOINT", "http://127.0.0.1:9")
+    settings.get_settings.cache_clear()
+    storage.client.cache_clear()
+    with pytest.raises(Unavailable, match="object storage: "):
+        storage.check()
+    monkeypatch.setenv("MILLINER_S3_ENDPOINT", stack.s3.endpoint)
+    settings.get_settings.cache_clear()
+    storage.client.cache_clear()
