@@ -34,8 +34,8 @@ BASE = "SmolLM2-135M-Instruct"
 PROMPT = "Quote by"
 PATTERN = re.compile(r'Quote by [^"\n]{1,80}: "[^"\n]+"')
 METADATA = {"demo": "quotes"}
-STEPS, BATCH = 70, 32
-SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_K = 50, 5, 7, 160, 0.8, 50
+STEPS, BATCH = 56, 32
+SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_K = 50, 5, 7, 128, 0.8, 50
 
 
 class Sample(TypedDict):
@@ -126,9 +126,9 @@ def fetch(client: OpenAI, job: Job, places: Places) -> Model:
 
 
 def sample(places: Places) -> Samples:
+    """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
     logging.disable(logging.WARNING)  # what the libraries say while loading is not about this lesson
     warnings.simplefilter("ignore", FutureWarning)
-    """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
     import torch  # noqa: PLC0415 (these three take seconds, and a second run needs none of them)
     from peft import PeftModel  # noqa: PLC0415 (as above)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (as above)
