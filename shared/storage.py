@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1024 * 1024
 MANIFEST = "manifest.json"
+EPOCH = "lease-epoch"
+CAS_TRIES = 5
 
 
 class Entry(TypedDict):
@@ -40,6 +43,10 @@ class Entry(TypedDict):
 
 class Corrupt(Exception):
     """Bytes in the bucket are not the ones that were put there."""
+
+
+class Fenced(Exception):
+    """A later lease epoch has written here: the caller's lease is gone."""
 
 
 @lru_cache(maxsize=2)
@@ -56,44 +63,40 @@ def put_stream(key: str, stream: BinaryIO) -> None:
         client().upload_fileobj(stream, _bucket(), key, Config=transfer, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
 
 
-def put_bytes(key: str, data: bytes, *, content_type: str = "application/octet-stream") -> None:
-    """Store a small object."""
-    with _translated():
-        client().put_object(
-            Bucket=_bucket(), Key=key, Body=data, ContentType=content_type, ChecksumSHA256=_checksum(data)
-        )
-
-
-def put_folder(prefix: str, folder: Path, *, fresh: bool = False) -> list[Entry]:
+def put_folder(prefix: str, folder: Path, *, epoch: int | None = None) -> list[Entry]:
     """Store every file of a folder, then a `manifest.json` of their hashes; return the entries of all of them.
 
-    With `fresh`, an object that is already there is an error: a worker that lost its lease cannot overwrite what its
-    successor published. The caller clears the prefix first, while it still holds the lease.
+    With `epoch`, each put is fenced (see `put_bytes`): raises `Fenced` once a later epoch has written there.
     """
     entries: list[Entry] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         entry = Entry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
-        put_file(f"{prefix}{entry['path']}", path, entry["sha256"], fresh=fresh)
+        put_file(f"{prefix}{entry['path']}", path, entry["sha256"], epoch=epoch)
         entries.append(entry)
     manifest = json.dumps({"files": entries}, indent=1).encode()
-    extra: dict[str, Any] = {"IfNoneMatch": "*"} if fresh else {}
-    with _translated():
-        client().put_object(
-            Bucket=_bucket(), Key=prefix + MANIFEST, Body=manifest, ChecksumSHA256=_checksum(manifest), **extra
-        )
+    put_bytes(prefix + MANIFEST, manifest, content_type="application/json", epoch=epoch)
     return [*entries, Entry(path=MANIFEST, bytes=len(manifest), sha256=sha256_of_bytes(manifest))]
 
 
-def put_file(key: str, path: Path, sha256: str, *, fresh: bool = False) -> None:
-    """Store one file; files over 4 GiB go up in parts (S3's limit for one put is 5 GiB)."""
-    with path.open("rb") as stream:
-        if path.stat().st_size > 4 * 1024**3:
+def put_bytes(
+    key: str, data: bytes, *, content_type: str = "application/octet-stream", epoch: int | None = None
+) -> None:
+    """Store a small object.
+
+    With `epoch`, the put is a compare-and-swap on the lease epoch that the object there bears (conditional puts of S3):
+    a worker that lost its lease can never overwrite what its successor published, however long its request was stuck.
+    """
+    put = {"Key": key, "ContentType": content_type, "ChecksumSHA256": _base64(sha256_of_bytes(data))}
+    _put(put, lambda: io.BytesIO(data), epoch)
+
+
+def put_file(key: str, path: Path, sha256: str, *, epoch: int | None = None) -> None:
+    """Store one file, fenced as in `put_bytes`; files over 4 GiB go up in parts (S3 takes 5 GiB in one put)."""
+    if path.stat().st_size > 4 * 1024**3:
+        with path.open("rb") as stream:
             put_stream(key, stream)
-            return
-        extra: dict[str, Any] = {"IfNoneMatch": "*"} if fresh else {}
-        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-        with _translated():
-            client().put_object(Bucket=_bucket(), Key=key, Body=stream, ChecksumSHA256=checksum, **extra)
+    else:
+        _put({"Key": key, "ChecksumSHA256": _base64(sha256)}, lambda: path.open("rb"), epoch)
 
 
 def read(key: str) -> Iterator[bytes]:
@@ -194,8 +197,32 @@ def _bucket() -> str:
     return get_settings().s3_bucket
 
 
-def _checksum(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+def _put(put: dict[str, Any], body: Callable[[], BinaryIO], epoch: int | None) -> None:
+    """One put; with an epoch, only over nothing or over what an epoch up to ours has put."""
+    if epoch is None:
+        with _translated(), body() as stream:
+            client().put_object(Bucket=_bucket(), Body=stream, **put)
+        return
+    put |= {"Metadata": {EPOCH: str(epoch)}}
+    condition: dict[str, Any] = {"IfNoneMatch": "*"}
+    for _ in range(CAS_TRIES):
+        with _translated():
+            try:
+                with body() as stream:
+                    client().put_object(Bucket=_bucket(), Body=stream, **put, **condition)
+                return
+            except ClientError as refused:
+                if refused.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
+                    raise
+            there = client().head_object(Bucket=_bucket(), Key=put["Key"])
+        if int(there["Metadata"].get(EPOCH, "0")) > epoch:
+            raise Fenced(f"{put['Key']} was written at epoch {there['Metadata'][EPOCH]}, ours is {epoch}")
+        condition = {"IfMatch": there["ETag"]}
+    raise Unavailable(f"object storage: {put['Key']} changed {CAS_TRIES} times under our hands; try again")
+
+
+def _base64(sha256: str) -> str:
+    return base64.b64encode(bytes.fromhex(sha256)).decode()
 
 
 class _translated:

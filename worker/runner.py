@@ -266,7 +266,7 @@ class Attempt:
         job, epoch = self.job, self.lease.epoch
         self.guarded(lambda s: jobs.enter(s, job.id, epoch, Phase.PUBLISHING))
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
-        files = self.patiently(lambda: self._published(prefix, Path(event.path)))
+        files = self.patiently(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
         table = self.patiently(self._result_csv)
         file_id = new_id("file-")
         key = f"files/{job.tenant_id}/{file_id}"
@@ -331,12 +331,6 @@ class Attempt:
         """A line for the job's events."""
         self.guarded(lambda s: jobs.note(s, self.job.id, self.lease.epoch, level=level, message=message))
 
-    def _published(self, prefix: str, folder: Path) -> list[storage.Entry]:
-        """Clear what an earlier attempt left, then put: a put that finds something there is a rival's and fails."""
-        self.lease.check()
-        storage.delete_prefix(prefix)
-        return storage.put_folder(prefix, folder, fresh=True)
-
     def _result_csv(self) -> bytes:
         """OpenAI's result file: one line a step."""
         with session_scope() as session:
@@ -372,6 +366,9 @@ class Attempt:
             self.lease.check()
             try:
                 return act()
+            except storage.Fenced as fenced:
+                self.lease.lose()
+                raise Lost(self.job.id) from fenced
             except Unavailable as error:
                 log.warning("server.unavailable", error=error.message, retry_in=wait)
             if self.draining() or self.lease.desired is Desired.CANCEL:

@@ -63,13 +63,35 @@ def test_wrong_bytes_are_not_let_in_or_out(prefix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "y.partial").exists()
 
 
-def test_a_latecomer_cannot_overwrite_what_was_published(prefix: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter").write_text("the one")
-    storage.put_folder(prefix, tmp_path, fresh=True)
-    (tmp_path / "adapter").write_text("a zombie's")
-    with pytest.raises(Unavailable, match=r"PreconditionFailed|412"):
-        storage.put_folder(prefix, tmp_path, fresh=True)
-    assert b"".join(storage.read(prefix + "adapter")) == b"the one"
+def test_a_zombie_cannot_overwrite_what_its_successor_published(prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    for epoch in (1, 1, 3):
+        path.write_text(f"of epoch {epoch}")
+        storage.put_folder(prefix, tmp_path, epoch=epoch)
+    path.write_text("of a zombie")
+    with pytest.raises(storage.Fenced, match="epoch 3, ours is 2"):
+        storage.put_folder(prefix, tmp_path, epoch=2)
+    assert b"".join(storage.read(prefix + "adapter")) == b"of epoch 3"
+
+
+def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zombie has looked, and may overwrite epoch 1; before its put arrives, epoch 3 writes."""
+    storage.put_bytes(prefix + "x", b"one", epoch=1)
+    look, looks = storage.client().head_object, []
+
+    def look_and_be_stuck(**asked: str) -> object:
+        answer = look(**asked)
+        looks.append(asked)
+        if len(looks) == 1:
+            storage.put_bytes(prefix + "x", b"three", epoch=3)
+        return answer
+
+    monkeypatch.setattr(storage.client(), "head_object", look_and_be_stuck)
+    with pytest.raises(storage.Fenced):
+        storage.put_bytes(prefix + "x", b"two", epoch=2)
+    assert b"".join(storage.read(prefix + "x")) == b"three"
 
 
 def test_a_presigned_url_needs_no_key_and_a_plain_one_is_refused(prefix: str) -> None:
