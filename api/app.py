@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,7 @@ def create_app() -> FastAPI:
     app.add_exception_handler(MillinerError, _milliner_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(DataError, _unstorable)
     app.add_middleware(Envelope)
     return app
 
@@ -126,6 +128,11 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     wrapped = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}; see /docs", code=code)
     wrapped.status = error.status_code
     return _answer(wrapped)
+
+
+async def _unstorable(request: Request, error: Exception) -> JSONResponse:
+    """Text in a path or a query that Postgres cannot hold, such as a NUL; bodies are checked before."""
+    return _answer(InvalidRequest("the URL holds characters that no id has", code="invalid_value"))
 
 
 def _answer(error: MillinerError) -> JSONResponse:

@@ -1,6 +1,7 @@
 """How Alembic reaches the database: the settings' URL, one transaction, and a lock timeout.
 
-A migration that cannot get its lock within seconds gives up rather than queue every other statement behind itself.
+One migrates at a time. A migration may take long, but if it cannot get a table's lock within seconds it gives up rather
+than queue every other statement behind itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from shared.models import Base
 with engine().connect() as connection:
     context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=False)
     with context.begin_transaction():
-        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('milliner.migrations', 0))"))
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
         context.run_migrations()

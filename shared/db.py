@@ -6,27 +6,30 @@ The only `commit()` of the code base is in `session_scope`. Effects that must no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, create_engine
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
 
 from shared.errors import Unavailable
 from shared.settings import get_settings
+from shared.telemetry import log
+
+
+def engine(url: str | None = None) -> Engine:
+    """The process's engine for a libpq URL; `None` means the one in the settings."""
+    return _engine(url or get_settings().database_url.get_secret_value())
 
 
 @lru_cache(maxsize=4)
-def engine(url: str | None = None) -> Engine:
-    """The process's engine for a libpq URL; `None` means the one in the settings.
-
-    Timeouts are short and every statement is bounded, so that a frozen server is an error and not a hang.
-    """
-    dsn = url or get_settings().database_url.get_secret_value()
+def _engine(url: str) -> Engine:
+    """Timeouts are short and every statement is bounded, so that a frozen server is an error and not a hang."""
     return create_engine(
-        dsn.replace("postgresql://", "postgresql+psycopg://", 1),
+        re.sub("^postgres(ql)?://", "postgresql+psycopg://", url),
         pool_size=8,
         max_overflow=24,
         pool_timeout=5,
@@ -52,16 +55,33 @@ def session_scope(bind: Engine | None = None) -> Iterator[Session]:
         try:
             yield session
             session.commit()
-        except (OperationalError, InterfaceError, TimeoutError) as error:
+        except (DBAPIError, TimeoutError) as error:
+            if isinstance(error, DBAPIError) and not _passing(error):
+                raise
             reason = str(getattr(error, "orig", error)).splitlines()[0]
             raise Unavailable(f"Postgres: {reason}; try again, or run `milliner doctor`") from error
     for effect in session.info.pop(_EFFECTS, []):
-        effect()
+        try:
+            effect()
+        except Unavailable as error:
+            log.warning("effect.failed", error=error.message)
 
 
 def after_commit(session: Session, effect: Callable[[], object]) -> None:
-    """Run `effect` once this session's transaction is durable; never, if it rolls back."""
+    """Run `effect` once this session's transaction is durable; never, if it rolls back.
+
+    What is durable stays so: an effect that finds its server down is logged, and the caller still succeeds.
+    """
     session.info.setdefault(_EFFECTS, []).append(effect)
 
 
 _EFFECTS = "after_commit"
+
+
+def _passing(error: DBAPIError) -> bool:
+    """The server's trouble rather than ours: connections, resources, shutdowns, read-only standbys, time-outs.
+
+    By class of SQLSTATE: https://www.postgresql.org/docs/18/errcodes-appendix.html
+    """
+    state = getattr(error.orig, "sqlstate", None) or ""
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError) or state[:2] == "25"

@@ -177,10 +177,14 @@ def _object(raw: bytes) -> dict[str, Any]:
         raise _Bad(
             "", f"not JSON at column {error.colno}: {error.msg}", "one JSON object a line, such as " + _SAMPLE
         ) from None
+    except ValueError as error:
+        raise _Bad("", f"not JSON that we can hold: {error}", "numbers of at most 4,300 digits") from None
     except RecursionError:
         raise _Bad("", "the JSON is nested too deeply", "one flat JSON object a line, such as " + _SAMPLE) from None
     if not isinstance(row, dict):
         raise _Bad("", f"found {_found(row)}", "one JSON object a line, such as " + _SAMPLE)
+    if b"\\ud" in raw.lower() and not _is_unicode(row):
+        raise _Bad("", "found half of a surrogate pair (\\ud8xx alone)", "whole characters")
     return row
 
 
@@ -188,7 +192,7 @@ def _marker(row: dict[str, Any]) -> str:
     for key in FORMATS:
         if key in row:
             return key
-    keys = ", ".join(sorted(row)[:6]) or "none"
+    keys = ", ".join(_found(key) for key in sorted(row)[:6]) or "none"
     raise _Bad("", f"found keys {keys}", 'one of "messages"; "prompt" and "completion"; "text"')
 
 
@@ -219,6 +223,15 @@ def _joined(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
+def _is_unicode(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _found(value: Any) -> str:
+    """A value as it is shown in a message: JSON, so that control characters are escaped."""
     shown = json.dumps(value, ensure_ascii=False)
     return "nothing" if value is None else shown if len(shown) <= 40 else shown[:39] + "…"

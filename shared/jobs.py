@@ -127,7 +127,8 @@ def submit(
     """
     body = request.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(tenant_id + digest.hex(), 0))))
+    lock = f"{tenant_id} {idempotency_key or digest.hex()}"
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(lock, 0))))
     earlier = _earlier(session, tenant_id, digest, idempotency_key, retry_window)
     if earlier is not None:
         return earlier, False
@@ -177,10 +178,16 @@ def jobs_of(tenant_id: str) -> Select[Job]:
     return shown.execution_options(populate_existing=True)
 
 
+def live_file() -> ColumnElement[bool]:
+    """Neither deleted nor expired."""
+    fresh = File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
+    return File.deleted_at.is_(None) & fresh
+
+
 def ask(session: Session, tenant_id: str, job_id: str, desired: Desired) -> Job:
     """Cancel, pause or resume. A leased job's worker obeys within one heartbeat; any other job moves at once."""
     job = session.scalar(select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id).with_for_update())
-    if job is None or job.state in TERMINAL or (desired is Desired.RUN and job.desired_state == Desired.CANCEL):
+    if job is None or job.state in TERMINAL or (job.desired_state == Desired.CANCEL and desired is not Desired.CANCEL):
         found = get_job(session, tenant_id, job_id)
         what = found.state if found.state in TERMINAL else "already being cancelled"
         raise Conflict(f"job {job_id} is {what}; allowed: {', '.join(sorted(LIVE))}", code="job_not_active")
@@ -205,7 +212,10 @@ def queue_position(session: Session, job: Job) -> int | None:
 def claim(session: Session, queue: Queue, *, owner: str, lease_seconds: float) -> Job | None:
     """Take the next job of a queue under a fresh lease: by priority, then the tenant with least running, then age."""
     running = (
-        select(Job.tenant_id, func.count().label("n")).where(Job.state == State.RUNNING).group_by(Job.tenant_id).cte()
+        select(Job.tenant_id, func.count().label("n"))
+        .where(Job.lease_owner.is_not(None), Job.state == State.RUNNING)  # the lease, because it is what is indexed
+        .group_by(Job.tenant_id)
+        .cte()
     )
     job = session.scalar(
         select(Job)
@@ -418,7 +428,8 @@ def expired() -> ColumnElement[bool]:
 def unrung(session: Session, queue: Queue, *, backoff: float, limit: int = 64) -> Sequence[str]:
     """Claimable jobs that nobody was told of, or was told too long ago (`backoff` seconds, doubled with each ring)."""
     waited = func.clock_timestamp() - Job.published_at
-    patience = func.least(func.power(2, func.greatest(Job.ring_count - 1, 0)), 20) * text(f"interval '{backoff:f}s'")
+    doublings = func.least(func.greatest(Job.ring_count - 1, 0), 5)
+    patience = func.power(2, doublings) * text(f"interval '{backoff:f}s'")
     due = Job.published_at.is_(None) | (waited > patience)
     return session.scalars(
         select(Job.id)
@@ -479,9 +490,9 @@ def _earlier(
 
 
 def _usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> None:
-    file = session.scalar(
-        select(File).where(File.id == file_id, File.tenant_id == tenant_id, File.deleted_at.is_(None))
-    )
+    """Locks the row against deletion until the job is there to need it."""
+    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
+    file = session.scalar(mine.with_for_update(read=True))
     if file is None:
         raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
     if file.purpose != "fine-tune":

@@ -10,13 +10,21 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+
+def _storable(text: str) -> str:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds a NUL or half of a surrogate pair; only whole Unicode characters are allowed")
+    return text
+
+
 Auto = Literal["auto"]
+Text = Annotated[str, AfterValidator(_storable)]  # what Postgres can hold
 Metadata = dict[
-    Annotated[str, StringConstraints(max_length=64)],
-    Annotated[str, StringConstraints(max_length=512)],
+    Annotated[Text, StringConstraints(max_length=64)],
+    Annotated[Text, StringConstraints(max_length=512)],
 ]
 
 
@@ -69,10 +77,11 @@ class Request(Wire):
     @model_validator(mode="before")
     @classmethod
     def _known_keys_only(cls, data: Any) -> Any:
-        unknown = sorted(set(data) - set(cls.model_fields)) if isinstance(data, dict) else []
+        names = set(cls.model_fields) | {field.alias for field in cls.model_fields.values()}
+        unknown = sorted(set(data) - names) if isinstance(data, dict) else []
         if unknown:
             allowed = ", ".join(sorted(cls.model_fields))
-            context = {"key": str(unknown[0]), "allowed": allowed}
+            context = {"key": str(unknown[0]).encode("utf-8", "backslashreplace").decode(), "allowed": allowed}
             raise PydanticCustomError("unknown_parameter", "unknown key '{key}'; allowed: {allowed}", context)
         return data
 
@@ -133,9 +142,9 @@ class TrainerParams(Request):
 class JobCreate(Request):
     """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins."""
 
-    model: str
-    training_file: str
-    validation_file: str | None = None
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None

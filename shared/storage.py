@@ -45,6 +45,10 @@ class Corrupt(Exception):
     """Bytes in the bucket are not the ones that were put there."""
 
 
+class Missing(Corrupt):
+    """An object that a row names is not there."""
+
+
 class Fenced(Exception):
     """A later lease epoch has written here: the caller's lease is gone."""
 
@@ -106,13 +110,17 @@ def read(key: str) -> Iterator[bytes]:
     return body.iter_chunks(CHUNK)
 
 
-def fetch(key: str, path: Path, sha256: str) -> None:
-    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one."""
+def fetch(key: str, path: Path, sha256: str, *, tick: Callable[[], None] = lambda: None) -> None:
+    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one.
+
+    `tick` is called with each chunk and may raise to give up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
     with partial.open("wb") as out, _translated():
         for chunk in read(key):
+            tick()
             digest.update(chunk)
             out.write(chunk)
     if digest.hexdigest() != sha256:
@@ -121,10 +129,12 @@ def fetch(key: str, path: Path, sha256: str) -> None:
     partial.replace(path)
 
 
-def fetch_folder(prefix: str, entries: Iterable[Entry], folder: Path) -> None:
+def fetch_folder(
+    prefix: str, entries: Iterable[Entry], folder: Path, *, tick: Callable[[], None] = lambda: None
+) -> None:
     """Download every entry of a manifest, each checked."""
     for entry in entries:
-        fetch(prefix + entry["path"], folder / entry["path"], entry["sha256"])
+        fetch(prefix + entry["path"], folder / entry["path"], entry["sha256"], tick=tick)
 
 
 def delete(key: str) -> None:
@@ -226,11 +236,13 @@ def _base64(sha256: str) -> str:
 
 
 class _translated:
-    """boto's errors become ours: the bucket is `Unavailable`, with what it said."""
+    """boto's errors become ours: what is not there is `Missing`, anything else is the bucket's trouble."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
+            raise Missing(f"object storage: {error}") from error
         if isinstance(error, BotoCoreError | ClientError | boto3.exceptions.Boto3Error):
             raise Unavailable(f"object storage: {error}; try again, or run `milliner doctor`") from error

@@ -49,7 +49,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
         printed = supervisor.stdout.readline()
         try:
             assert printed, "the stack did not start; its words are above"
-            yield Record.model_validate_json(printed)
+            record = Record.model_validate_json(printed)
+            yield record
+            engine(record.database_url).dispose()
         finally:
             supervisor.terminate()
 

@@ -18,7 +18,7 @@ from celery.signals import setup_logging, worker_process_init, worker_shutting_d
 
 from shared.queue import Queue, celery_app
 from shared.telemetry import bind, configure
-from worker import sweeper
+from worker import cache, sweeper
 from worker.runner import run_next
 
 app = celery_app()
@@ -60,6 +60,7 @@ def _slot_started(**_: Any) -> None:
     _owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     configure("worker")
     bind(worker=_owner)
+    cache.sweep_work_dirs()
     sweeper.start(Event())
 
 

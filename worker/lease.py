@@ -80,6 +80,9 @@ class Lease:
             except Unavailable as error:
                 log.warning("lease.unrenewed", error=error.message, seconds=round(_now() - self._renewed, 1))
                 continue
+            except Exception:
+                log.exception("lease.unrenewed", seconds=round(_now() - self._renewed, 1))
+                continue
             if desired is None:
                 if not self._done.is_set():
                     self.lose()

@@ -11,7 +11,9 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ from shared import jobs, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.ids import fine_tuned_name, new_id
-from shared.models import Adapter, BaseModel, File, Job, JobMetric, Tenant
+from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobMetric, Tenant
 from shared.protocol import (
     CheckpointSaved,
     Done,
@@ -63,27 +65,25 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
         return False
     bind(job=job.id, epoch=job.lease_epoch, attempt=job.attempt)
     log.info("job.claimed", queue=queue)
-    work_dir = settings.cache_dir / "work" / f"{job.id}-{job.lease_epoch}"
     try:
-        with Lease(job.id, job.lease_epoch) as lease:
-            Attempt(job, lease, work_dir, draining).run(queue, slot)
+        with ExitStack() as held, Lease(job.id, job.lease_epoch) as lease:
+            Attempt(job, lease, draining, held).run(queue, slot)
     except (Lost, Leave):
         log.warning("job.left")
     finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
         unbind("job", "epoch", "attempt")
     return True
 
 
 class Attempt:
-    """The state of one attempt: its job, its lease, its folder, and the steps not yet written to Postgres."""
+    """The state of one attempt: its job, its lease, what it holds on this machine, and the steps not yet recorded."""
 
-    def __init__(self, job: Job, lease: Lease, work_dir: Path, draining: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, lease: Lease, draining: Callable[[], bool], held: ExitStack) -> None:
         self.job = job
         self.request = JobCreate.model_validate(job.request)
         self.lease = lease
-        self.work_dir = work_dir
         self.draining = draining
+        self.held = held
         self.settings = get_settings()
         self.pending: list[Metrics] = []
         self.recorded_at = 0.0
@@ -92,12 +92,15 @@ class Attempt:
     def run(self, queue: Queue, slot: int) -> None:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
         try:
-            self.work_dir.mkdir(parents=True)
+            self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
             self.talk(self.stage(queue), slot)
         except Leave:
             self.guarded(lambda s: jobs.released(s, self.job.id, self.lease.epoch))
         except Lost:
             raise
+        except storage.Corrupt as lost:
+            hint = "the bucket has lost or changed it: upload the dataset again, or have the base model imported again"
+            self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
             message = f"{type(error).__name__}: {error}"
@@ -126,7 +129,9 @@ class Attempt:
         """Bring dataset, base and the last good checkpoint to this machine; say what the trainer shall do."""
         with_weights = queue is Queue.TRAIN
         base, training, validation = self.patiently(self._inputs)
-        base_dir = self.patiently(lambda: cache.base_model(base, with_weights=with_weights))
+        base_dir = self.patiently(
+            lambda: self.held.enter_context(cache.base_model(base, with_weights=with_weights, tick=self.tick))
+        )
         task = Task(
             base_dir=str(base_dir),
             base_name=base.public_id,
@@ -155,12 +160,11 @@ class Attempt:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint whose every hash is right; a broken one is told of and the one before it taken."""
-        with session_scope() as session:
-            candidates = jobs.latest_checkpoints(session, self.job.id)
-        for checkpoint in candidates:
+        for checkpoint in self.patiently(self._checkpoints):
             folder = self.work_dir / f"resume-{checkpoint.step}"
+            fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=self.tick)
             try:
-                self.patiently(lambda c=checkpoint, f=folder: storage.fetch_folder(c.prefix, c.files, f))  # type: ignore[misc]
+                self.patiently(fetch)
             except storage.Corrupt as broken:
                 self.tell("warn", f"Checkpoint of step {checkpoint.step} is broken, going one back: {broken}")
                 continue
@@ -175,10 +179,20 @@ class Attempt:
             validation = session.get_one(File, self.job.validation_file) if self.job.validation_file else None
             return base, training, validation
 
+    def _checkpoints(self) -> Sequence[Checkpoint]:
+        with session_scope() as session:
+            return jobs.latest_checkpoints(session, self.job.id)
+
     def _fetched(self, file: File) -> Path:
         path = self.work_dir / file.id
-        storage.fetch(file.key, path, file.sha256)
+        storage.fetch(file.key, path, file.sha256, tick=self.tick)
         return path
+
+    def tick(self) -> None:
+        """Called through a long wait: raises if there is nothing left to wait for."""
+        self.lease.check()
+        if self.draining() or self.lease.desired is not Desired.RUN:
+            raise Leave
 
     # ------------------------------------------------------------ listening
 
@@ -204,7 +218,7 @@ class Attempt:
                     continue
                 case PhaseEntered(phase=phase):
                     log.info("phase.entered", phase=phase)
-                    self.guarded(lambda s, p=phase: jobs.enter(s, self.job.id, self.lease.epoch, p))  # type: ignore[misc]
+                    self.enter(phase)
                 case Notice(level=level, message=message):
                     self.tell(level, message)
                 case Measured(metrics=metrics):
@@ -243,10 +257,12 @@ class Attempt:
         self.guarded(lambda s: jobs.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
         log.info("checkpoint.saved", step=event.step)
         shutil.rmtree(folder)
+        for old in self.patiently(self._retired):
+            self.patiently(partial(storage.delete_prefix, old))
+
+    def _retired(self) -> list[str]:
         with session_scope() as session:
-            dropped = jobs.drop_checkpoints(session, self.job.id, epoch, keep=KEPT_CHECKPOINTS)
-        for old in dropped:
-            self.patiently(lambda p=old: storage.delete_prefix(p))  # type: ignore[misc]
+            return jobs.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
 
     # ------------------------------------------------------------ endings
 
@@ -256,15 +272,14 @@ class Attempt:
             self.tell("warn", warning)
         state = self.guarded(lambda s: jobs.planned(s, self.job.id, self.lease.epoch, plan))
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
-        if state is State.QUEUED and ring(Queue.TRAIN):
-            with session_scope() as session:
-                jobs.rung(session, [self.job.id])
+        if state is State.QUEUED:
+            ring(Queue.TRAIN)  # unheard, the sweeper rings again
 
     def publish(self, event: Done) -> None:
         """Adapter and result file to S3, then one transaction that makes the job `succeeded`."""
         self.flush()
         job, epoch = self.job, self.lease.epoch
-        self.guarded(lambda s: jobs.enter(s, job.id, epoch, Phase.PUBLISHING))
+        self.enter(Phase.PUBLISHING)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
         files = self.patiently(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
         table = self.patiently(self._result_csv)
@@ -316,7 +331,11 @@ class Attempt:
         if event.retryable:
             self.crash(error)
         else:
-            self.guarded(lambda s: jobs.failed(s, self.job.id, self.lease.epoch, error))
+            self.end(error)
+
+    def end(self, error: JobError) -> None:
+        """End the job for good: another attempt would meet the same."""
+        self.guarded(lambda s: jobs.failed(s, self.job.id, self.lease.epoch, error))
 
     def crash(self, error: JobError) -> None:
         """Count it; the job goes back to the queue, or ends as poison."""
@@ -326,6 +345,10 @@ class Attempt:
         self.guarded(
             lambda s: jobs.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
         )
+
+    def enter(self, phase: Phase) -> None:
+        """Say on the job what it is doing now."""
+        self.guarded(lambda s: jobs.enter(s, self.job.id, self.lease.epoch, phase))
 
     def tell(self, level: str, message: str) -> None:
         """A line for the job's events."""

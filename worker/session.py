@@ -23,7 +23,7 @@ from shared.telemetry import log
 
 PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
-    *("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+    *("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
 )
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -34,7 +34,11 @@ OFFLINE = {
 
 
 class Ended(Exception):
-    """The child is gone without a last word. `signal` is set where one killed it."""
+    """The child is gone without a last word, or has said something that is none."""
+
+
+class Died(Ended):
+    """`signal` is set where one killed it."""
 
     def __init__(self, returncode: int) -> None:
         self.signal = signal.Signals(-returncode).name if returncode < 0 else None
@@ -46,11 +50,10 @@ class Ended(Exception):
 class TrainerSession:
     """One trainer process. Its group can be signalled from any thread; events are read by one."""
 
-    def __init__(self, work_dir: Path, *, visible_device: str | None = None) -> None:
+    def __init__(self, work_dir: Path, *, visible_device: str) -> None:
         self._log = work_dir / "trainer.log"
-        env = inherited(*PASSED_ON) | OFFLINE | {"HF_HOME": str(work_dir / "hf")}
-        if visible_device is not None:
-            env["CUDA_VISIBLE_DEVICES"] = visible_device
+        own = {"HF_HOME": str(work_dir / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
+        env = inherited(*PASSED_ON) | OFFLINE | own
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
@@ -80,18 +83,22 @@ class TrainerSession:
             log.warning("trainer.deaf", pid=self.pid)
 
     def receive(self, *, timeout: float) -> TrainerEvent | None:
-        """The next event, or None after `timeout` seconds; `Ended` once the child is gone and all it said is read."""
+        """The next event, or None after `timeout` seconds; `Ended` once the child is gone and all it said is read.
+
+        A line that is no event ends the child too: it might have been the last word that we wait for.
+        """
         try:
             line = self._lines.get(timeout=timeout)
         except Empty:
             return None
         if line is None:
-            raise Ended(self._process.wait())
+            raise Died(self._reap())
         try:
             return EVENT.validate_json(line)
-        except ValidationError:
-            log.warning("trainer.babbled", line=line[:200].decode(errors="replace"))
-            return None
+        except ValidationError as error:
+            self.kill()
+            shown = line[:200].decode(errors="replace")
+            raise Ended(f"the trainer said what is no event: {shown!r} ({error.error_count()} errors)") from error
 
     def freeze(self) -> None:
         """SIGSTOP the group: without a lease nothing may be trained."""
@@ -121,7 +128,16 @@ class TrainerSession:
         """The end of what the child wrote to stderr."""
         with self._log.open("rb") as stream:
             stream.seek(max(0, self._log.stat().st_size - 64 * 1024))
-            return [line.decode(errors="replace").rstrip() for line in deque(stream, maxlen=count)]
+            lines = deque(stream, maxlen=count)
+        return [line.decode(errors="replace").replace("\0", "").rstrip() for line in lines]
+
+    def _reap(self) -> int:
+        """The exit code of a child that has closed its stdout; whatever it still does is for nobody."""
+        try:
+            return self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
 
     def _signal(self, number: signal.Signals) -> bool:
         with self._signals:

@@ -51,15 +51,23 @@ class Watch:
 
 
 def sweep(settings: Settings, *, watched: float) -> None:
-    """One round. `watched` is the length of the unbroken watch in seconds."""
+    """One round. `watched` is the length of the unbroken watch in seconds.
+
+    What the broker did not take is left for the next round: four seconds a ring would be a gap in our watch.
+    """
     with session_scope() as session:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
             return
         if watched >= settings.lease_seconds:
             reclaim(session, settings)
+    with session_scope() as session:
         unrung = {queue: jobs.unrung(session, queue, backoff=settings.rering_seconds) for queue in Queue}
     for queue, job_ids in unrung.items():
-        told = [job_id for job_id in job_ids if ring(queue)]
+        told = []
+        for job_id in job_ids:
+            if not ring(queue):
+                return
+            told.append(job_id)
         if told:
             log.info("queue.rung", queue=queue, jobs=len(told))
             with session_scope() as session:

@@ -3,62 +3,95 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Form, Query, UploadFile
+import fastapi
+from fastapi import APIRouter, Depends, Query
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from sqlalchemy import ColumnElement, func, or_, select
+from pydantic import ConfigDict, Field, ValidationError
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
+from starlette.datastructures import UploadFile
 
 from api.deps import SessionDep, TenantDep
 from api.paging import Order, keyset_page
 from api.present import file_out
 from shared import storage
-from shared.db import after_commit
+from shared.db import after_commit, session_scope
 from shared.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from shared.formats import check_file, describe
 from shared.ids import new_id
+from shared.jobs import live_file
 from shared.models import File, Job
-from shared.schemas import TERMINAL, Deleted, Page
+from shared.schemas import TERMINAL, Deleted, Page, Request, Text
 from shared.schemas import File as FileOut
 from shared.settings import get_settings
+
+FIELD_BYTES = 64 * 1024
+FORM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+}
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
-def upload_file(
-    file: UploadFile,
-    purpose: Annotated[str, Form()],
-    tenant: TenantDep,
-    session: SessionDep,
-    expires_anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
-    expires_seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2592000)] = None,
-) -> FileOut:
+class UploadForm(Request):
+    """The fields of an upload, as OpenAI names them."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
+
+    file: UploadFile
+    purpose: Text
+    expires_anchor: Literal["created_at"] | None = Field(None, alias="expires_after[anchor]")
+    expires_seconds: int | None = Field(None, alias="expires_after[seconds]", ge=3600, le=2592000)
+
+
+async def upload_form(request: fastapi.Request, tenant: TenantDep) -> AsyncIterator[UploadForm]:
+    """Read the body of a caller who has a key: FastAPI would spool a stranger's gigabytes before it asks who he is."""
+    async with request.form(max_files=1, max_fields=8, max_part_size=FIELD_BYTES) as form:
+        try:
+            yield UploadForm.model_validate(dict(form))
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+
+
+@router.post("", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}})
+def upload_file(form: Annotated[UploadForm, Depends(upload_form)], tenant: TenantDep, session: SessionDep) -> FileOut:
     """Store a dataset. Every row is parsed: one that cannot be trained on makes the status `error`, with its line.
 
     The body has been spooled to disk by now; it is read three times (hash, rows, bucket) in constant memory, and the
     transaction begins after that.
     """
-    if purpose != "fine-tune":
-        raise InvalidRequest(f"purpose {purpose!r}; allowed for uploads: 'fine-tune'", param="purpose")
-    settings = get_settings()
-    size, digest = _measure(file.file)
+    if form.purpose != "fine-tune":
+        raise InvalidRequest(f"purpose {form.purpose!r}; allowed for uploads: 'fine-tune'", param="purpose")
+    settings, stream = get_settings(), form.file.file
+    size, digest = _measure(stream)
     if size > settings.max_file_bytes:
         raise TooLarge(f"the file has {size:,} bytes; at most {settings.max_file_bytes:,} are allowed", param="file")
-    file.file.seek(0)
-    report = check_file(file.file, max_row_bytes=settings.max_row_bytes)
-    file.file.seek(0)
+    stream.seek(0)
+    report = check_file(stream, max_row_bytes=settings.max_row_bytes)
+    stream.seek(0)
     file_id = new_id("file-")
     key = f"files/{tenant.id}/{file_id}"
-    storage.put_stream(key, file.file)
-    expires = datetime.now(UTC) + timedelta(seconds=expires_seconds) if expires_seconds and expires_anchor else None
+    storage.put_stream(key, stream)
+    expires = None
+    if form.expires_seconds and form.expires_anchor:
+        expires = datetime.now(UTC) + timedelta(seconds=form.expires_seconds)
     row = File(
         id=file_id,
         tenant_id=tenant.id,
-        filename=file.filename or "file.jsonl",
-        purpose=purpose,
+        filename=form.file.filename or "file.jsonl",
+        purpose=form.purpose,
         status="error" if report.bad_rows else "processed",
         status_details=describe(report) if report.bad_rows else None,
         bytes=size,
@@ -82,7 +115,7 @@ def list_files(
     purpose: str | None = None,
 ) -> Page[FileOut]:
     """The tenant's files, newest first."""
-    query = select(File).where(*_live(tenant.id))
+    query = select(File).where(File.tenant_id == tenant.id, live_file())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     return keyset_page(session, query, File.id, file_out, after=after, limit=limit, order=order)
@@ -95,9 +128,13 @@ def retrieve_file(file_id: str, tenant: TenantDep, session: SessionDep) -> FileO
 
 
 @router.get("/{file_id}/content")
-def file_content(file_id: str, tenant: TenantDep, session: SessionDep) -> StreamingResponse:
-    """The bytes, as they were uploaded (or, for a result file, as they were written)."""
-    file = _get(session, tenant.id, file_id)
+def file_content(file_id: str, tenant: TenantDep) -> StreamingResponse:
+    """The bytes, as they were uploaded (or, for a result file, as they were written).
+
+    The row is read in a transaction of its own: no connection is held while bytes flow.
+    """
+    with session_scope() as session:
+        file = _get(session, tenant.id, file_id)
     media = "text/csv" if file.purpose == "fine-tune-results" else "application/octet-stream"
     return StreamingResponse(
         storage.read(file.key),
@@ -119,13 +156,8 @@ def delete_file(file_id: str, tenant: TenantDep, session: SessionDep) -> Deleted
     return Deleted(id=file_id, object="file")
 
 
-def _live(tenant_id: str) -> list[ColumnElement[bool]]:
-    fresh = or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp())
-    return [File.tenant_id == tenant_id, File.deleted_at.is_(None), fresh]
-
-
 def _get(session: Session, tenant_id: str, file_id: str, *, for_update: bool = False) -> File:
-    query = select(File).where(File.id == file_id, *_live(tenant_id))
+    query = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
     file = session.scalar(query.with_for_update() if for_update else query)
     if file is None:
         raise NotFound(f"no file {file_id!r}; list yours with GET /v1/files", param="file_id", code="file_not_found")

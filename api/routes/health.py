@@ -17,8 +17,8 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz")
-def healthz() -> dict[str, str]:
-    """Always ok while the process answers."""
+async def healthz() -> dict[str, str]:
+    """Always ok while the process answers; async, so that it needs no thread of a busy pool."""
     return {"status": "ok"}
 
 

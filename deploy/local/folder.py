@@ -110,7 +110,7 @@ class Folder:
         """
         self.create()
         lock = _open(self._lock)
-        if not _locked(lock):
+        if not _soon(lambda: _locked(lock), 0.5):  # `holder` takes it for an instant to see whether it is free
             os.close(lock)
             raise Conflict(f"a stack already runs on {self.root}; end it with: milliner down --data {self.root}")
         os.ftruncate(lock, 0)

@@ -86,7 +86,9 @@ def bundled_model() -> Path | None:
 
 
 def train_slots() -> int:
-    """One per GPU that the driver shows, or one on the CPU."""
+    """One per GPU that we may see, or one on the CPU."""
+    if told := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(told.split(","))
     if shutil.which("nvidia-smi") is None:
         return 1
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)

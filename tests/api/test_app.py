@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import httpx2 as httpx
@@ -42,6 +43,31 @@ def test_every_error_has_the_envelope(http: httpx.Client, method: str, path: str
 def test_a_body_over_the_limit_is_refused(http: httpx.Client) -> None:
     answer = http.post("/v1/fine_tuning/jobs", content=b" " * 2_000_000, headers={"content-type": "application/json"})
     assert answer.status_code == 413
+    assert set(answer.json()["error"]) == ERROR
+
+
+def test_a_stranger_without_a_key_cannot_make_us_read(http: httpx.Client) -> None:
+    """The answer comes before the body is looked at, however large it says it is."""
+    with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as raw:
+        raw.sendall(
+            b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000000\r\n"
+            b"content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+        )
+        raw.settimeout(10)
+        assert raw.recv(100).startswith(b"HTTP/1.1 401")
+
+
+@pytest.mark.parametrize("body", [{}, {"purpose": "fine-tune"}, {"purpose": "fine-tune", "colour": "red"}])
+def test_a_form_with_something_missing_is_told(http: httpx.Client, body: dict[str, str]) -> None:
+    answer = http.post("/v1/files", data=body, files={"other": b"x"} if not body else None)
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == ERROR
+
+
+@pytest.mark.parametrize("path", ["/v1/files/%00", "/v1/models/a%00b", "/v1/fine_tuning/jobs?after=%00"])
+def test_what_postgres_cannot_hold_is_no_server_error(http: httpx.Client, path: str) -> None:
+    answer = http.get(path)
+    assert answer.status_code == 400
     assert set(answer.json()["error"]) == ERROR
 
 

@@ -145,7 +145,8 @@ def test_a_frozen_broker_holds_up_no_request(client: openai.OpenAI, stack: Recor
 def test_a_bad_body_is_no_server_error(stack: Record) -> None:
     headers = {"authorization": f"Bearer {stack.api_key}", "content-type": "application/json"}
     with httpx.Client(base_url=stack.base_url, headers=headers) as http:
-        for content in (b"{", b"[]", b"null", b'"x"', b"\xff", b"", json.dumps({"model": None}).encode()):
+        bodies = [{"model": None}, {"model": "a\0"}, {"model": "\ud800"}, {"\ud800": 1}, {"metadata": {"k\0": ""}}]
+        for content in (b"{", b"[]", b"null", b'"x"', b"\xff", b"", *(json.dumps(body).encode() for body in bodies)):
             answer = http.post("/fine_tuning/jobs", content=content)
             assert answer.status_code == 400, content
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shared.formats import FORMATS, MAX_PROBLEMS, Chat, Completion, RowError, Turn, check_file, describe, read_rows
 
-LIMIT = 4096
+LIMIT = 5000
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello"}
 PARTS = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
@@ -41,7 +41,10 @@ BAD = [
     ("[1, 2]", "", "found [1, 2]"),
     ('"text"', "", 'found "text"'),
     ("{}", "", "found keys none"),
-    ('{"question": 1}', "", "found keys question"),
+    ('{"question": 1}', "", 'found keys "question"'),
+    ('{"te\\u0000xt": 1}', "", r'found keys "te\u0000xt"'),
+    ('{"text": "\\ud800"}', "", "half of a surrogate pair"),
+    ('{"text": ' + "1" * 4500 + "}", "", "not JSON that we can hold"),
     ('{"messages": []}', "messages", "found []"),
     ('{"messages": "hi"}', "messages", 'found "hi"'),
     ('{"messages": [7]}', "messages[0]", "found 7"),
@@ -118,7 +121,7 @@ def test_a_line_that_is_too_long_is_skipped_in_constant_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [number for number, _ in rows] == [1, 2]
-    assert "longer than 4,096 bytes" in str(rows[0][1])
+    assert "longer than 5,000 bytes" in str(rows[0][1])
     assert rows[1][1] == Completion("", "y")
     assert peak < 1_000_000
 

@@ -142,6 +142,17 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
     assert read(database, busy.id).reason == Reason.CANCELLED
 
 
+def test_a_cancel_that_was_accepted_cannot_be_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job = queued(database, tenant, dataset)
+    claim(database, Queue.TRAIN)
+    with session_scope(database) as session:
+        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        for other in (Desired.PAUSE, Desired.RUN):
+            with pytest.raises(Conflict, match="already being cancelled"):
+                jobs.ask(session, tenant.id, job.id, other)
+
+
 @pytest.mark.parametrize("letting_go", ["released", "crashed", "reclaimed"])
 @pytest.mark.parametrize(("wish", "state"), [(Desired.CANCEL, State.CANCELLED), (Desired.PAUSE, State.PAUSED)])
 def test_a_wish_survives_whatever_happens_to_the_worker(
@@ -211,7 +222,7 @@ def test_rings_back_off(database: Engine, tenant: Tenant, dataset: str) -> None:
         assert jobs.unrung(session, Queue.TRAIN, backoff=30) == [job.id]
         jobs.rung(session, [job.id])
         assert jobs.unrung(session, Queue.TRAIN, backoff=30) == []
-    for rings, seconds, due in [(1, 31, True), (2, 31, False), (2, 61, True), (9, 700, True)]:
+    for rings, seconds, due in [(1, 31, True), (2, 31, False), (2, 61, True), (9, 999, True), (5000, 900, False)]:
         with session_scope(database) as session:
             ago = func.clock_timestamp() - text(f"interval '{seconds}s'")
             session.execute(update(Job).where(Job.id == job.id).values(ring_count=rings, published_at=ago))
@@ -232,6 +243,30 @@ def test_the_same_idempotency_key_is_the_same_job(database: Engine, tenant: Tena
     assert sum(new for _, new in answers) == 1
     with session_scope(database) as session, pytest.raises(Conflict, match="another body"):
         jobs.submit(session, tenant.id, body.model_copy(update={"seed": 2}), idempotency_key="k")
+
+
+def test_one_key_with_two_bodies_at_once_is_one_job_and_one_conflict(
+    database: Engine, tenant: Tenant, dataset: str
+) -> None:
+    def send(seed: int) -> bool:
+        body = JobCreate(model="tiny", training_file=dataset, seed=seed)
+        try:
+            with session_scope(database) as session:
+                return jobs.submit(session, tenant.id, body, idempotency_key="race")[1]
+        except Conflict:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(send, range(8))) == 1
+
+
+@pytest.mark.parametrize("column", ["deleted_at", "expires_at"])
+def test_a_file_that_is_gone_cannot_be_trained_on(database: Engine, tenant: Tenant, dataset: str, column: str) -> None:
+    with session_scope(database) as session:
+        past = func.clock_timestamp() - text("interval '1s'")
+        session.execute(update(File).where(File.id == dataset).values({column: past}))
+    with session_scope(database) as session, pytest.raises(NotFound, match="no file"):
+        jobs.submit(session, tenant.id, JobCreate(model="tiny", training_file=dataset))
 
 
 def test_a_retry_of_the_same_body_is_the_same_job_but_a_second_request_is_not(

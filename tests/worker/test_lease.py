@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, func, select, text, update
 
 from deploy.local.folder import Record
-from shared import db, settings
+from shared import settings
 from shared.db import engine, session_scope
 from shared.models import BaseModel, File, Job
 from shared.schemas import Desired
@@ -32,10 +32,7 @@ def database(stack: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]
         monkeypatch.setenv(f"MILLINER_{name}", value)
     monkeypatch.setenv("MILLINER_DATABASE_URL", stack.database_url)
     settings.get_settings.cache_clear()
-    db.engine.cache_clear()
     yield engine()
-    engine().dispose()
-    db.engine.cache_clear()
     settings.get_settings.cache_clear()
 
 
@@ -70,7 +67,7 @@ def job(database: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[TrainerSession]:
-    session = TrainerSession(tmp_path)
+    session = TrainerSession(tmp_path, visible_device="")
     yield session
     session.close()
 

@@ -85,6 +85,16 @@ def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tin
     assert (job.model_extra or {})["attempt"] == 0
 
 
+def test_a_lost_object_ends_the_job_and_frees_the_slot(
+    client: openai.OpenAI, stack: Record, tiny: str, quotes: bytes
+) -> None:
+    file = client.files.create(file=("lost.jsonl", quotes), purpose="fine-tune")
+    with psycopg.connect(stack.database_url) as connection:
+        connection.execute("UPDATE files SET key = 'files/nowhere' WHERE id = %s", (file.id,))
+    job = wait(client, client.fine_tuning.jobs.create(model=tiny, training_file=file.id).id)
+    assert (job.status, job.error and job.error.code) == ("failed", "object_lost")
+
+
 def test_a_killed_trainer_is_replaced_and_goes_on(
     client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
 ) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from shared.protocol import Failed, PhaseEntered, Prepare, Task
-from worker.session import Ended, TrainerSession
+from worker.session import Died, TrainerSession
 
 
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerSession]:
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
-    session = TrainerSession(tmp_path)
+    session = TrainerSession(tmp_path, visible_device="")
     yield session
     session.close()
 
@@ -42,7 +42,7 @@ def test_the_environment_is_built_from_nothing(session: TrainerSession) -> None:
 
 def test_a_killed_child_is_ended_with_its_signal(session: TrainerSession) -> None:
     os.kill(session.pid, signal.SIGKILL)
-    with pytest.raises(Ended, match="killed by SIGKILL") as ended:
+    with pytest.raises(Died, match="killed by SIGKILL") as ended:
         hear(session)
     assert ended.value.signal == "SIGKILL"
 
