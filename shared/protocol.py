@@ -28,6 +28,7 @@ class Task(BaseModel):
     seed: int
     torch_threads: int = 0
     max_row_bytes: int
+    silence_seconds: float | None = None
 
 
 class Prepare(BaseModel):
@@ -52,6 +53,13 @@ class Train(BaseModel):
     resume_from: str | None = None
 
 
+class Alive(BaseModel):
+    """The supervisor runs and holds the lease. A child that has not heard this for `silence_seconds` freezes itself."""
+
+    op: Literal["alive"] = "alive"
+    job: str
+
+
 class Stop(BaseModel):
     """Finish the current step, leave a checkpoint, answer `stopped`."""
 
@@ -59,7 +67,7 @@ class Stop(BaseModel):
     job: str
 
 
-Command = Annotated[Prepare | Train | Stop, Field(discriminator="op")]
+Command = Annotated[Prepare | Train | Stop | Alive, Field(discriminator="op")]
 
 
 class PhaseEntered(BaseModel):

@@ -3,7 +3,8 @@
 The renewing thread writes to Postgres every heartbeat and reads back what the user wants. The fencing thread never
 waits for anything: after `fence_seconds` without a renewal it freezes the trainer, and a renewal thaws it, so an outage
 of the database pauses training and does not restart it. An epoch that has moved kills the trainer. The clock is the one
-that counts while the machine sleeps, and a renewal counts from before it was sent.
+that counts while the machine sleeps, and a renewal counts from before it was sent. While the lease is good the trainer
+hears so twice a second: should this whole process be stopped, the trainer freezes itself before the lease ends.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
-from shared import jobs
+from shared import attempts
 from shared.db import session_scope
 from shared.errors import Unavailable
+from shared.protocol import Alive
 from shared.schemas import Desired
 from shared.settings import get_settings
 from shared.telemetry import log
 from worker.session import TrainerSession
+
+ALIVE_EVERY = 0.5
 
 
 class Lost(Exception):
@@ -29,13 +33,13 @@ class Lost(Exception):
 class Lease:
     """The right to work on one job at one epoch, while the `with` block lasts."""
 
-    def __init__(self, job_id: str, epoch: int) -> None:
+    def __init__(self, job_id: str, epoch: int, claimed_at: float) -> None:
         self.job_id = job_id
         self.epoch = epoch
         self.desired = Desired.RUN
         self._settings = get_settings()
         self._session: TrainerSession | None = None
-        self._renewed = _now()
+        self._renewed = claimed_at
         self._lost = Event()
         self._done = Event()
         self._threads = [
@@ -73,15 +77,17 @@ class Lease:
 
     def _renewing(self) -> None:
         while not self._done.wait(self._settings.heartbeat_seconds):
-            before = _now()
+            before = boottime()
             try:
                 with session_scope() as session:
-                    desired = jobs.renew(session, self.job_id, self.epoch, lease_seconds=self._settings.lease_seconds)
+                    desired = attempts.renew(
+                        session, self.job_id, self.epoch, lease_seconds=self._settings.lease_seconds
+                    )
             except Unavailable as error:
-                log.warning("lease.unrenewed", error=error.message, seconds=round(_now() - self._renewed, 1))
+                log.warning("lease.unrenewed", error=error.message, seconds=round(boottime() - self._renewed, 1))
                 continue
             except Exception:
-                log.exception("lease.unrenewed", seconds=round(_now() - self._renewed, 1))
+                log.exception("lease.unrenewed", seconds=round(boottime() - self._renewed, 1))
                 continue
             if desired is None:
                 if not self._done.is_set():
@@ -90,17 +96,22 @@ class Lease:
             self.desired, self._renewed = desired, before
 
     def _fencing(self) -> None:
+        said_at = 0.0
         while not self._done.wait(0.1):
-            session, late = self._session, _now() - self._renewed > self._settings.fence_seconds
-            if session is None or session.frozen == late:
+            session, late = self._session, boottime() - self._renewed > self._settings.fence_seconds
+            if session is None or self._lost.is_set():
                 continue
-            if late:
+            if late and not session.frozen:
                 session.freeze()
-                log.warning("trainer.frozen", pid=session.pid, seconds=round(_now() - self._renewed, 1))
-            else:
+                log.warning("trainer.frozen", pid=session.pid, seconds=round(boottime() - self._renewed, 1))
+            elif not late and session.is_stopped():
                 session.thaw()
                 log.info("trainer.thawed", pid=session.pid)
+            elif not late and boottime() - said_at > ALIVE_EVERY:
+                session.send(Alive(job=self.job_id))
+                said_at = boottime()
 
 
-def _now() -> float:
+def boottime() -> float:
+    """Seconds on the clock that counts while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

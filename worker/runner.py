@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import select
 
-from shared import jobs, storage
+from shared import attempts, jobs, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.ids import fine_tuned_name, new_id
@@ -43,7 +43,7 @@ from shared.schemas import Desired, Hyperparameters, JobCreate, JobError, Metric
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from worker import cache
-from worker.lease import Lease, Lost
+from worker.lease import Lease, Lost, boottime
 from worker.session import Ended, TrainerSession
 
 TICK = 0.2
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> bool:
     """Claim one job of this queue and see it through; False if there was none, or no database to ask."""
-    settings = get_settings()
+    settings, claimed_at = get_settings(), boottime()
     try:
         with session_scope() as session:
             job = jobs.claim(session, queue, owner=owner, lease_seconds=settings.lease_seconds)
@@ -66,7 +66,7 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
     bind(job=job.id, epoch=job.lease_epoch, attempt=job.attempt)
     log.info("job.claimed", queue=queue)
     try:
-        with ExitStack() as held, Lease(job.id, job.lease_epoch) as lease:
+        with ExitStack() as held, Lease(job.id, job.lease_epoch, claimed_at) as lease:
             Attempt(job, lease, draining, held).run(queue, slot)
     except (Lost, Leave):
         log.warning("job.left")
@@ -95,7 +95,7 @@ class Attempt:
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
             self.talk(self.stage(queue), slot)
         except Leave:
-            self.guarded(lambda s: jobs.released(s, self.job.id, self.lease.epoch))
+            self.guarded(lambda s: attempts.released(s, self.job.id, self.lease.epoch))
         except Lost:
             raise
         except storage.Corrupt as lost:
@@ -145,6 +145,7 @@ class Attempt:
             seed=self.job.seed,
             torch_threads=self.settings.torch_threads,
             max_row_bytes=self.settings.max_row_bytes,
+            silence_seconds=(self.settings.lease_seconds - self.settings.fence_seconds) / 2,
         )
         if queue is Queue.PREPARE:
             return Prepare(job=self.job.id, task=task)
@@ -181,7 +182,7 @@ class Attempt:
 
     def _checkpoints(self) -> Sequence[Checkpoint]:
         with session_scope() as session:
-            return jobs.latest_checkpoints(session, self.job.id)
+            return attempts.latest_checkpoints(session, self.job.id)
 
     def _fetched(self, file: File) -> Path:
         path = self.work_dir / file.id
@@ -244,7 +245,7 @@ class Attempt:
         if self.pending:
             batch, self.pending = self.pending, []
             progress = self.pace.progress()
-            self.guarded(lambda s: jobs.record(s, self.job.id, self.lease.epoch, batch, progress))
+            self.guarded(lambda s: attempts.record(s, self.job.id, self.lease.epoch, batch, progress))
         self.recorded_at = time.monotonic()
 
     def keep(self, event: CheckpointSaved) -> None:
@@ -254,7 +255,7 @@ class Attempt:
         prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{epoch}/{event.step}/"
         files = self.patiently(lambda: storage.put_folder(prefix, folder))
         saved = {"step": event.step, "prefix": prefix, "files": files, "metrics": event.metrics}
-        self.guarded(lambda s: jobs.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
+        self.guarded(lambda s: attempts.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
         log.info("checkpoint.saved", step=event.step)
         shutil.rmtree(folder)
         for old in self.patiently(self._retired):
@@ -262,7 +263,7 @@ class Attempt:
 
     def _retired(self) -> list[str]:
         with session_scope() as session:
-            return jobs.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
+            return attempts.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
 
     # ------------------------------------------------------------ endings
 
@@ -270,7 +271,7 @@ class Attempt:
         """The dataset is good: queue the job and ring for a trainer."""
         for warning in plan.warnings:
             self.tell("warn", warning)
-        state = self.guarded(lambda s: jobs.planned(s, self.job.id, self.lease.epoch, plan))
+        state = self.guarded(lambda s: attempts.planned(s, self.job.id, self.lease.epoch, plan))
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
         if state is State.QUEUED:
             ring(Queue.TRAIN)  # unheard, the sweeper rings again
@@ -308,7 +309,7 @@ class Attempt:
                 sha256=storage.sha256_of_bytes(table),
                 key=key,
             )
-            return jobs.succeeded(session, job.id, epoch, report=event.report, adapter=adapter, result_file=result)
+            return attempts.succeeded(session, job.id, epoch, report=event.report, adapter=adapter, result_file=result)
 
         state = self.guarded(finish)
         log.info("job.finished", state=state)
@@ -335,7 +336,7 @@ class Attempt:
 
     def end(self, error: JobError) -> None:
         """End the job for good: another attempt would meet the same."""
-        self.guarded(lambda s: jobs.failed(s, self.job.id, self.lease.epoch, error))
+        self.guarded(lambda s: attempts.failed(s, self.job.id, self.lease.epoch, error))
 
     def crash(self, error: JobError) -> None:
         """Count it; the job goes back to the queue, or ends as poison."""
@@ -343,16 +344,16 @@ class Attempt:
         backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
         log.warning("job.crashed", message=error.message)
         self.guarded(
-            lambda s: jobs.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
+            lambda s: attempts.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
         )
 
     def enter(self, phase: Phase) -> None:
         """Say on the job what it is doing now."""
-        self.guarded(lambda s: jobs.enter(s, self.job.id, self.lease.epoch, phase))
+        self.guarded(lambda s: attempts.enter(s, self.job.id, self.lease.epoch, phase))
 
     def tell(self, level: str, message: str) -> None:
         """A line for the job's events."""
-        self.guarded(lambda s: jobs.note(s, self.job.id, self.lease.epoch, level=level, message=message))
+        self.guarded(lambda s: attempts.note(s, self.job.id, self.lease.epoch, level=level, message=message))
 
     def _result_csv(self) -> bytes:
         """OpenAI's result file: one line a step."""

@@ -65,7 +65,7 @@ class TrainerSession:
                 start_new_session=True,
             )
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
-        self._signals = Lock()
+        self._signals, self._sending = Lock(), Lock()
         self.frozen = False
         Thread(target=self._read, name="trainer-events", daemon=True).start()
 
@@ -74,12 +74,13 @@ class TrainerSession:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """Write one command; a child that is gone is noticed by `receive`."""
+        """Write one command, from any thread; a child that is gone is noticed by `receive`."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(command.model_dump_json().encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
+            with self._sending:
+                self._process.stdin.write(command.model_dump_json().encode() + b"\n")
+                self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):  # ValueError: closed on our side
             log.warning("trainer.deaf", pid=self.pid)
 
     def receive(self, *, timeout: float) -> TrainerEvent | None:
@@ -108,6 +109,13 @@ class TrainerSession:
         """SIGCONT the group: the lease is ours again."""
         self._signal(signal.SIGCONT)
         self.frozen = False
+
+    def is_stopped(self) -> bool:
+        """Has somebody frozen the child: we, itself, or a stranger?"""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except FileNotFoundError:
+            return False
 
     def kill(self) -> None:
         """SIGKILL the group; safe to repeat."""

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared import jobs
+from shared import attempts, jobs
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.models import Job
@@ -85,7 +85,7 @@ def reclaim(session: Session, settings: Settings) -> int:
             hint="the machine or the worker process died; out of memory is the usual cause (exit code 137)",
         )
         backoff, crashes = settings.crash_backoff_seconds, settings.max_crashes
-        if jobs.crashed(session, job_id, epoch, error, backoff=backoff, max_crashes=crashes, silent=True):
+        if attempts.crashed(session, job_id, epoch, error, backoff=backoff, max_crashes=crashes, silent=True):
             log.warning("job.reclaimed", job=job_id, epoch=epoch, owner=owner)
             reclaimed += 1
     return reclaimed

@@ -148,12 +148,12 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Do
 
 def test_bad_rows_are_named_and_not_kept(stack: Record, tmp_path: Path) -> None:
     good = json.dumps({"prompt": "a", "completion": "b"})
-    broken = dataset(tmp_path / "broken.jsonl", [*[good] * 6, '{"prompt": ', good])
+    broken = dataset(tmp_path / "torn.jsonl", [*[good] * 6, '{"prompt": ', good])
     ran = milliner(stack, "submit", broken, *TRAIN)
     assert ran.returncode == 1
-    assert "broken.jsonl: 1 of 8 rows cannot be trained on" in ran.stdout
+    assert "torn.jsonl: 1 of 8 rows cannot be trained on" in ran.stdout
     assert "\n7 " in ran.stdout
-    assert "broken.jsonl" not in milliner(stack, "files").stdout
+    assert "torn.jsonl" not in milliner(stack, "files").stdout
 
 
 def test_a_file_can_be_added_listed_and_removed(stack: Record, rows: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from shared import jobs
+from shared import attempts, jobs
 from shared.db import session_scope
 from shared.errors import Conflict, NotFound
 from shared.jobs import MOVES, Reason
@@ -39,13 +39,13 @@ def test_a_job_goes_all_the_way(database: Engine, tenant: Tenant, dataset: str) 
     prepared = claim(database, Queue.PREPARE)
     assert (prepared.id, prepared.state, prepared.attempt, prepared.lease_epoch) == (job.id, State.VALIDATING, 0, 1)
     with session_scope(database) as session:
-        assert jobs.planned(session, job.id, 1, PLAN) is State.QUEUED
+        assert attempts.planned(session, job.id, 1, PLAN) is State.QUEUED
     running = claim(database, Queue.TRAIN)
     assert (running.state, running.attempt, running.lease_epoch) == (State.RUNNING, 1, 2)
     with session_scope(database) as session:
-        assert jobs.record(session, job.id, 2, [Metrics(step=1, total_steps=2, train_loss=1.5)], {"step": 1})
+        assert attempts.record(session, job.id, 2, [Metrics(step=1, total_steps=2, train_loss=1.5)], {"step": 1})
     with session_scope(database) as session:
-        done = jobs.succeeded(session, job.id, 2, report=REPORT, adapter=adapter(job), result_file=result_file(job))
+        done = attempts.succeeded(session, job.id, 2, report=REPORT, adapter=adapter(job), result_file=result_file(job))
         assert done is State.SUCCEEDED
     ended = read(database, job.id)
     assert (ended.state, ended.reason, ended.lease_owner) == (State.SUCCEEDED, Reason.COMPLETED, None)
@@ -63,24 +63,24 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     job = queued(database, tenant, dataset)
     zombie = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert jobs.released(session, job.id, zombie)
+        assert attempts.released(session, job.id, zombie)
     owner = claim(database, Queue.TRAIN).lease_epoch
     assert owner > zombie
     step = Metrics(step=9, total_steps=9, train_loss=0.0)
     before = read(database, job.id)
     with session_scope(database) as session:
-        assert jobs.renew(session, job.id, zombie, lease_seconds=60) is None
-        assert not jobs.enter(session, job.id, zombie, jobs.Phase.TRAINING)
-        assert not jobs.note(session, job.id, zombie, level="info", message="boo")
-        assert not jobs.record(session, job.id, zombie, [step], {})
-        assert not jobs.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
-        assert jobs.drop_checkpoints(session, job.id, zombie, keep=0) == []
-        assert jobs.planned(session, job.id, zombie, PLAN) is None
-        assert not jobs.failed(session, job.id, zombie, OOPS)
-        assert not jobs.crashed(session, job.id, zombie, OOPS, **CRASH)
-        assert not jobs.released(session, job.id, zombie)
+        assert attempts.renew(session, job.id, zombie, lease_seconds=60) is None
+        assert not attempts.enter(session, job.id, zombie, jobs.Phase.TRAINING)
+        assert not attempts.note(session, job.id, zombie, level="info", message="boo")
+        assert not attempts.record(session, job.id, zombie, [step], {})
+        assert not attempts.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
+        assert attempts.drop_checkpoints(session, job.id, zombie, keep=0) == []
+        assert attempts.planned(session, job.id, zombie, PLAN) is None
+        assert not attempts.failed(session, job.id, zombie, OOPS)
+        assert not attempts.crashed(session, job.id, zombie, OOPS, **CRASH)
+        assert not attempts.released(session, job.id, zombie)
         files = {"adapter": adapter(job), "result_file": result_file(job)}
-        assert jobs.succeeded(session, job.id, zombie, report=REPORT, **files) is None
+        assert attempts.succeeded(session, job.id, zombie, report=REPORT, **files) is None
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
 
@@ -133,10 +133,10 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         assert jobs.ask(session, tenant.id, busy.id, Desired.CANCEL).state == State.RUNNING
-        assert jobs.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
+        assert attempts.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
     with session_scope(database) as session:
         files = {"adapter": adapter(busy), "result_file": result_file(busy)}
-        assert jobs.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
+        assert attempts.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
     with session_scope(database) as session, pytest.raises(Conflict, match="is cancelled"):
         jobs.ask(session, tenant.id, busy.id, Desired.CANCEL)
     assert read(database, busy.id).reason == Reason.CANCELLED
@@ -164,12 +164,12 @@ def test_a_wish_survives_whatever_happens_to_the_worker(
         jobs.ask(session, tenant.id, job.id, wish)
     with session_scope(database) as session:
         if letting_go == "released":
-            assert jobs.released(session, job.id, epoch)
+            assert attempts.released(session, job.id, epoch)
         elif letting_go == "crashed":
-            assert jobs.crashed(session, job.id, epoch, OOPS, **CRASH)
+            assert attempts.crashed(session, job.id, epoch, OOPS, **CRASH)
         else:
             expire(session, job.id)
-            assert jobs.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
+            assert attempts.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
     assert read(database, job.id).state == state
 
 
@@ -187,10 +187,10 @@ def test_three_crashes_are_poison_and_preemptions_are_not(database: Engine, tena
     job = queued(database, tenant, dataset)
     for _ in range(5):
         with session_scope(database) as session:
-            assert jobs.released(session, job.id, claim(database, Queue.TRAIN).lease_epoch)
+            assert attempts.released(session, job.id, claim(database, Queue.TRAIN).lease_epoch)
     for _ in range(3):
         with session_scope(database) as session:
-            assert jobs.crashed(session, job.id, claim(database, Queue.TRAIN).lease_epoch, OOPS, **CRASH)
+            assert attempts.crashed(session, job.id, claim(database, Queue.TRAIN).lease_epoch, OOPS, **CRASH)
     ended = read(database, job.id)
     assert (ended.state, ended.reason, ended.crash_count, ended.preempt_count) == (State.FAILED, Reason.POISON, 3, 5)
     assert ended.error is not None
@@ -202,7 +202,7 @@ def test_a_crash_waits_before_the_next_attempt(database: Engine, tenant: Tenant,
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert jobs.crashed(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
+        assert attempts.crashed(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
     with session_scope(database) as session:
         assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
         assert jobs.unrung(session, Queue.TRAIN, backoff=0) == []
@@ -212,7 +212,7 @@ def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Te
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert not jobs.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
+        assert not attempts.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
     assert read(database, job.id).state == State.RUNNING
 
 
@@ -289,7 +289,7 @@ def test_a_dry_run_ends_with_its_plan(database: Engine, tenant: Tenant, dataset:
     job = make(database, tenant, dataset, dry_run=True)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert jobs.planned(session, job.id, epoch, PLAN) is State.CANCELLED
+        assert attempts.planned(session, job.id, epoch, PLAN) is State.CANCELLED
     ended = read(database, job.id)
     assert (ended.reason, ended.plan is not None) == (Reason.DRY_RUN, True)
 
@@ -299,7 +299,7 @@ def test_a_step_and_its_evaluation_are_one_row_and_one_event(database: Engine, t
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         batch = [step(1, 2.0), Metrics(step=1, total_steps=3, valid_loss=1.5)]
-        assert jobs.record(session, job.id, epoch, batch, {})
+        assert attempts.record(session, job.id, epoch, batch, {})
         session.flush()
         row = session.get_one(JobMetric, (job.id, 1))
         assert (row.values["train_loss"], row.values["valid_loss"]) == (2.0, 1.5)
@@ -311,7 +311,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
     epoch = claim(database, Queue.TRAIN).lease_epoch
     for batch in ([step(1, 3.0), step(2, 2.0)], [step(2, 2.5), step(3, 1.0)]):
         with session_scope(database) as session:
-            assert jobs.record(session, job.id, epoch, batch, {})
+            assert attempts.record(session, job.id, epoch, batch, {})
     with session_scope(database) as session:
         rows = session.scalars(select(JobMetric).where(JobMetric.job_id == job.id).order_by(JobMetric.step)).all()
         assert [(row.step, row.values["train_loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 1.0)]
@@ -348,7 +348,7 @@ def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0)
     job = make(database, tenant, dataset, priority=priority)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert jobs.planned(session, job.id, epoch, PLAN) is State.QUEUED
+        assert attempts.planned(session, job.id, epoch, PLAN) is State.QUEUED
     return job
 
 

@@ -124,6 +124,27 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on(
     ends_once(stack, client, job_id)
 
 
+def test_a_stopped_worker_and_its_trainer_never_overlap_with_their_successors(
+    client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
+) -> None:
+    """The slot is SIGSTOPped past its lease. Its trainer has frozen itself when the job is given back to the queue;
+    when the slot wakes up it finds its epoch gone, kills its trainer, and writes nothing."""
+    job_id = submit(**LONG).id
+    at_step(client, job_id, 40)
+    trainer = trainer_of(job_id)
+    slot = int(stat_of(trainer)[1])
+    os.kill(slot, signal.SIGSTOP)
+    try:
+        wait(client, job_id, {"queued"})
+        assert stat_of(trainer)[0] == "T"
+    finally:
+        os.kill(slot, signal.SIGCONT)
+    gone(trainer)
+    job = wait(client, job_id)
+    assert job.status == "succeeded", job.error
+    ends_once(stack, client, job_id)
+
+
 def test_a_draining_worker_hands_its_job_back(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
     job_id = submit(**LONG | {"save_every": 1000}).id
     at_step(client, job_id, 20)
@@ -211,6 +232,11 @@ def trainer_of(job_id: str) -> int:
             if b"worker.trainer.main" in command and f"/work/{job_id}-" in folder:
                 return int(entry.name)
     raise AssertionError(f"no trainer works on {job_id}")
+
+
+def stat_of(pid: int) -> list[str]:
+    """State, parent and more: proc_pid_stat(5) from the third field on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def pids(stack: Record) -> Any:

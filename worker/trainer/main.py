@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from pydantic import ValidationError
 from shared.errors import TrainingFailed
 from shared.protocol import (
     COMMAND,
+    Alive,
     Failed,
     Measured,
     PhaseEntered,
@@ -37,6 +39,7 @@ from shared.protocol import (
     TrainerEvent,
 )
 from shared.schemas import Phase, Quantization
+from worker.trainer.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from worker.trainer.model import Base
@@ -73,6 +76,11 @@ def claim_stdout() -> int:
     return pipe
 
 
+def boottime() -> float:
+    """Seconds on the clock that counts while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Session:
     """The pipe's two ends and the base that is resident."""
 
@@ -82,6 +90,8 @@ class Session:
         self._stopping: set[str] = set()
         self._resident: tuple[tuple[str, Quantization], Base] | None = None
         self._step: int | None = None
+        self._heard = boottime()
+        self._watched = False
 
     def read(self) -> None:
         """Runs in a thread of its own, so that a stop is seen between two optimizer steps."""
@@ -91,11 +101,21 @@ class Session:
             except ValidationError as error:
                 sys.stderr.write(f"not a command: {error}\n")
                 os._exit(2)
-            if isinstance(command, Stop):
+            if isinstance(command, Alive):
+                self._heard = boottime()
+            elif isinstance(command, Stop):
                 self._stopping.add(command.job)
             else:
                 self.commands.put(command)
         self.commands.put(None)
+
+    def watch(self, silence: float) -> None:
+        """Freeze this process while its supervisor, and so perhaps its lease, is gone; the supervisor thaws it."""
+        while True:
+            time.sleep(silence / 4)
+            if boottime() - self._heard > silence:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                self._heard = boottime()
 
     def emit(self, event: TrainerEvent) -> None:
         if isinstance(event, Measured):
@@ -105,6 +125,9 @@ class Session:
     def serve(self, command: Prepare | Train) -> None:
         """Answer one command; no exception of a job ends the session."""
         self._step = None
+        if command.task.silence_seconds is not None and not self._watched:
+            self._watched = True
+            threading.Thread(target=self.watch, args=(command.task.silence_seconds,), name="watch", daemon=True).start()
         try:
             self._prepare(command) if isinstance(command, Prepare) else self._train(command)
         except TrainingFailed as error:
@@ -167,15 +190,6 @@ class Session:
                 retryable=retryable,
             )
         )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Python's own, CUDA's, and what torch's CPU allocator raises: a plain RuntimeError."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 if __name__ == "__main__":
