@@ -95,7 +95,7 @@ def transition(
         values |= {"lease_owner": None, "lease_expires_at": None, "phase": None, "published_at": None, "ring_count": 0}
     guard = [Job.id == job_id, Job.state.in_(move.source)]
     if epoch is not None:
-        guard.append(Job.lease_epoch == epoch)
+        guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]
     moved = update(Job).where(*guard).values(state=target, reason=reason, event_seq=Job.event_seq + 1, **values)
     seq = session.scalar(moved.returning(Job.event_seq).execution_options(synchronize_session=False))
     if seq is None:
