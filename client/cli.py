@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.message)
     except openai.OpenAIError as error:
         _fail(explain(error))
+    except OSError as error:
+        # A folder that cannot be written to, a disk that is full.
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 # ---------------------------------------------------------------- models

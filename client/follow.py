@@ -34,18 +34,20 @@ class Sight(NamedTuple):
 
 
 def watch(
-    client: OpenAI, job_id: str, *, seen: str | None = None, pause: Callable[[float], None] = time.sleep
+    client: OpenAI, job_id: str, *, whole: bool = True, pause: Callable[[float], None] = time.sleep
 ) -> Iterator[Sight]:
     """Yield the job about once a second until it has ended; the last sight holds the last events.
 
+    The first sight holds all events so far, or, without `whole`, the newest page of them.
+
     Raises openai.APIError: the job is not there, or the API has been away for some minutes.
     """
-    misses = 0
+    misses, seen = 0, None
     while True:
         try:
             # The job first: whatever an ended job has to tell is then in the events that follow.
             job = job_of(client.fine_tuning.jobs.retrieve(job_id))
-            events = events_since(client, job_id, seen)
+            events = events_since(client, job_id, seen) if seen or whole else _newest(client, job_id)
         except (openai.APIConnectionError, openai.InternalServerError):
             misses += 1
             if misses > _OUTAGE_POLLS:
@@ -70,9 +72,14 @@ def events_since(client: OpenAI, job_id: str, seen: str | None = None) -> list[E
     return fresh[::-1]
 
 
+def _newest(client: OpenAI, job_id: str) -> list[Event]:
+    page = client.fine_tuning.jobs.list_events(job_id, limit=100)
+    return [Event.model_validate(event.to_dict()) for event in reversed(page.data)]
+
+
 def follow(client: OpenAI, job_id: str, console: Console, *, pause: Callable[[float], None] = time.sleep) -> Job:
     """Draw the job's way to its end and return it as it ended."""
-    sights = watch(client, job_id, pause=pause)
+    sights = watch(client, job_id, whole=False, pause=pause)
     return _live(sights, console) if console.is_terminal else _plain(sights, console)
 
 

@@ -136,12 +136,7 @@ def plan(item: Plan) -> RenderableType:
     grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
     grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
-    warnings = list(item.warnings)
-    if item.truncated_rows:
-        warnings.append(f"{item.truncated_rows:,} rows are longer than {recipe.max_length:,} tokens and are cut")
-    if item.dropped_rows:
-        warnings.append(f"{item.dropped_rows:,} rows have nothing left to train on and are left out")
-    return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in warnings))
+    return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in item.warnings))
 
 
 def report(item: Report) -> RenderableType:

@@ -39,7 +39,11 @@ PLAN = {
     "longest_row": 301,
     "truncated_rows": 2,
     "dropped_rows": 1,
-    "warnings": ["only 70 optimizer steps"],
+    "warnings": [
+        "2 rows are cut at 256 tokens (trainer.max_length)",
+        "1 rows are dropped: nothing trained is left within 256 tokens",
+        "only 70 optimizer steps",
+    ],
     "recipe": RECIPE,
 }
 SCORE = {"loss": 3.25, "token_accuracy": 0.375, "tokens": 4096}

@@ -209,6 +209,13 @@ def test_errors_are_one_line_on_stderr(stack: Record, rows: Path, tmp_path: Path
         assert ran.stdout == ""
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_line(stack: Record, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, where a folder should be made")
+    ran = milliner(stack, "models", "pull", MODEL, tmp_path / "taken" / "here")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == f"milliner: {tmp_path / 'taken' / 'here'}: Not a directory\n"
+
+
 def every_command(group: Any, *names: str) -> list[tuple[tuple[str, ...], Any]]:
     nested = getattr(group, "commands", {})
     found = [(names, group)] if names else []

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+import pytest
+from openai import OpenAI
 from rich.console import Console
 
 from client import follow
@@ -66,3 +73,43 @@ def test_a_terminal_has_one_line_drawn_over(queued: Job, running: Job, succeeded
     assert text.count("\n") == 1
     assert "\x1b[2K" in text
     assert "━" in text
+
+
+@pytest.fixture
+def server(succeeded: Job) -> Iterator[tuple[OpenAI, list[str]]]:
+    """An ended job of 250 events behind a real socket, and the pages of them that were asked for."""
+    asked: list[str] = []
+    events = [metrics(step, train_loss=1.0).model_dump(mode="json") for step in range(250, 0, -1)]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            body: dict[str, Any] = succeeded.model_dump(mode="json")
+            if url.path.endswith("/events"):
+                asked.append(url.query)
+                query = parse_qs(url.query)
+                after = query.get("after", ["e251"])[0]
+                start = 251 - int(after[1:])
+                page = events[start : start + int(query["limit"][0])]
+                body = {"object": "list", "data": page, "has_more": start + len(page) < len(events)}
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with OpenAI(base_url=f"http://127.0.0.1:{http.server_port}/v1", api_key="x") as client:
+            yield client, asked
+        http.shutdown()
+
+
+def test_following_begins_with_the_newest_page_and_logs_with_all(server: tuple[OpenAI, list[str]]) -> None:
+    client, asked = server
+    follow.follow(client, "ftjob-1", Console(file=io.StringIO()))
+    assert asked == ["limit=100"]
+    (sight,) = follow.watch(client, "ftjob-1")
+    assert [event.id for event in sight.events] == [f"e{step}" for step in range(1, 251)]

@@ -8,6 +8,7 @@ attention mask: transformers then builds a block-diagonal mask by itself. With a
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,17 +62,16 @@ def pack(examples: Sequence[Encoded]) -> list[list[Encoded]]:
     """
     capacity = max(PACK_LENGTH, max(map(len, examples), default=0))
     rows: list[list[Encoded]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for example in sorted(examples, key=lambda e: (-len(e), e.line)):
-        fitting = [i for i, left in enumerate(room) if left >= len(example)]
-        if fitting:
-            best = min(fitting, key=lambda i: room[i])
+        fullest = bisect_left(room, (len(example), 0))
+        if fullest < len(room):
+            left, row = room.pop(fullest)
         else:
-            best = len(rows)
+            left, row = capacity, len(rows)
             rows.append([])
-            room.append(capacity)
-        rows[best].append(example)
-        room[best] -= len(example)
+        rows[row].append(example)
+        insort(room, (left - len(example), row))
     return rows
 
 

@@ -69,7 +69,7 @@ def save(
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
     partial = _partial(folder)
     save_file(adapter_tensors(adapted), partial / ADAPTER)
-    save_file(_optimizer_tensors(adapted, optimizer) | _torch_random(), partial / OPTIMIZER)
+    save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
     if best is not None:
         save_file(best, partial / BEST)
     write_metrics(partial / METRICS, run.metrics)
@@ -100,7 +100,7 @@ def load(
 
 def adapter_tensors(adapted: PeftModel) -> Tensors:
     """A copy of the adapter on the CPU, under the keys of the PEFT format."""
-    state = get_peft_model_state_dict(adapted)
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
 
 
@@ -109,6 +109,20 @@ def set_adapter(adapted: PeftModel, tensors: Tensors) -> None:
     if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
         raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
     set_peft_model_state_dict(adapted, tensors)
+
+
+def torch_random() -> Tensors:
+    """Torch's generators, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{i}": state for i, state in enumerate(cuda)}
+
+
+def set_torch_random(tensors: Tensors) -> None:
+    """Undo of `torch_random`; other tensors are passed over."""
+    torch.set_rng_state(tensors["random.cpu"])
+    for i in range(torch.cuda.device_count()):
+        if (key := f"random.cuda.{i}") in tensors:
+            torch.cuda.set_rng_state(tensors[key], i)
 
 
 def write_metrics(path: Path, metrics: list[Metrics]) -> None:
@@ -165,11 +179,6 @@ def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, ten
     optimizer.load_state_dict(state)
 
 
-def _torch_random() -> Tensors:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{i}": state for i, state in enumerate(cuda)}
-
-
 def _random_state() -> RandomState:
     version, words, gauss = random.getstate()
     _, key, *rest = np.random.get_state(legacy=True)
@@ -184,7 +193,4 @@ def _restore_random(state: RandomState, tensors: Tensors) -> None:
     version, words, gauss = state.python
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(("MT19937", np.array(state.numpy_key, dtype=np.uint32), *state.numpy_rest))
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (key := f"random.cuda.{i}") in tensors:
-            torch.cuda.set_rng_state(tensors[key], i)
+    set_torch_random(tensors)

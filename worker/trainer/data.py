@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -30,12 +31,10 @@ HeldoutSource = Literal["validation_file", "training_file_carved", "training_fil
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Rows to train on and rows to score, not yet truncated. `rows` counts the training file."""
+    """All rows of the files, neither cut to a length nor parted yet."""
 
-    rows: int
     train: list[Encoded]
-    heldout: list[Encoded]
-    heldout_source: HeldoutSource
+    validation: list[Encoded] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +49,19 @@ class Fitted:
 def load(task: Task, encoder: Encoder) -> Dataset:
     """Read and encode the job's files. Raises TrainingFailed that names every bad line (the first ones in full)."""
     rows = _read(task.training_file, encoder, task.max_row_bytes, param="training_file")
-    if task.validation_file is not None:
-        heldout = _read(task.validation_file, encoder, task.max_row_bytes, param="validation_file")
-        return Dataset(len(rows), rows, heldout, "validation_file")
+    if task.validation_file is None:
+        return Dataset(rows, None)
+    return Dataset(rows, _read(task.validation_file, encoder, task.max_row_bytes, param="validation_file"))
+
+
+def carve(rows: list[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encoded], HeldoutSource]:
+    """Rows to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
     if len(rows) < CARVE_FROM_ROWS:
-        return Dataset(len(rows), rows, rows, "training_file")
+        return rows, rows, "training_file"
     count = min(HELDOUT_MOST, max(1, int(len(rows) * HELDOUT_SHARE)))
-    chosen = frozenset(random.Random(f"heldout {task.seed}").sample(range(len(rows)), count))
-    return Dataset(
-        len(rows),
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
-        "training_file_carved",
-    )
+    chosen = frozenset(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return train, [row for i, row in enumerate(rows) if i in chosen], "training_file_carved"
 
 
 def fit(rows: Sequence[Encoded], max_length: int) -> Fitted:
@@ -75,10 +74,10 @@ def fit(rows: Sequence[Encoded], max_length: int) -> Fitted:
     return Fitted(kept, sum(len(row) > max_length for row in rows), len(cut) - len(kept))
 
 
-def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
-    """A permutation that depends on nothing but its arguments."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
-    return [int(i) for i in order]
+@lru_cache(maxsize=1)
+def epoch_order(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation that depends on nothing but its arguments. Every step of an epoch asks for the same one."""
+    return tuple(np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows).tolist())
 
 
 def step_examples(rows: Sequence[Encoded], step: int, *, batch_size: int, seed: int) -> list[Encoded]:

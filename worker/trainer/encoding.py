@@ -9,7 +9,9 @@ tuned model would never stop.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
 from shared.formats import Chat, Completion, Example
+
+#: OpenAI's roles → what most chat templates call them.
+OTHER_NAMES = {"developer": "system", "function": "tool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,14 @@ class Encoding(Protocol):
     offsets: list[tuple[int, int]]
 
 
+@dataclass(slots=True)
+class Pieces:
+    """An Encoding put together from several."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
 class Encoder:
     """A base model's tokenizer, with its special tokens settled once."""
 
@@ -84,6 +97,16 @@ class Encoder:
         self.bos = self._own_bos()
         self.stops = self._stop_tokens(Path(base_dir))
         self.eos: int = self._eos()
+        self._unopened: str | None = None
+
+    def warnings(self) -> list[str]:
+        """What the rows encoded so far have shown of the chat template."""
+        if self._unopened is None:
+            return []
+        return [
+            f"the base's generation prompt ends in {self._unopened!r}, with which some answers do not go on: they are "
+            "trained from the start of the assistant's turn; to keep its thoughts, write them into the answers"
+        ]
 
     def encode(self, line: int, example: Example) -> Encoded:
         """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""
@@ -98,8 +121,8 @@ class Encoder:
         Prompt and completion are tokenized together, as a pretrained model met them, unless a token would straddle
         the seam: then apart, because a user's prompt is tokenized alone when the adapter is used.
         """
-        prompt = self._tokens(example.prompt).ids if example.prompt else []
-        joint = self._tokens(example.prompt + example.completion).ids
+        prompt = self._without_bos(self._tokens(example.prompt).ids) if example.prompt else []
+        joint = self._without_bos(self._tokens(example.prompt + example.completion).ids)
         if joint[: len(prompt)] != prompt:
             joint = prompt + self._tokens(example.completion).ids
         ids = [*self.bos, *joint]
@@ -123,15 +146,17 @@ class Encoder:
                 param="training_file",
                 hint='choose an instruct model, or send rows of "prompt" and "completion"',
             )
-        messages = [_template_message(turn.message) for turn in example.turns]
+        template = str(self.tokenizer.chat_template)
+        messages = [_template_message(turn.message, template) for turn in example.turns]
         tools = list(example.tools) or None
         full = self._render(messages, tools)
-        encoding = self._tokens(full)
+        for i, message in enumerate(messages):
+            _check_rendered(f"messages[{i}].content", message["content"], full)
+        begins = {i: self._begin(messages, tools, i, full) for i, turn in enumerate(example.turns) if turn.trained}
+        encoding = self._tokens_apart(full, list(begins.values()))
         ids, trained = list(encoding.ids), [False] * len(encoding.ids)
-        for i, turn in enumerate(example.turns):
-            if turn.trained:
-                begin, end = self._turn_span(messages, tools, i, full)
-                self._mark(encoding, trained, begin, end)
+        for i, begin in begins.items():
+            self._mark(encoding, trained, begin, self._end(messages, tools, i, full, begin=begin, encoding=encoding))
         if example.turns[-1].trained and not any(
             token in self.stops and mark for token, mark in zip(ids[-4:], trained[-4:], strict=True)
         ):
@@ -140,41 +165,64 @@ class Encoder:
             trained.append(True)
         return ids, trained
 
-    def _turn_span(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, full: str
-    ) -> tuple[int, int]:
+    def _begin(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, full: str) -> int:
         before = self._render(messages[:i], tools, generation_prompt=True)
-        if not full.startswith(before):
+        if full.startswith(before):
+            return len(before)
+        # A generation prompt that opens a thought (DeepSeek R1, QwQ), and an answer without one: it begins where the
+        # two part. A probe's rendering tells where, since an answer might by chance start like a thought.
+        alone = self._render(messages[:i], tools)
+        probe = self._render([*messages[:i], {"role": "assistant", "content": "\N{SECTION SIGN}"}], tools)
+        opening = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, probe, strict=False)))
+        if not opening.startswith(alone) or not full.startswith(opening):
             raise CannotEncode(
                 f"messages[{i}]",
                 "the base's chat template renders what comes before this turn differently once the turn is there",
                 "begin with a system or user message, or set weight 0 on this turn",
             )
+        self._unopened = before[len(opening) :].strip()
+        return len(opening)
+
+    def _end(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        i: int,
+        full: str,
+        *,
+        begin: int,
+        encoding: Encoding,
+    ) -> int:
         upto = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
         if full.startswith(upto):
-            return len(before), len(upto)
-        # Some templates (Qwen 3, DeepSeek R1) render the newest answer unlike the older ones: then look for its text.
-        content = str(messages[i]["content"]).strip()
-        at = full.find(content, len(before)) if content else -1
-        if at < 0:
+            return len(upto)
+        # Some templates (Qwen 3, DeepSeek R1) render the newest answer unlike the older ones. The turn then ends with
+        # the first stop after its beginning, where `_mark` ends it; where nothing stops, at the next message's text.
+        offsets = zip(encoding.ids, encoding.offsets, strict=True)
+        if any(a >= begin and token in self.stops for token, (a, _) in offsets):
+            return len(full)
+        content, following = str(messages[i]["content"]).strip(), str(messages[i + 1]["content"]).strip()
+        at = full.find(content, begin)
+        end = full.find(following, at + len(content))
+        if not content or not following or at < 0 or end < 0:
             raise CannotEncode(
                 f"messages[{i}]",
                 "the base's chat template changes this turn once others follow it",
                 "set weight 0 on this turn, or end the conversation with it",
             )
-        following = full.find(str(messages[i + 1]["content"]).strip(), at + len(content))
-        return at, following if following >= 0 else len(full)
+        return end
 
     def _mark(self, encoding: Encoding, trained: list[bool], begin: int, end: int) -> None:
-        """Mark the tokens of characters [begin, end), up to the last token that stops a generation.
+        """Mark the tokens of characters [begin, end), up to the first token that stops a generation.
 
-        What a template puts after it, such as ChatML's newline, is never generated.
+        What a template puts after it, such as ChatML's newline, is never generated. Some tokenizers trim the spaces
+        off their offsets: a token of spaces then covers nothing, at the end of where it stood.
         """
-        span = [j for j, (a, b) in enumerate(encoding.offsets) if b > begin and a < end and b > a]
-        stops = [j for j in span if encoding.ids[j] in self.stops]
-        for j in span:
-            if not stops or j <= stops[0]:
-                trained[j] = True
+        span = [j for j, (a, b) in enumerate(encoding.offsets) if b > begin and (a < end or a == b == end)]
+        for j in range(span[0], span[-1] + 1) if span else ():
+            trained[j] = True
+            if encoding.ids[j] in self.stops:
+                break
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
@@ -198,6 +246,22 @@ class Encoder:
         """Without the tokenizer's own BOS and EOS: a chat template writes its own."""
         encoding: Encoding = self._fast.encode(text, add_special_tokens=False)
         return encoding
+
+    def _tokens_apart(self, text: str, seams: list[int]) -> Encoding:
+        """Tokenized together, but apart at each seam that a token would straddle: see `_completion`."""
+        pieces, start = Pieces([], []), 0
+        rest = self._tokens(text)
+        for seam in seams:
+            prompt = self._tokens(text[start:seam])
+            if rest.ids[: len(prompt.ids)] != prompt.ids:
+                _append(pieces, prompt, start)
+                start, rest = seam, self._tokens(text[seam:])
+        _append(pieces, rest, start)
+        return pieces
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """For a text that writes the BOS which the tokenizer adds as well."""
+        return ids[1:] if self.bos and ids[:1] == self.bos else ids
 
     def _own_bos(self) -> list[int]:
         """The BOS that the tokenizer puts before any text, if it does."""
@@ -228,8 +292,30 @@ class Encoder:
         return int(eos)
 
 
-def _template_message(message: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends a tool call's arguments as a JSON string; chat templates want the object."""
+def _append(pieces: Pieces, more: Encoding, start: int) -> None:
+    pieces.ids.extend(more.ids)
+    pieces.offsets.extend((a + start, b + start) for a, b in more.offsets)
+
+
+def _check_rendered(field: str, content: str, full: str) -> None:
+    """A template passes over what it does not know, in silence; thoughts alone may be dropped from older answers."""
+    said = content.rpartition("</think>")[2].strip()
+    if said not in full and json.dumps(said, ensure_ascii=False)[1:-1] not in full:
+        raise CannotEncode(
+            field,
+            "the base's chat template leaves this content out",
+            "roles, and an order of them, that the base model knows; or an empty content",
+        )
+
+
+def _template_message(message: dict[str, Any], template: str) -> dict[str, Any]:
+    """OpenAI's newer and older names of roles, for templates that do not know them, and its tool calls.
+
+    A tool call's arguments are a JSON string there; chat templates want the object.
+    """
+    role = message["role"]
+    if role in OTHER_NAMES and not re.search(rf"""role\W[^%}}]*['"]{role}['"]""", template):
+        message = message | {"role": OTHER_NAMES[role]}
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message

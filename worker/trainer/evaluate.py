@@ -20,7 +20,7 @@ from worker.trainer.model import Base
 
 
 class Interrupted(Exception):
-    """A stop was asked for while rows were being scored."""
+    """A stop was asked for while rows were being scored or trained on."""
 
 
 def score(

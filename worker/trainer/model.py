@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization, Recipe
+from worker.trainer.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,13 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             quantization_config=_quantization_config(quantization, dtype),
             dtype=dtype,
             device_map={"": device},
-            attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        # RuntimeError is left alone: that is how torch reports an accelerator or a memory that failed.
+        if is_out_of_memory(error):
             raise
         raise TrainingFailed(
             f"the base model cannot be loaded as {quantization.value}: {error}",
@@ -85,19 +86,20 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
 
 
 def put_on(base: Base, recipe: Recipe) -> PeftModel:
-    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first)."""
+    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first).
+
+    Raises TrainingFailed, with the base untouched, for targets that cannot bear one.
+    """
+    if not isinstance(recipe.target_modules, str):
+        for target in recipe.target_modules:
+            _check_target(base.model, target)
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = get_peft_model(base.model, lora_config(base.model, recipe), autocast_adapter_dtype=True)
     except ValueError as error:
-        raise TrainingFailed(
-            f"the adapter does not fit the base: {error}",
-            code="invalid_lora",
-            param="lora.target_modules",
-            hint='leave target_modules at "all-linear", or name linear modules of this base',
-        ) from error
+        raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
     model.train()
     return model
@@ -126,6 +128,29 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
 def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by name, in the model's order: the order of the optimizer."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def _check_target(model: PreTrainedModel, target: str) -> None:
+    """PEFT passes over a name that matches nothing, and takes the head and the embeddings, which the loss does not.
+
+    The chunked loss runs the head frozen, and an adapter on tied or embedding weights would carry the whole matrix.
+    """
+    found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+    if not found:
+        raise _invalid_lora(f"target_modules: {target!r} names no module of this base")
+    if any(module in (model.get_input_embeddings(), model.get_output_embeddings()) for module in found):
+        raise _invalid_lora(f"target_modules: {target!r} is the base's head or embedding, which stays frozen")
+    if not all(isinstance(module, torch.nn.Linear | Conv1D) for module in found):
+        raise _invalid_lora(f"target_modules: {target!r} is no linear module")
+
+
+def _invalid_lora(message: str) -> TrainingFailed:
+    return TrainingFailed(
+        message,
+        code="invalid_lora",
+        param="lora.target_modules",
+        hint='leave target_modules at "all-linear", or name linear modules of this base',
+    )
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -29,10 +29,11 @@ class Rows:
 def prepare(task: Task) -> Plan:
     """Raises TrainingFailed for a file or a setting that cannot be trained on."""
     base = recipe.architecture(task.base_dir)
-    dataset = data.load(task, Encoder(task.base_dir))
-    longest = max(map(len, [*dataset.train, *dataset.heldout]))
+    encoder = Encoder(task.base_dir)
+    dataset = data.load(task, encoder)
+    longest = max(map(len, [*dataset.train, *(dataset.validation or [])]))
     length = recipe.max_length(task.trainer, base, longest)
-    rows = usable(dataset, length)
+    rows = usable(dataset, length, seed=task.seed)
     resolved, warnings = recipe.resolve(
         task.hyperparameters,
         task.lora,
@@ -43,30 +44,38 @@ def prepare(task: Task) -> Plan:
         size=recipe.Size(len(rows.train), longest),
     )
     return Plan(
-        rows=dataset.rows,
+        rows=len(dataset.train),
         heldout_rows=len(rows.heldout),
         tokens=sum(map(len, rows.train)),
         trained_tokens=sum(row.trained_tokens for row in rows.train),
         longest_row=longest,
         truncated_rows=rows.truncated,
         dropped_rows=rows.dropped,
-        warnings=[*_row_warnings(rows, length), *warnings],
+        warnings=[*encoder.warnings(), *_row_warnings(rows, length), *warnings],
         recipe=resolved,
     )
 
 
-def usable(dataset: data.Dataset, max_length: int) -> Rows:
-    """The rows that survive the cut. Raises TrainingFailed where none does."""
-    train, heldout = data.fit(dataset.train, max_length), data.fit(dataset.heldout, max_length)
-    for fitted, param in ((train, "training_file"), (heldout, "validation_file")):
-        if not fitted.kept:
-            raise TrainingFailed(
-                f"no row has a trained token within its first {max_length:,} tokens",
-                code=f"invalid_{param}",
-                param=param,
-                hint="raise trainer.max_length, or shorten what comes before the answers",
-            )
-    return Rows(train.kept, heldout.kept, dataset.heldout_source, train.truncated, train.dropped, heldout.dropped)
+def usable(dataset: data.Dataset, max_length: int, *, seed: int) -> Rows:
+    """The rows that survive the cut, and of those the held-out ones. Raises TrainingFailed where none does."""
+    fitted = _fit(dataset.train, max_length, param="training_file")
+    if dataset.validation is None:
+        train, heldout, source = data.carve(fitted.kept, seed=seed)
+        return Rows(train, heldout, source, fitted.truncated, fitted.dropped, 0)
+    validation = _fit(dataset.validation, max_length, param="validation_file")
+    return Rows(fitted.kept, validation.kept, "validation_file", fitted.truncated, fitted.dropped, validation.dropped)
+
+
+def _fit(rows: list[Encoded], max_length: int, *, param: str) -> data.Fitted:
+    fitted = data.fit(rows, max_length)
+    if not fitted.kept:
+        raise TrainingFailed(
+            f"no row has a trained token within its first {max_length:,} tokens",
+            code=f"invalid_{param}",
+            param=param,
+            hint="raise trainer.max_length, or shorten what comes before the answers",
+        )
+    return fitted
 
 
 def _row_warnings(rows: Rows, length: int) -> list[str]:
@@ -80,5 +89,5 @@ def _row_warnings(rows: Rows, length: int) -> list[str]:
             f"under {data.CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows themselves"
         )
     elif rows.dropped_heldout:
-        warnings.append(f"{rows.dropped_heldout} held-out rows are dropped by the cut")
+        warnings.append(f"{rows.dropped_heldout} rows of the validation file are dropped by the cut")
     return warnings

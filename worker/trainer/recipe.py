@@ -135,7 +135,7 @@ def resolve(
         quantization=quantization,
         max_length=length,
         packing=trainer.packing,
-        micro_batch=_micro_batch(trainer, length, batch_size),
+        micro_batch=_micro_batch(trainer, min(length, size.longest), batch_size),
         save_every=trainer.save_every or min(part, LONGEST_WITHOUT_CHECKPOINT),
         eval_every=trainer.eval_every or part,
         early_stopping=trainer.early_stopping,
@@ -169,11 +169,11 @@ def _batch_size(rows: int, n_epochs: int) -> int:
     return batch
 
 
-def _micro_batch(trainer: TrainerParams, length: int, batch_size: int) -> int:
-    """Rows of a forward pass. It changes memory and speed, never the gradient."""
+def _micro_batch(trainer: TrainerParams, longest: int, batch_size: int) -> int:
+    """Rows of a forward pass, by the longest that there is. It changes memory and speed, never the gradient."""
     if trainer.micro_batch != "auto":
         return trainer.micro_batch
-    row = max(length, PACK_LENGTH) if trainer.packing else length
+    row = max(longest, PACK_LENGTH) if trainer.packing else longest
     return max(1, min(batch_size, MICRO_BATCH_TOKENS // row))
 
 

@@ -36,6 +36,9 @@ from worker.trainer.recipe import learning_rate_at
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
 
+#: A checkpoint is left at least this often, however slow the steps: it is what a dead machine costs. Saving only reads.
+SAVE_SECONDS = 300.0
+
 
 @dataclass(slots=True)
 class Run:
@@ -52,6 +55,7 @@ class Run:
     state: RunState
     best: Tensors | None
     saved_step: int
+    saved_at: float
 
     @property
     def recipe(self) -> Recipe:
@@ -92,7 +96,7 @@ def _start(command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, st
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
     emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
-    rows = usable(data.load(task, encoder), recipe.max_length)
+    rows = usable(data.load(task, encoder), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
     layout, warnings = selftest.layout(
@@ -110,7 +114,9 @@ def _start(command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, st
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
-    run = Run(command, emit, stopping, rows, base, adapted, optimizer, layout, state, best, state.step)
+    run = Run(
+        command, emit, stopping, rows, base, adapted, optimizer, layout, state, best, state.step, time.monotonic()
+    )
     _say_decisions(run)
     return run
 
@@ -127,7 +133,7 @@ def _loop(run: Run) -> Score:
             _evaluate(run)
         if run.stopping():
             raise evaluate.Interrupted
-        if run.state.step % run.recipe.save_every == 0 and run.state.step > run.saved_step:
+        if run.state.step % run.recipe.save_every == 0 or time.monotonic() - run.saved_at >= SAVE_SECONDS:
             _save(run)
         if run.state.step >= run.recipe.total_steps or _patience_is_spent(run):
             break
@@ -144,13 +150,21 @@ def _loop(run: Run) -> Score:
 
 
 def _step(run: Run) -> None:
-    """One optimizer step over `batch_size` examples, in as many micro-batches as the layout takes."""
+    """One optimizer step over `batch_size` examples, in as many micro-batches as the layout takes.
+
+    Raises Interrupted between two of them when a stop is asked for, with everything as it was before the step.
+    """
     recipe, state = run.recipe, run.state
     started = time.perf_counter()
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     tokens = trained_tokens(examples)
     total, correct = 0.0, 0
+    random_before = checkpoint.torch_random()
     for batch in batches(examples, packing=run.layout.packing, micro_batch=run.layout.micro_batch, pad=run.layout.pad):
+        if run.stopping():
+            run.optimizer.zero_grad()
+            checkpoint.set_torch_random(random_before)
+            raise evaluate.Interrupted
         with run.base.precision():
             loss = sft.loss(run.base.model, batch.to(run.base.device), run.layout)
         # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
@@ -227,7 +241,7 @@ def _save(run: Run) -> None:
         return
     folder = Path(run.command.work_dir) / "checkpoints" / f"step-{run.state.step:08d}"
     checkpoint.save(folder, run.adapted, run.optimizer, run.state, run.best)
-    run.saved_step = run.state.step
+    run.saved_step, run.saved_at = run.state.step, time.monotonic()
     run.emit(
         CheckpointSaved(
             job=run.command.job, step=run.state.step, path=str(folder), metrics=_latest(run.state, run.recipe)
@@ -258,11 +272,12 @@ def _record(run: Run, metrics: Metrics) -> None:
 def _report(run: Run, tuned: Score) -> Report:
     assert run.state.base is not None
     trainable_parameters, total_parameters = run.adapted.get_nb_trainable_parameters()
+    carved = run.rows.heldout_source == "training_file_carved"
     return Report(
         base=run.state.base,
         tuned=tuned,
         heldout_source=run.rows.heldout_source,
-        heldout_lines=[row.line for row in run.rows.heldout],
+        heldout_lines=[row.line for row in run.rows.heldout] if carved else [],
         quantization=run.recipe.quantization,
         compute_dtype="bfloat16" if run.base.compute_dtype == torch.bfloat16 else "float32",
         steps=run.state.step,

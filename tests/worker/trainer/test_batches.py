@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,13 @@ def test_packed_rows_hold_each_example_and_no_more_than_fits(sizes: list[int]) -
     assert max(filled) <= capacity
     # Best fit leaves no two rows that would have gone into one.
     assert sum(sorted(filled)[:2]) > capacity or len(rows) == 1
+
+
+def test_packing_many_rows_takes_no_square_of_them() -> None:
+    examples = examples_of([2 + i % PACK_LENGTH for i in range(20_000)])
+    started = time.perf_counter()
+    pack(examples)
+    assert time.perf_counter() - started < 2
 
 
 def test_packed_row_restarts_positions_and_predicts_nothing_across_a_seam() -> None:

@@ -29,20 +29,21 @@ def test_heldout_is_carved_from_enough_rows(
     encoder: Encoder, make_task: MakeTask, write_rows: WriteRows, rows: int, heldout: int, source: str
 ) -> None:
     task = make_task(write_rows(quotes(rows)))
-    dataset = data.load(task, encoder)
-    assert (dataset.rows, len(dataset.heldout), dataset.heldout_source) == (rows, heldout, source)
-    lines = {r.line for r in dataset.train} | {r.line for r in dataset.heldout}
-    assert lines == set(range(1, rows + 1))
+    loaded = data.load(task, encoder).train
+    train, held, found = data.carve(loaded, seed=task.seed)
+    assert (len(loaded), len(held), found) == (rows, heldout, source)
+    assert {r.line for r in train} | {r.line for r in held} == set(range(1, rows + 1))
     if source == "training_file_carved":
-        assert len(dataset.train) == rows - heldout
-    again = data.load(task, encoder)
-    assert [r.line for r in again.heldout] == [r.line for r in dataset.heldout]
+        assert len(train) == rows - heldout
+    again = data.carve(data.load(task, encoder).train, seed=task.seed)[1]
+    assert [r.line for r in again] == [r.line for r in held]
 
 
 def test_validation_file_is_held_out_whole(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> None:
     task = make_task(write_rows(quotes(30)), validation_file=write_rows(quotes(4)))
     dataset = data.load(task, encoder)
-    assert (len(dataset.train), len(dataset.heldout), dataset.heldout_source) == (30, 4, "validation_file")
+    assert dataset.validation is not None
+    assert (len(dataset.train), len(dataset.validation)) == (30, 4)
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
@@ -61,6 +62,10 @@ def test_cut_rows_are_counted_and_rows_that_lose_their_labels_dropped() -> None:
     fitted = data.fit([row(1, 5), row(2, 12), row(3, 12, prompt=10)], 10)
     assert ([r.line for r in fitted.kept], fitted.truncated, fitted.dropped) == ([1, 2], 2, 1)
     assert len(fitted.kept[1]) == 10
+
+
+def test_an_epochs_order_is_found_once() -> None:
+    assert data.epoch_order(9, seed=1, epoch=0) is data.epoch_order(9, seed=1, epoch=0)
 
 
 def test_an_epoch_sees_every_row_once_and_in_another_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tokenizers import processors
 
 from shared.errors import TrainingFailed
 from shared.formats import FORMATS
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHATML, tiny_tokenizer
 from worker.trainer.encoding import CannotEncode, Encoded, Encoder
+
+EncoderOf = Callable[[str], Encoder]
 
 
 def encode(encoder: Encoder, row: dict[str, Any]) -> Encoded:
@@ -96,7 +99,9 @@ def bos_base(tmp_path: Path) -> str:
     "row",
     [
         {"text": "a hat"},
+        {"text": "<|bos|>a hat"},
         {"prompt": "Quote", "completion": " by"},
+        {"prompt": "<|bos|>Quote", "completion": " by"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a hat"}]},
     ],
 )
@@ -138,7 +143,7 @@ def test_template_that_ends_no_turn_gets_an_eos(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     encoder = Encoder(str(tmp_path))
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a hat"}]}
-    assert spans(encoder, encode(encoder, row))[-1] == (True, " a hat\n<|im_end|>")
+    assert spans(encoder, encode(encoder, row))[-1] == (True, "a hat\n<|im_end|>")
 
 
 def test_template_that_rewrites_old_answers_still_trains_them(tmp_path: Path) -> None:
@@ -155,6 +160,128 @@ def test_template_that_rewrites_old_answers_still_trains_them(tmp_path: Path) ->
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     trained = [text for mark, text in spans(encoder, encode(encoder, row)) if mark]
     assert trained == ["one<|im_end|>", "<think>\ntwo<|im_end|>"]
+
+
+@pytest.fixture
+def encoder_of(tmp_path: Path) -> EncoderOf:
+    def make(template: str) -> Encoder:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        return Encoder(str(tmp_path))
+
+    return make
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c":1}'}}]
+#: Qwen 3's way with thoughts and with calls.
+THOUGHTFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}</call>{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("older", "following", "wanted"),
+    [
+        ({"content": None, "tool_calls": CALL}, "5", '<call>{"name": "w", "arguments": {"c": 1}}</call><|im_end|>'),
+        ({"content": "see", "tool_calls": CALL}, "s", 'see<call>{"name": "w", "arguments": {"c": 1}}</call><|im_end|>'),
+        ({"content": "yes"}, "", "yes<|im_end|>"),
+    ],
+)
+def test_older_answer_is_trained_to_its_stop(
+    encoder_of: EncoderOf, older: dict[str, Any], following: str, wanted: str
+) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant"} | older, {"role": "tool", "content": following}]
+    encoder = encoder_of(THOUGHTFUL)
+    encoded = encode(encoder, {"messages": [*messages, {"role": "assistant", "content": "x"}]})
+    trained = [text for mark, text in spans(encoder, encoded) if mark]
+    assert trained == [wanted, "<think>\n\n</think>\n\nx<|im_end|>"]
+
+
+def test_without_stops_an_older_answer_needs_a_following_text(encoder_of: EncoderOf) -> None:
+    encoder = encoder_of(THOUGHTFUL.replace("<|im_end|>", ""))
+
+    def trained(following: str) -> list[str]:
+        turns = [("user", "q"), ("assistant", "yes"), ("user", following), ("assistant", "x")]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        return [text for mark, text in spans(encoder, encode(encoder, row)) if mark]
+
+    assert trained("more")[0].startswith("yes")
+    with pytest.raises(CannotEncode, match=r"messages\[1\]: .* changes this turn"):
+        trained("")
+
+
+QWEN = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant', 'tool') %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("role", "name"), [("developer", "system"), ("function", "tool")])
+def test_roles_have_the_names_that_the_template_knows(encoder_of: EncoderOf, role: str, name: str) -> None:
+    turns = [(role, "always French"), ("user", "q"), ("assistant", "x")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    encoder = encoder_of(QWEN)
+    assert said(name, "always French") in spans(encoder, encode(encoder, row))[0][1]
+    encoder = encoder_of(QWEN.replace("'system'", f"'{role}', 'system'"))
+    assert said(role, "always French") in spans(encoder, encode(encoder, row))[0][1]
+
+
+def test_content_that_the_template_leaves_out_is_an_error(encoder_of: EncoderOf) -> None:
+    row = {
+        "messages": [
+            {"role": "system", "content": "always French"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "x"},
+        ]
+    }
+    with pytest.raises(CannotEncode, match=r"messages\[0\].content: .* leaves this content out"):
+        encode(encoder_of(QWEN.replace("'system', ", "")), row)
+
+
+@pytest.mark.parametrize(
+    ("answer", "trained", "warned"),
+    [
+        ("x", "x<|im_end|>", True),
+        ("<that", "<that<|im_end|>", True),
+        ("<think>\nhm</think>x", "hm</think>x<|im_end|>", False),
+    ],
+)
+def test_generation_prompt_that_opens_a_thought(encoder_of: EncoderOf, answer: str, trained: str, warned: bool) -> None:
+    """An answer without a thought (DeepSeek R1, QwQ) begins where the assistant's turn opens, and the plan says so."""
+    encoder = encoder_of(CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}
+    assert [text for mark, text in spans(encoder, encode(encoder, row)) if mark] == [trained]
+    assert [("<think>" in warning) for warning in encoder.warnings()] == [True] * warned
+
+
+def test_answer_is_tokenized_apart_where_a_token_would_straddle_the_seam(encoder_of: EncoderOf) -> None:
+    """ " hat" would be one token, which no generation after "assistant: " ever begins with."""
+    encoder = encoder_of(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [("user", "q"), ("assistant", "hat"), ("user", "q"), ("assistant", "the hat")]
+    encoded = encode(encoder, {"messages": [{"role": role, "content": content} for role, content in turns]})
+    prompt = encoder.tokenizer("user: q<|im_end|>\nassistant: ").input_ids
+    assert encoded.ids[: len(prompt)].tolist() == prompt
+    assert [text for mark, text in spans(encoder, encoded) if mark] == ["hat<|im_end|>", "the hat<|im_end|>"]
+
+
+def test_tokens_of_spaces_are_trained_where_offsets_are_trimmed(tmp_path: Path) -> None:
+    """GPT-NeoX and others: such a token covers no character by its offsets."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = Encoder(str(tmp_path))
+    answer = "\n\n a:\n\n\tb  c \n"
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]}
+    trained = [text for mark, text in spans(encoder, encode(encoder, row)) if mark]
+    assert trained == [f"{answer}<|im_end|>"]
 
 
 def test_template_that_refuses_a_conversation_blames_the_row(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization
-from worker.trainer import data, evaluate, model
+from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.encoding import Encoder
 from worker.trainer.methods import sft
@@ -96,6 +99,61 @@ def test_unknown_target_modules_are_named(llama: str, make_task: MakeTask, write
     with pytest.raises(TrainingFailed, match="no_such_proj") as failed:
         model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["no_such_proj"]})))
     assert failed.value.param == "lora.target_modules"
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["q_proj", "v_porj"], "v_porj"),
+        (["q_proj", "lm_head"], "lm_head"),
+        (["embed_tokens"], "embed_tokens"),
+        (["q_proj", "self_attn"], "self_attn"),
+    ],
+)
+def test_targets_that_bear_no_adapter_are_refused_and_the_base_untouched(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, targets: list[str], named: str
+) -> None:
+    base = model.load_base(llama, Quantization.NONE)
+    with pytest.raises(TrainingFailed, match=named) as failed:
+        model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": targets})))
+    assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
+    assert not any("lora" in name for name, _ in base.model.named_modules())
+
+
+def test_adapter_never_carries_an_embedding(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+    """PEFT adds them by itself, for instance where the vocabulary is not that of the folder."""
+    base = model.load_base(llama, Quantization.NONE)
+    adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]})))
+    base.model.config.vocab_size += 1
+    assert {name.split(".")[-2] for name in checkpoint.adapter_tensors(adapted)} == {"lora_A", "lora_B"}
+
+
+def test_base_without_sdpa_is_loaded(tmp_path: Path) -> None:
+    """Transformers refuses `attn_implementation="sdpa"` for these, and takes it by itself for the others."""
+    torch.manual_seed(0)
+    GPTJForCausalLM(GPTJConfig(vocab_size=320, n_embd=64, n_layer=1, n_head=4, rotary_dim=8)).save_pretrained(tmp_path)
+    assert model.load_base(str(tmp_path), Quantization.NONE).model.config.model_type == "gptj"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.AcceleratorError("CUDA error: device lost"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_machine_that_fails_while_loading_is_not_the_users_fault(
+    llama: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: object, **options: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(type(error)) as failed:
+        model.load_base(llama, Quantization.NONE)
+    assert failed.value is error
 
 
 @pytest.mark.parametrize("spoiled", ["config.json", "model.safetensors"])

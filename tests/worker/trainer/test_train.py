@@ -17,6 +17,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train, TrainerEvent
 from shared.schemas import Report
 from worker.trainer import checkpoint, data, evaluate, model
+from worker.trainer import train as loop
 from worker.trainer.encoding import Encoder
 from worker.trainer.methods import sft
 from worker.trainer.train import train
@@ -180,6 +181,64 @@ def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: W
         run(task, tmp_path, learning_rate=1e30)
     assert failed.value.code == "diverged"
     assert not (tmp_path / "adapter").exists()
+
+
+def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(
+        write_rows(quotes(24)),
+        hyperparameters={"n_epochs": 1, "batch_size": 8},
+        lora={"dropout": 0.2},
+        trainer={"micro_batch": 1, "packing": False, "save_every": 9, "eval_every": 9},
+    )
+    run(task, tmp_path / "whole")
+    observer, losses = Observer(), 0
+    ordinary = sft.loss
+
+    def counted(*args: Any) -> sft.Loss:
+        nonlocal losses
+        losses += bool(observer.of(Measured))
+        return ordinary(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "loss", counted)
+        command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path / "first"))
+        train(
+            command,
+            lambda: model.load_base(task.base_dir, task.quantization),
+            emit=observer.events.append,
+            stopping=lambda: losses >= 3,
+        )
+    assert losses == 3
+    assert observer.of(Stopped) == [Stopped(job="j", step=1)]
+    run(task, tmp_path / "second", resume_from=observer.of(CheckpointSaved)[-1].path)
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "second")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(
+        write_rows(quotes(24)), lora={"dropout": 0.2}, trainer={"max_steps": 4, "save_every": 9, "eval_every": 9}
+    )
+    assert run(task, tmp_path / "fast").of(CheckpointSaved) == []
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    assert [saved.step for saved in run(task, tmp_path / "slow").of(CheckpointSaved)] == [1, 2, 3, 4]
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("fast", "slow")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.mark.parametrize("rows", [4, 24])
+@pytest.mark.parametrize("validation", [False, True])
+def test_lines_are_named_only_where_they_were_carved(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, rows: int, validation: bool
+) -> None:
+    held = write_rows(quotes(2)) if validation else None
+    task = make_task(write_rows(quotes(rows)), validation_file=held, trainer={"max_steps": 1})
+    report = run(task, tmp_path).of(Done)[0].report
+    assert len(report.heldout_lines) == (1 if rows == 24 and not validation else 0)
 
 
 def test_stop_before_the_first_step_leaves_no_checkpoint(
