@@ -236,8 +236,8 @@ class Score(Wire):
 class Report(Wire):
     """Base against tuned, on the same rows, with the same weights and precision.
 
-    `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation file,
-    or where none was carved, there are none to name.
+    `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
+    file, or where none was carved, there are none to name.
     """
 
     base: Score
