@@ -29,6 +29,7 @@ TENANT = "local"
 BUNDLED = "SmolLM2-135M-Instruct"
 
 # Whatever else the caller's environment holds stays out. The last three say where the GPUs and big scratch space are.
+_HUB = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "SSL_CERT_FILE")  # for the importer alone: `hf://` sources
 _PASSED = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 
 
@@ -76,7 +77,8 @@ def worker(queue: str, env: dict[str, str], *, slots: int) -> Program:
 def importer(name: str, source: str, env: dict[str, str], **options: str | None) -> Program:
     """`worker.importer`, as a program of its own because it loads torch."""
     flags = [part for key, value in options.items() if value for part in (f"--{key.replace('_', '-')}", value)]
-    return _python("importer", ["worker.importer", name, source, *flags], env)
+    hub = {name: os.environ[name] for name in _HUB if name in os.environ}
+    return _python("importer", ["worker.importer", name, source, *flags], env | hub)
 
 
 def bundled_model() -> Path | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import openai
 import pytest
@@ -63,12 +68,69 @@ def test_what_could_run_code_is_never_mirrored(llama: str, tmp_path: Path) -> No
     assert {path.suffix for path in check_folder(mixed)} <= {".safetensors", ".json", ".jinja", ".txt", ".model"}
 
 
+def test_a_hub_repository_is_pinned_to_its_commit(
+    client: openai.OpenAI, stack: Record, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub(Path(llama)) as (endpoint, commit):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        command = [sys.executable, "-m", "deploy.local", "add-model", "hubbed", "hf://acme/tiny@main"]
+        done = subprocess.run([*command, "--data", stack.data], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model = client.models.retrieve("hubbed").model_extra or {}
+    assert (model["public_id"], model["revision"]) == ("acme/tiny", commit)
+    assert {file["path"] for file in model["files"]} >= {"config.json", "model.safetensors"}
+
+
 def test_a_broken_gguf_is_told_of(stack: Record, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(os.urandom(1000))
     refused = add(stack, "bad", str(tmp_path / "bad.gguf"))
     assert refused.returncode != 0
     assert "bad.gguf could not be converted" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[tuple[str, str]]:
+    """What huggingface_hub asks a hub for, served from a folder: (endpoint, commit)."""
+    commit = "c0ffee" + "0" * 34
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.rpartition("/")[2]
+            if self.path == "/api/models/acme/tiny/revision/main" or self.path.endswith(f"/revision/{commit}"):
+                info = {"id": "acme/tiny", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+                self.answer(json.dumps(info).encode(), "application/json")
+            elif self.path.startswith(f"/api/models/acme/tiny/tree/{commit}"):
+                tree = [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in files.items()]
+                self.answer(json.dumps(tree).encode(), "application/json")
+            elif self.path == f"/acme/tiny/resolve/{commit}/{name}" and name in files:
+                self.answer(files[name], "application/octet-stream")
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def answer(self, body: bytes, kind: str) -> None:
+            self.send_response(200)
+            for header, value in {
+                "content-type": kind,
+                "content-length": str(len(body)),
+                "etag": f'"{hashlib.sha256(body).hexdigest()}"',
+                "x-repo-commit": commit,
+            }.items():
+                self.send_header(header, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", commit
+        server.shutdown()
 
 
 def add(stack: Record, name: str, source: str) -> subprocess.CompletedProcess[str]:
