@@ -19,7 +19,7 @@ from openai.types.fine_tuning import FineTuningJob
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from client import download, show, submit
-from client.connect import connect, explain, file_of, job_of
+from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
 from deploy.local.commands import AsJson, Data
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         # A folder that cannot be written to, a disk that is full.
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    finally:
+        disconnect()
 
 
 # ---------------------------------------------------------------- models

@@ -5,6 +5,7 @@ Owns: choosing an address and a key, turning wire objects into `shared.schemas`.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from deploy.local.folder import Folder
 from shared.errors import Unavailable
 from shared.schemas import File, Job
 from shared.settings import get_settings
+
+_opened = ExitStack()
 
 
 class Address(NamedTuple):
@@ -43,9 +46,14 @@ def address(data: Path | None = None) -> Address:
 
 
 def connect(data: Path | None = None) -> OpenAI:
-    """The official client, unchanged, pointed at our server."""
+    """The official client, unchanged, pointed at our server. `disconnect` closes it."""
     where = address(data)
-    return OpenAI(base_url=where.base_url, api_key=where.api_key)
+    return _opened.enter_context(OpenAI(base_url=where.base_url, api_key=where.api_key))
+
+
+def disconnect() -> None:
+    """Close every connection that `connect` has opened."""
+    _opened.close()
 
 
 def job_of(wire: openai.BaseModel) -> Job:

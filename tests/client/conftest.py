@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from client.connect import disconnect
 from shared.schemas import Job
 
 RECIPE = {
@@ -95,6 +98,13 @@ JOB = {
     "report": None,
     "adapter": None,
 }
+
+
+@pytest.fixture(autouse=True)
+def _disconnected() -> Iterator[None]:
+    """No test leaves a connection open: its warning would fail another one."""
+    yield
+    disconnect()
 
 
 @pytest.fixture

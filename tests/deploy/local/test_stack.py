@@ -65,9 +65,8 @@ def test_every_part_is_there(stack: Record) -> None:
     servers.try_s3(stack.s3)
     assert services.api_ready(stack.base_url)
     assert all(not gone(pid) for pid in vars(stack.pids).values())
-    assert services.BUNDLED in [
-        model.id for model in OpenAI(base_url=stack.base_url, api_key=stack.api_key).models.list()
-    ]
+    with OpenAI(base_url=stack.base_url, api_key=stack.api_key) as client:
+        assert services.BUNDLED in [model.id for model in client.models.list()]
 
 
 def test_a_stranger_gets_in_nowhere(stack: Record) -> None:
@@ -152,8 +151,8 @@ def test_data_survive_down_and_up(own: Path) -> None:
 def test_keys_are_made_listed_and_revoked(own: Path) -> None:
     record = up(own)
     secret = milliner("keys", "add", "acme", "--data", str(own)).stdout.strip()
-    client = OpenAI(base_url=record.base_url, api_key=secret, max_retries=0)
-    assert client.models.list().data == []
+    with OpenAI(base_url=record.base_url, api_key=secret, max_retries=0) as client:
+        assert client.models.list().data == []
     key_id = secret.split("_")[1]
     listed = json.loads(milliner("keys", "ls", "--data", str(own), "--json").stdout)["data"]
     assert {"acme", "local"} <= {row["tenant"] for row in listed}
