@@ -17,9 +17,8 @@ import traceback
 from typing import TYPE_CHECKING
 
 # Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
-# environment as well. GOMP_SPINCOUNT: threads that wait spin for some 30 us and then sleep. The default, 300,000
-# rounds, starves whatever else wants a core; none at all (OMP_WAIT_POLICY=PASSIVE) costs a sixth of the speed of an
-# idle machine.
+# environment as well. GOMP_SPINCOUNT: threads that wait spin briefly and then sleep. The default, 300,000 rounds,
+# starves whatever else wants a core; not spinning at all (OMP_WAIT_POLICY=PASSIVE) is slower on an idle machine.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def program(*argv: str, cwd: Path, **options: object) -> Program:
-    return Program("child", list(argv), {"PATH": os.defpath}, cwd, **options)  # type: ignore[arg-type]
+    return Program("child", list(argv), {"PATH": os.defpath}, cwd, **options)  # type: ignore[arg-type]  # any field
 
 
 def start(wanted: Program, log: Path) -> subprocess.Popen[bytes]:

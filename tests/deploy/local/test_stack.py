@@ -107,7 +107,7 @@ def test_a_second_up_that_asks_for_json_gets_the_running_stack(stack: Record) ->
 @pytest.mark.parametrize("name", ["api", "valkey"])
 def test_what_is_killed_comes_back(stack: Record, name: str) -> None:
     folder = Folder(Path(stack.data))
-    pid = getattr(folder.record().pids, name)  # type: ignore[union-attr]
+    pid = getattr(folder.record().pids, name)  # type: ignore[union-attr]  # it runs
     os.kill(pid, signal.SIGKILL)
     assert until(lambda: (record := folder.record()) is not None and getattr(record.pids, name) != pid)
     assert until(lambda: services.api_ready(stack.base_url) and servers.valkey_answers(stack.redis_url))
