@@ -44,7 +44,7 @@ def note(session: Session, job_id: str, epoch: int, *, level: str, message: str)
     seq = session.scalar(_held(job_id, epoch).values(event_seq=Job.event_seq + 1).returning(Job.event_seq))
     if seq is None:
         return False
-    session.add(JobEvent(job_id=job_id, seq=seq, level=level, type="message", message=message))
+    session.add(JobEvent(job_id=job_id, seq=seq, lease_epoch=epoch, level=level, type="message", message=message))
     return True
 
 
@@ -71,7 +71,9 @@ def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], 
     )
     losses = [f"{name} loss={data[key]:.2f}" for name, key in _LOSSES.items() if key in data]
     message = f"Step {data['step']}/{data['total_steps']}: {', '.join(losses)}"
-    session.add(JobEvent(job_id=job_id, seq=seq, level="info", type="metrics", message=message, data=data))
+    session.add(
+        JobEvent(job_id=job_id, seq=seq, lease_epoch=epoch, level="info", type="metrics", message=message, data=data)
+    )
     return True
 
 

@@ -97,10 +97,20 @@ def transition(
     if epoch is not None:
         guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]
     moved = update(Job).where(*guard).values(state=target, reason=reason, event_seq=Job.event_seq + 1, **values)
-    seq = session.scalar(moved.returning(Job.event_seq).execution_options(synchronize_session=False))
-    if seq is None:
+    returning = moved.returning(Job.event_seq, Job.lease_epoch).execution_options(synchronize_session=False)
+    now = session.execute(returning).one_or_none()
+    if now is None:
         return False
-    session.add(JobEvent(job_id=job_id, seq=seq, level=move.level, type="message", message=message or move.message))
+    session.add(
+        JobEvent(
+            job_id=job_id,
+            seq=now.event_seq,
+            lease_epoch=now.lease_epoch,
+            level=move.level,
+            type="message",
+            message=message or move.message,
+        )
+    )
     session.flush()
     return True
 

@@ -141,6 +141,7 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(server_default=text("0"))
     crash_count: Mapped[int] = mapped_column(server_default=text("0"))
     preempt_count: Mapped[int] = mapped_column(server_default=text("0"))
+    memory_halvings: Mapped[int] = mapped_column(server_default=text("0"))
     event_seq: Mapped[int] = mapped_column(server_default=text("0"))
     published_at: Mapped[datetime | None]
     ring_count: Mapped[int] = mapped_column(server_default=text("0"))
@@ -160,7 +161,10 @@ class Job(Base):
 
 
 class JobEvent(Base):
-    """Append-only; `seq` counts from 1 within a job, without gaps."""
+    """Append-only (a trigger sees to it); `seq` counts from 1 within a job, without gaps.
+
+    `lease_epoch` is the job's when the event was written.
+    """
 
     __tablename__ = "job_events"
 
@@ -169,6 +173,7 @@ class JobEvent(Base):
     level: Mapped[str]
     type: Mapped[str]
     message: Mapped[str]
+    lease_epoch: Mapped[int] = mapped_column(server_default=text("0"))
     data: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 

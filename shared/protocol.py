@@ -43,6 +43,7 @@ class Train(BaseModel):
     """Train, evaluate, leave an adapter under `work_dir`; answer `done`, `stopped` or `failed`.
 
     `resume_from` is the folder of a checkpoint that an earlier attempt left; the run goes on bit for bit from there.
+    `memory_halvings` is how often the kernel killed an attempt for its memory: the micro-batch is halved as often.
     """
 
     op: Literal["train"] = "train"
@@ -51,6 +52,7 @@ class Train(BaseModel):
     recipe: Recipe
     work_dir: str
     resume_from: str | None = None
+    memory_halvings: int = 0
 
 
 class Alive(BaseModel):
@@ -125,7 +127,10 @@ class Stopped(BaseModel):
 
 
 class Failed(BaseModel):
-    """This job cannot go on. `retryable` is false for what its user must mend (data, settings), true for the rest."""
+    """This job cannot go on. `retryable` is false for what its user must mend (data, settings), true for the rest.
+
+    The code `disk_full` is the machine's fault: the job goes back to the queue, and no crash is counted.
+    """
 
     event: Literal["failed"] = "failed"
     job: str

@@ -49,14 +49,30 @@ class Settings(BaseSettings):
     max_crashes: int = Field(3, description="Crashes after which a job ends as poison.")
     crash_backoff_seconds: float = Field(5.0, description="Wait before the attempt after a crash; doubled each time.")
     stop_seconds: float = Field(20.0, description="How long a trainer may take to checkpoint when asked to stop.")
+    stuck_seconds: float = Field(1800.0, description="A job whose worker lives but gets nowhere for this long crashes.")
+    notice_command: str | None = Field(
+        None, description="Run all the time; exit code 0 says that this machine will go soon, and the worker drains."
+    )
+    notice_seconds: float = Field(5.0, description="How often `notice_command` runs, and how long it may take.")
+    purge_seconds: float = Field(
+        3600.0, description="How often a worker drops objects of the bucket that no row names."
+    )
+    orphan_seconds: float = Field(86400.0, description="Age at which an upload that never got its row is dropped.")
+    trainer_command: str | None = Field(
+        None, description="Command that starts a trainer; unset means `python -m worker.trainer.main`."
+    )
 
     cache_dir: Path = Field(
         Path.home() / ".cache" / "milliner", description="Base models by hash, and the work directories of attempts."
     )
     cache_bytes: int = Field(200 * 1024**3, description="Disk budget of the base-model cache; least used goes first.")
+    min_free_bytes: int = Field(1024**3, description="Free disk under `cache_dir` below which a worker takes no job.")
     torch_threads: int = Field(0, description="CPU threads of a trainer; 0 leaves the choice to torch.")
     log_level: str = Field("INFO", description="Lowest level that is logged.")
     log_json: bool = Field(True, description="Logs as JSON lines; false prints them for people.")
+    fault: str | None = Field(
+        None, description="For tests: a crash point and what happens there, such as `after_claim:kill`."
+    )
 
     base_url: str | None = Field(None, description="Client: the API to talk to, such as http://127.0.0.1:8000/v1.")
     api_key: SecretStr | None = Field(None, description="Client: the key to send.")

@@ -7,6 +7,7 @@ it says. Its stderr goes to a log file in the work directory, whose tail explain
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from threading import Lock, Thread
 from pydantic import ValidationError
 
 from shared.protocol import EVENT, Command, TrainerEvent
-from shared.settings import inherited
+from shared.settings import get_settings, inherited
 from shared.telemetry import log
 
 PASSED_ON = (
@@ -54,9 +55,11 @@ class TrainerSession:
         self._log = work_dir / "trainer.log"
         own = {"HF_HOME": str(work_dir / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
         env = inherited(*PASSED_ON) | OFFLINE | own
+        told = get_settings().trainer_command
+        command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
+                [*command, str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -1,0 +1,70 @@
+"""Named crash points: places where a process can be made to die, stop or break, to prove that nothing is lost there.
+
+Owns: their names, and what happens at the one that `MILLINER_FAULT=<point>:<action>` names. Without the setting, to
+pass a point costs a comparison. Each marks a gap between two effects (a row, an object, a ring) that no transaction
+spans.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from enum import StrEnum
+from functools import lru_cache
+
+from shared.settings import get_settings
+from shared.telemetry import log
+
+
+class Point(StrEnum):
+    """Between which two effects. Points of the API first, then of an attempt in its order, then of the sweeper."""
+
+    AFTER_FILE_PUT = "after_file_put"
+    BEFORE_SUBMIT_COMMIT = "before_submit_commit"
+    AFTER_SUBMIT_COMMIT = "after_submit_commit"
+    AFTER_CLAIM = "after_claim"
+    AFTER_STAGE = "after_stage"
+    AFTER_TRAINER_START = "after_trainer_start"
+    AFTER_PLAN = "after_plan"
+    BEFORE_CHECKPOINT_UPLOAD = "before_checkpoint_upload"
+    AFTER_CHECKPOINT_UPLOAD = "after_checkpoint_upload"
+    AFTER_CHECKPOINT_ROW = "after_checkpoint_row"
+    BEFORE_PUBLISH = "before_publish"
+    AFTER_ADAPTER_UPLOAD = "after_adapter_upload"
+    AFTER_RESULT_UPLOAD = "after_result_upload"
+    AFTER_FINISH = "after_finish"
+    BEFORE_RELEASE = "before_release"
+    AFTER_RELEASE = "after_release"
+    BEFORE_RECLAIM_COMMIT = "before_reclaim_commit"
+    AFTER_RECLAIM = "after_reclaim"
+    AFTER_RERING = "after_rering"
+
+
+class Action(StrEnum):
+    KILL = "kill"  # SIGKILL: no handler runs, nothing is flushed
+    STOP = "stop"  # SIGSTOP: every thread stands still until somebody continues it
+    RAISE = "raise"  # an exception that nobody expects
+
+
+def reach(point: Point) -> None:
+    """Called where the point is. Raises ValueError for a setting that names none."""
+    armed = _armed(get_settings().fault)
+    if armed is None or armed[0] is not point:
+        return
+    log.warning("fault.reached", point=point, action=armed[1])
+    if armed[1] is Action.RAISE:
+        raise RuntimeError(f"the fault {point} was asked for by MILLINER_FAULT")
+    os.kill(os.getpid(), signal.SIGKILL if armed[1] is Action.KILL else signal.SIGSTOP)
+
+
+@lru_cache(maxsize=1)
+def _armed(setting: str | None) -> tuple[Point, Action] | None:
+    if not setting:
+        return None
+    point, _, action = setting.partition(":")
+    if point not in set(Point) or action not in set(Action):
+        raise ValueError(
+            f"MILLINER_FAULT={setting!r}: allowed is <point>:<action> with a point of {', '.join(Point)} "
+            f"and an action of {', '.join(Action)}"
+        )
+    return Point(point), Action(action)
