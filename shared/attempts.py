@@ -8,10 +8,10 @@ Must not touch S3 or Redis.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -27,9 +27,7 @@ _LOSSES = {"training": "train_loss", "validation": "valid_loss"}
 def renew(session: Session, job_id: str, epoch: int, *, lease_seconds: float) -> Desired | None:
     """Extend the lease and read what the user wants; None if the lease is no longer ours."""
     desired = session.scalar(
-        _held(job_id, epoch)
-        .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds))
-        .returning(Job.desired_state)
+        _held(job_id, epoch).values(lease_expires_at=_in(lease_seconds)).returning(Job.desired_state)
     )
     return None if desired is None else Desired(desired)
 
@@ -151,15 +149,28 @@ def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     )
 
 
-def released(session: Session, job_id: str, epoch: int) -> bool:
-    """Give the job back with its checkpoint: to its user's wish, or to the queue where the worker is draining."""
+def released(session: Session, job_id: str, epoch: int, *, message: str | None = None, wait: float = 0.0) -> bool:
+    """Give the job back with its checkpoint: to its user's wish, or to the queue where the worker cannot go on.
+
+    A job that is queued again is not claimed for `wait` seconds.
+    """
     job = _locked(session, job_id, epoch)
     if job is None:
         return False
     wish = _wish(job)
     if wish is not None:
         return transition(session, job_id, wish, epoch=epoch)
-    return transition(session, job_id, Reason.PREEMPTED, epoch=epoch, values={"preempt_count": Job.preempt_count + 1})
+    again = {"preempt_count": Job.preempt_count + 1, "not_before": _in(wait)}
+    return transition(session, job_id, Reason.PREEMPTED, epoch=epoch, message=message, values=again)
+
+
+def shrunk(session: Session, job_id: str, epoch: int) -> bool:
+    """The kernel killed the attempt for its memory: the next one halves the micro-batch. No crash is counted."""
+    job = _locked(session, job_id, epoch)
+    if job is None:
+        return False
+    less = {"memory_halvings": Job.memory_halvings + 1}
+    return transition(session, job_id, _wish(job) or Reason.OUT_OF_MEMORY, epoch=epoch, values=less)
 
 
 def crashed(
@@ -187,10 +198,9 @@ def crashed(
         end: dict[str, Any] = {"error": error.model_dump(mode="json"), "crash_count": crashes}
         message = f"{MOVES[Reason.POISON].message} ({crashes} times): {error.message}"
         return transition(session, job_id, Reason.POISON, epoch=epoch, message=message, values=end)
-    wait = func.clock_timestamp() + timedelta(seconds=backoff * 2 ** (crashes - 1))
     reason = Reason.LEASE_EXPIRED if silent else Reason.CRASHED
     message = f"{MOVES[reason].message}: {error.message}"
-    again = {"crash_count": crashes, "not_before": wait}
+    again = {"crash_count": crashes, "not_before": _in(backoff * 2 ** (crashes - 1))}
     return transition(session, job_id, reason, epoch=epoch, message=message, values=again)
 
 
@@ -202,6 +212,10 @@ def _held(job_id: str, epoch: int) -> Any:
 def _locked(session: Session, job_id: str, epoch: int) -> Job | None:
     held = select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
     return session.scalar(held.with_for_update().execution_options(populate_existing=True))
+
+
+def _in(seconds: float) -> ColumnElement[datetime]:
+    return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
 def _wish(job: Job) -> Reason | None:

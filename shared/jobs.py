@@ -43,6 +43,7 @@ class Reason(StrEnum):
     RESUMED = "resumed"
     PREEMPTED = "preempted"
     CRASHED = "crashed"
+    OUT_OF_MEMORY = "out_of_memory"
     LEASE_EXPIRED = "lease_expired"
 
 
@@ -67,6 +68,7 @@ MOVES = {
     Reason.RESUMED: Move(frozenset({State.PAUSED}), State.QUEUED, "info", "The job was resumed"),
     Reason.PREEMPTED: Move(LEASABLE, None, "warn", "The worker is shutting down; the job goes on elsewhere"),
     Reason.CRASHED: Move(LEASABLE, None, "warn", "The attempt crashed; the job will be tried again"),
+    Reason.OUT_OF_MEMORY: Move(LEASABLE, None, "warn", "The attempt was killed for its memory; the next takes less"),
     Reason.LEASE_EXPIRED: Move(LEASABLE, None, "warn", "The worker fell silent; the job will be tried again"),
 }
 

@@ -111,22 +111,19 @@ def read(key: str) -> Iterator[bytes]:
 
 
 def fetch(key: str, path: Path, sha256: str, *, tick: Callable[[], None] = lambda: None) -> None:
-    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one.
+    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one, twice.
 
     `tick` is called with each chunk and may raise to give up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    digest = hashlib.sha256()
-    with partial.open("wb") as out, _translated():
-        for chunk in read(key):
-            tick()
-            digest.update(chunk)
-            out.write(chunk)
-    if digest.hexdigest() != sha256:
-        partial.unlink()
-        raise Corrupt(f"{key}: sha256 {digest.hexdigest()}, expected {sha256}")
-    partial.replace(path)
+    for _ in range(2):  # once may be a byte that the network changed; twice is the object
+        found = _download(key, partial, tick)
+        if found == sha256:
+            partial.replace(path)
+            return
+    partial.unlink()
+    raise Corrupt(f"{key}: sha256 {found}, expected {sha256}")
 
 
 def fetch_folder(
@@ -184,6 +181,17 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(key: str, path: Path, tick: Callable[[], None]) -> str:
+    """Hex SHA-256 of what came."""
+    digest = hashlib.sha256()
+    with path.open("wb") as out, _translated():
+        for chunk in read(key):
+            tick()
+            digest.update(chunk)
+            out.write(chunk)
+    return digest.hexdigest()
 
 
 def _client(settings: Settings, endpoint: str | None) -> S3Client:

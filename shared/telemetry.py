@@ -11,6 +11,7 @@ import sys
 import structlog
 
 from shared.settings import get_settings
+from shared.streams import protect_standard_streams
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 bind = structlog.contextvars.bind_contextvars
@@ -20,6 +21,7 @@ unbind = structlog.contextvars.unbind_contextvars
 def configure(process: str) -> None:
     """Send this process's logs, and those of its libraries, to stderr."""
     settings = get_settings()
+    protect_standard_streams()
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
 
     def name_process(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

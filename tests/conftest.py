@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from signal import SIGTERM
 
 import openai
 import pytest
+from sqlalchemy import Engine, text
 
 from deploy.local.folder import Record
 from deploy.local.process import binding
@@ -29,6 +31,11 @@ SHORT = {
     "MILLINER_RERING_SECONDS": "2",
     "MILLINER_CRASH_BACKOFF_SECONDS": "0.2",
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the chaos tests at full size: hours instead of minutes")
+    parser.addoption("--figures", metavar="DIR", help="where the chaos tests leave what they measured, as JSON")
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +61,24 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
             engine(record.database_url).dispose()
         finally:
             supervisor.terminate()
+
+
+@pytest.fixture(scope="session")
+def database(stack: Record) -> Iterator[Engine]:
+    """A migrated database that no worker of the stack looks at."""
+    name = f"unit_{secrets.token_hex(4)}"
+    with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
+        admin.execute(text(f"CREATE DATABASE {name}"))
+    url = stack.database_url.rsplit("/", 1)[0] + f"/{name}"
+    subprocess.run(
+        [sys.executable, "-m", "alembic", "-c", str(ROOT / "migrations" / "alembic.ini"), "upgrade", "head"],
+        env=os.environ | {"MILLINER_DATABASE_URL": url},
+        check=True,
+        capture_output=True,
+    )
+    bind = engine(url)
+    yield bind
+    bind.dispose()
 
 
 @pytest.fixture(scope="session")

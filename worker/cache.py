@@ -62,6 +62,16 @@ def work_dir(name: str) -> Iterator[Path]:
             _remove(folder)
 
 
+def has_room() -> bool:
+    """Whether this machine's disk can take another job."""
+    settings = get_settings()
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(settings.cache_dir).free
+    if free < settings.min_free_bytes:
+        log.error("disk.full", folder=str(settings.cache_dir), free=free, wanted=settings.min_free_bytes)
+    return free >= settings.min_free_bytes
+
+
 def sweep_work_dirs() -> None:
     """Remove what killed attempts of this machine left: folders that nobody holds."""
     for folder in (get_settings().cache_dir / "work").glob("*/"):

@@ -4,11 +4,15 @@ The renewing thread writes to Postgres every heartbeat and reads back what the u
 waits for anything: after `fence_seconds` without a renewal it freezes the trainer, and a renewal thaws it, so an outage
 of the database pauses training and does not restart it. An epoch that has moved kills the trainer. The clock is the one
 that counts while the machine sleeps, and a renewal counts from before it was sent. While the lease is good the trainer
-hears so twice a second: should this whole process be stopped, the trainer freezes itself before the lease ends.
+hears so twice a second: should this whole process be stopped, the trainer freezes itself before the lease ends. A
+worker that renews but gets nowhere is as bad as a dead one: after `stuck_seconds` its attempt is to end by itself, and
+after twice that time the process is killed.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from threading import Event, Thread
 from types import TracebackType
@@ -40,6 +44,7 @@ class Lease:
         self._settings = get_settings()
         self._session: TrainerSession | None = None
         self._renewed = claimed_at
+        self._progressed = claimed_at
         self._lost = Event()
         self._done = Event()
         self._threads = [
@@ -67,6 +72,14 @@ class Lease:
         """Raise `Lost` if the lease is known to be gone."""
         if self._lost.is_set():
             raise Lost(self.job_id)
+
+    def progressed(self) -> None:
+        """The attempt has got somewhere, or waits for a server that is down."""
+        self._progressed = boottime()
+
+    def is_stuck(self) -> bool:
+        """Has the attempt got nowhere for `stuck_seconds`?"""
+        return boottime() - self._progressed > self._settings.stuck_seconds
 
     def lose(self) -> None:
         """The database has said that the epoch moved."""
@@ -99,6 +112,11 @@ class Lease:
         said_at = 0.0
         while not self._done.wait(0.1):
             session, late = self._session, boottime() - self._renewed > self._settings.fence_seconds
+            if late:
+                self.progressed()  # an outage is not the attempt's fault
+            elif boottime() - self._progressed > 2 * self._settings.stuck_seconds:
+                log.critical("slot.stuck", job=self.job_id)
+                os.kill(os.getpid(), signal.SIGKILL)
             if session is None or self._lost.is_set():
                 continue
             if late and not session.frozen:

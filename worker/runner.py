@@ -2,12 +2,14 @@
 
 Owns the order of effects. Files go to S3 first and become real by a row, which names our epoch; a row that is refused
 means that the lease moved on (`Lost`), and then nothing more is written. A server that is down is waited for, under the
-lease: an outage is not the job's fault and is no crash.
+lease: an outage is not the job's fault and is no crash; nor is a full disk, which gives the job back. Every gap between
+two effects is a named crash point (shared/faults.py).
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import shutil
 import time
@@ -22,6 +24,7 @@ from sqlalchemy import select
 from shared import attempts, jobs, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
+from shared.faults import Point, reach
 from shared.ids import fine_tuned_name, new_id
 from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobMetric, Tenant
 from shared.protocol import (
@@ -44,17 +47,24 @@ from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from worker import cache
 from worker.lease import Lease, Lost, boottime
-from worker.session import Ended, TrainerSession
+from worker.pace import Pace
+from worker.session import Died, Ended, TrainerSession
 
 TICK = 0.2
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
+RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
+DISK_FULL_WAIT = 30.0
+DISK_IS_FULL = "The disk of the worker is full; the job goes on when there is room"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 T = TypeVar("T")
 
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> bool:
-    """Claim one job of this queue and see it through; False if there was none, or no database to ask."""
+    """Claim one job of this queue and see it through; False if there was none, no database to ask, or no disk."""
     settings, claimed_at = get_settings(), boottime()
+    if not cache.has_room():
+        return False
     try:
         with session_scope() as session:
             job = jobs.claim(session, queue, owner=owner, lease_seconds=settings.lease_seconds)
@@ -65,6 +75,7 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
         return False
     bind(job=job.id, epoch=job.lease_epoch, attempt=job.attempt)
     log.info("job.claimed", queue=queue)
+    reach(Point.AFTER_CLAIM)
     try:
         with ExitStack() as held, Lease(job.id, job.lease_epoch, claimed_at) as lease:
             Attempt(job, lease, draining, held).run(queue, slot)
@@ -93,9 +104,11 @@ class Attempt:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
         try:
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
-            self.talk(self.stage(queue), slot)
-        except Leave:
-            self.guarded(lambda s: attempts.released(s, self.job.id, self.lease.epoch))
+            command = self.stage(queue)
+            reach(Point.AFTER_STAGE)
+            self.talk(command, slot)
+        except Leave as leave:
+            self.release(leave)
         except Lost:
             raise
         except storage.Corrupt as lost:
@@ -103,6 +116,9 @@ class Attempt:
             self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                self.release(Leave(f"{DISK_IS_FULL}: {error}", wait=DISK_FULL_WAIT))
+                return
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
@@ -111,14 +127,20 @@ class Attempt:
         session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
         log.info("trainer.started", pid=session.pid)
         self.lease.guard(session)
+        reach(Point.AFTER_TRAINER_START)
         try:
             session.send(command)
             self.listen(session)
         except Ended as end:
             self.lease.check()
-            hint = "the last log lines tell more; a smaller batch or max_length needs less memory"
+            if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
+                self.flush()
+                self.guarded(lambda s: attempts.shrunk(s, self.job.id, self.lease.epoch))
+                return
+            code = "trainer_stuck" if isinstance(end, Stuck) else "trainer_crashed"
+            hint = "the last log lines tell more; a smaller trainer.micro_batch or max_length needs less memory"
             lines = session.last_log_lines()
-            self.crash(JobError(code="trainer_crashed", message=str(end), hint=hint, last_log_lines=lines))
+            self.crash(JobError(code=code, message=str(end), hint=hint, last_log_lines=lines))
         finally:
             self.lease.guard(None)
             session.close()
@@ -157,6 +179,7 @@ class Attempt:
             recipe=recipe,
             work_dir=str(self.work_dir),
             resume_from=str(resume) if resume else None,
+            memory_halvings=self.job.memory_halvings,
         )
 
     def last_checkpoint(self) -> Path | None:
@@ -191,6 +214,7 @@ class Attempt:
 
     def tick(self) -> None:
         """Called through a long wait: raises if there is nothing left to wait for."""
+        self.lease.progressed()
         self.lease.check()
         if self.draining() or self.lease.desired is not Desired.RUN:
             raise Leave
@@ -211,7 +235,11 @@ class Attempt:
             if asked_at is not None and time.monotonic() - asked_at > self.settings.stop_seconds:
                 log.warning("trainer.too_slow", seconds=self.settings.stop_seconds)
                 raise Leave
+            if self.lease.is_stuck():
+                raise Stuck(f"the trainer has said nothing for {self.settings.stuck_seconds:.0f} s")
             event = session.receive(timeout=TICK)
+            if event is not None:
+                self.lease.progressed()
             if self.pending and time.monotonic() - self.recorded_at >= RECORD_EVERY:
                 self.flush()
             match event:
@@ -253,10 +281,13 @@ class Attempt:
         self.flush()
         folder, epoch = Path(event.path), self.lease.epoch
         prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{epoch}/{event.step}/"
+        reach(Point.BEFORE_CHECKPOINT_UPLOAD)
         files = self.patiently(lambda: storage.put_folder(prefix, folder))
+        reach(Point.AFTER_CHECKPOINT_UPLOAD)
         saved = {"step": event.step, "prefix": prefix, "files": files, "metrics": event.metrics}
         self.guarded(lambda s: attempts.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
         log.info("checkpoint.saved", step=event.step)
+        reach(Point.AFTER_CHECKPOINT_ROW)
         shutil.rmtree(folder)
         for old in self.patiently(self._retired):
             self.patiently(partial(storage.delete_prefix, old))
@@ -273,6 +304,7 @@ class Attempt:
             self.tell("warn", warning)
         state = self.guarded(lambda s: attempts.planned(s, self.job.id, self.lease.epoch, plan))
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
+        reach(Point.AFTER_PLAN)
         if state is State.QUEUED:
             ring(Queue.TRAIN)  # unheard, the sweeper rings again
 
@@ -281,12 +313,15 @@ class Attempt:
         self.flush()
         job, epoch = self.job, self.lease.epoch
         self.enter(Phase.PUBLISHING)
+        reach(Point.BEFORE_PUBLISH)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
         files = self.patiently(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
+        reach(Point.AFTER_ADAPTER_UPLOAD)
         table = self.patiently(self._result_csv)
         file_id = new_id("file-")
         key = f"files/{job.tenant_id}/{file_id}"
         self.patiently(lambda: storage.put_bytes(key, table, content_type="text/csv"))
+        reach(Point.AFTER_RESULT_UPLOAD)
 
         def finish(session: Any) -> State | None:
             tenant = session.get_one(Tenant, job.tenant_id)
@@ -313,13 +348,16 @@ class Attempt:
 
         state = self.guarded(finish)
         log.info("job.finished", state=state)
+        reach(Point.AFTER_FINISH)
         if state is not State.SUCCEEDED:
             self.patiently(lambda: storage.delete_prefix(prefix))
             self.patiently(lambda: storage.delete(key))
 
     def fail(self, event: Failed, session: TrainerSession) -> None:
-        """A user's error ends the job; any other is a crash, and counted."""
+        """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""
         self.flush()
+        if event.code == "disk_full":
+            raise Leave(f"{DISK_IS_FULL}: {event.message}", wait=DISK_FULL_WAIT)
         error = JobError(
             code=event.code,
             message=event.message,
@@ -341,11 +379,34 @@ class Attempt:
     def crash(self, error: JobError) -> None:
         """Count it; the job goes back to the queue, or ends as poison."""
         self.flush()
+        error = error.model_copy(update={"step": error.step or self.pace.step})
         backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
         log.warning("job.crashed", message=error.message)
         self.guarded(
             lambda s: attempts.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
         )
+
+    def release(self, leave: Leave) -> None:
+        """Give the job back. A database that is down is waited for briefly; then the lease runs out by itself."""
+        reach(Point.BEFORE_RELEASE)
+        deadline = time.monotonic() + RELEASE_PATIENCE
+        while True:
+            try:
+                with session_scope() as session:
+                    message, wait = leave.message, leave.wait
+                    attempts.released(session, self.job.id, self.lease.epoch, message=message, wait=wait)
+                break
+            except Unavailable as error:
+                log.warning("release.failed", error=error.message)
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.5)
+        reach(Point.AFTER_RELEASE)
+
+    def can_shrink(self) -> bool:
+        """Is there still a micro-batch that can be halved?"""
+        plan = Plan.model_validate(self.job.plan) if self.job.plan else None
+        return plan is not None and plan.recipe.micro_batch >> self.job.memory_halvings > 1
 
     def enter(self, phase: Phase) -> None:
         """Say on the job what it is doing now."""
@@ -388,6 +449,7 @@ class Attempt:
         wait = 1.0
         while True:
             self.lease.check()
+            self.lease.progressed()
             try:
                 return act()
             except storage.Fenced as fenced:
@@ -402,35 +464,13 @@ class Attempt:
 
 
 class Leave(Exception):
-    """Let go of the job: its user, or a draining worker, asked for that."""
+    """Let go of the job: its user or a draining worker asked for that, or this machine cannot go on."""
+
+    def __init__(self, message: str | None = None, *, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.wait = wait
 
 
-class Pace:
-    """How fast steps come, on this attempt's clock: a resumed job's ETA owes nothing to the attempts before."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, float] | None = None
-        self._seconds_per_step: float | None = None
-        self._metrics: Metrics | None = None
-
-    def note(self, metrics: Metrics) -> None:
-        now = time.monotonic()
-        if self._last is not None and metrics.step > self._last[0]:
-            per_step = (now - self._last[1]) / (metrics.step - self._last[0])
-            old = self._seconds_per_step
-            self._seconds_per_step = per_step if old is None else 0.8 * old + 0.2 * per_step
-        if self._last is None or metrics.step > self._last[0]:
-            self._last = (metrics.step, now)
-        if metrics.tokens_per_second is not None or self._metrics is None:
-            self._metrics = metrics
-
-    def progress(self) -> dict[str, Any]:
-        """What the job row keeps; `at` is Unix time, so that readers can count the ETA down."""
-        assert self._metrics is not None
-        return {
-            "step": self._metrics.step,
-            "total_steps": self._metrics.total_steps,
-            "tokens_per_second": self._metrics.tokens_per_second,
-            "seconds_per_step": self._seconds_per_step,
-            "at": time.time(),
-        }
+class Stuck(Ended):
+    """The trainer lives and gets nowhere."""

@@ -39,13 +39,17 @@ class Ended(Exception):
 
 
 class Died(Ended):
-    """`signal` is set where one killed it."""
+    """`signal` is set where one killed it; `out_of_memory` where the kernel says that it did so for want of memory."""
 
-    def __init__(self, returncode: int) -> None:
+    def __init__(self, returncode: int, *, out_of_memory: bool) -> None:
         self.signal = signal.Signals(-returncode).name if returncode < 0 else None
-        cause = f"killed by {self.signal}" if self.signal else f"ended with exit code {returncode}"
-        hint = "; 137 or SIGKILL from outside usually means out of memory" if self.signal == "SIGKILL" else ""
-        super().__init__(f"the trainer was {cause}{hint}" if self.signal else f"the trainer {cause}")
+        self.out_of_memory = out_of_memory and self.signal == "SIGKILL"
+        cause = f"was killed by {self.signal}" if self.signal else f"ended with exit code {returncode}"
+        if self.out_of_memory:
+            cause += ": the machine, or this container, was out of memory"
+        elif self.signal == "SIGKILL" or returncode == 137:
+            cause += "; 137 or SIGKILL from outside usually means out of memory"
+        super().__init__(f"the trainer {cause}")
 
 
 class TrainerSession:
@@ -67,6 +71,7 @@ class TrainerSession:
                 cwd=work_dir,
                 start_new_session=True,
             )
+        self._oom_kills = oom_kills()
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self._signals, self._sending = Lock(), Lock()
         self.frozen = False
@@ -96,7 +101,7 @@ class TrainerSession:
         except Empty:
             return None
         if line is None:
-            raise Died(self._reap())
+            raise Died(self._reap(), out_of_memory=oom_kills() > self._oom_kills)
         try:
             return EVENT.validate_json(line)
         except ValidationError as error:
@@ -162,3 +167,13 @@ class TrainerSession:
         for line in self._process.stdout:
             self._lines.put(line)
         self._lines.put(None)
+
+
+def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How often the kernel has killed for memory: in our cgroup where that is told (v2), on this machine otherwise."""
+    group = (proc / "self" / "cgroup").read_text().rpartition("::/")[2].strip()
+    for counters in (cgroups / group / "memory.events", cgroups / "memory.events", proc / "vmstat"):
+        if counters.is_file():
+            lines = (line.split() for line in counters.read_text().splitlines())
+            return next((int(count) for name, count in lines if name == "oom_kill"), 0)
+    return 0

@@ -14,8 +14,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shared import attempts, jobs
-from shared.db import session_scope
+from shared.db import after_commit, session_scope
 from shared.errors import Unavailable
+from shared.faults import Point, reach
 from shared.models import Job
 from shared.queue import Queue, ring
 from shared.schemas import JobError
@@ -58,8 +59,9 @@ def sweep(settings: Settings, *, watched: float) -> None:
     with session_scope() as session:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
             return
-        if watched >= settings.lease_seconds:
-            reclaim(session, settings)
+        if watched >= settings.lease_seconds and reclaim(session, settings):
+            reach(Point.BEFORE_RECLAIM_COMMIT)
+            after_commit(session, lambda: reach(Point.AFTER_RECLAIM))
     with session_scope() as session:
         unrung = {queue: jobs.unrung(session, queue, backoff=settings.rering_seconds) for queue in Queue}
     for queue, job_ids in unrung.items():
@@ -69,6 +71,7 @@ def sweep(settings: Settings, *, watched: float) -> None:
                 return
             told.append(job_id)
         if told:
+            reach(Point.AFTER_RERING)
             log.info("queue.rung", queue=queue, jobs=len(told))
             with session_scope() as session:
                 jobs.rung(session, told)

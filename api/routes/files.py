@@ -22,6 +22,7 @@ from api.present import file_out
 from shared import storage
 from shared.db import after_commit, session_scope
 from shared.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from shared.faults import Point, reach
 from shared.formats import check_file, describe
 from shared.ids import new_id
 from shared.jobs import live_file
@@ -84,6 +85,7 @@ def upload_file(form: Annotated[UploadForm, Depends(upload_form)], tenant: Tenan
     file_id = new_id("file-")
     key = f"files/{tenant.id}/{file_id}"
     storage.put_stream(key, stream)
+    reach(Point.AFTER_FILE_PUT)
     expires = None
     if form.expires_seconds and form.expires_anchor:
         expires = datetime.now(UTC) + timedelta(seconds=form.expires_seconds)

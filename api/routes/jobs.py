@@ -14,6 +14,7 @@ from api.present import checkpoint_out, event_out, job_out
 from shared import jobs
 from shared.db import after_commit, session_scope
 from shared.errors import InvalidRequest
+from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
 from shared.models import Checkpoint, Job, JobEvent
 from shared.queue import Queue
@@ -41,6 +42,8 @@ def create_job(
     window = get_settings().retry_window_seconds if x_stainless_retry_count > 0 else None
     job, new = jobs.submit(session, tenant.id, body, idempotency_key=idempotency_key, retry_window=window)
     if new:
+        reach(Point.BEFORE_SUBMIT_COMMIT)
+        after_commit(session, lambda: reach(Point.AFTER_SUBMIT_COMMIT))
         after_commit(session, lambda: bell.ring(Queue.PREPARE, lambda: _told(job.id)))
     return _shown(session, job)
 

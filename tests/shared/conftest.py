@@ -1,41 +1,15 @@
-"""A database and a bucket prefix of their own for tests that write below the API, on the run's real servers."""
+"""A tenant and a dataset for tests that write below the API, in a database that no worker looks at."""
 
 from __future__ import annotations
 
-import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
-from deploy.local.folder import Record
-from shared.db import engine, session_scope
+from shared.db import session_scope
 from shared.models import BaseModel, File, Tenant
 from shared.tenants import ensure_tenant
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def database(stack: Record) -> Iterator[Engine]:
-    """A migrated database that no worker of the stack looks at."""
-    name = f"unit_{secrets.token_hex(4)}"
-    with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
-        admin.execute(text(f"CREATE DATABASE {name}"))
-    url = stack.database_url.rsplit("/", 1)[0] + f"/{name}"
-    subprocess.run(
-        [sys.executable, "-m", "alembic", "-c", str(ROOT / "migrations" / "alembic.ini"), "upgrade", "head"],
-        env=os.environ | {"MILLINER_DATABASE_URL": url},
-        check=True,
-        capture_output=True,
-    )
-    bind = engine(url)
-    yield bind
-    bind.dispose()
 
 
 @pytest.fixture
