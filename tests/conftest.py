@@ -15,7 +15,7 @@ import openai
 import pytest
 from sqlalchemy import Engine, text
 
-from deploy.local.folder import Record
+from deploy.local.folder import Folder, Record
 from deploy.local.process import binding
 from shared.db import engine, session_scope
 from shared.tenants import create_key, ensure_tenant
@@ -35,12 +35,18 @@ SHORT = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="the chaos tests at full size: hours instead of minutes")
+    parser.addoption("--stack", metavar="DIR", help="use the stack that runs in this folder instead of a new one")
     parser.addoption("--figures", metavar="DIR", help="where the chaos tests leave what they measured, as JSON")
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
     """What `up --json` printed. It ends with the tests, even if they are killed."""
+    if folder := request.config.getoption("--stack"):
+        record = Folder(Path(folder)).record()
+        assert record, f"no stack runs in {folder}"
+        yield record
+        return
     data = tmp_path_factory.mktemp("stack")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
     supervisor = subprocess.Popen(

@@ -67,6 +67,8 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     owner = claim(database, Queue.TRAIN).lease_epoch
     assert owner > zombie
     step = Metrics(step=9, total_steps=9, train_loss=0.0)
+    with session_scope(database) as session:
+        assert attempts.checkpointed(session, job.id, owner, step=8, prefix="p/", files=[], metrics=step)
     before = read(database, job.id)
     with session_scope(database) as session:
         assert attempts.renew(session, job.id, zombie, lease_seconds=60) is None
@@ -83,6 +85,8 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
         assert attempts.succeeded(session, job.id, zombie, report=REPORT, **files) is None
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
+    with session_scope(database) as session:
+        assert [checkpoint.step for checkpoint in attempts.latest_checkpoints(session, job.id)] == [8]
 
 
 def test_terminal_states_absorb_even_hand_written_sql(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -92,6 +96,22 @@ def test_terminal_states_absorb_even_hand_written_sql(database: Engine, tenant: 
     with pytest.raises(IntegrityError, match="terminal states do not change"), session_scope(database) as session:
         session.execute(text("UPDATE jobs SET state = 'queued' WHERE id = :id"), {"id": job.id})
     assert read(database, job.id).state == State.CANCELLED
+
+
+def test_events_and_epochs_cannot_be_rewritten(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job = queued(database, tenant, dataset)
+    epoch = claim(database, Queue.TRAIN).lease_epoch
+    for statement in (
+        "UPDATE job_events SET message = 'another' WHERE job_id = :id",
+        "DELETE FROM job_events WHERE job_id = :id",
+        "UPDATE jobs SET lease_epoch = 0 WHERE id = :id",
+    ):
+        with pytest.raises(IntegrityError), session_scope(database) as session:
+            session.execute(text(statement), {"id": job.id})
+    assert read(database, job.id).lease_epoch == epoch
+    with session_scope(database) as session:
+        epochs = session.scalars(select(JobEvent.lease_epoch).where(JobEvent.job_id == job.id).order_by(JobEvent.seq))
+        assert list(epochs) == [0, 1, 2]
 
 
 def test_a_running_job_must_be_leased(database: Engine, tenant: Tenant, dataset: str) -> None:

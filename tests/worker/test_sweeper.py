@@ -1,8 +1,17 @@
-"""What the sweeper takes back, and when it dares to. The watch has its clock as an argument."""
+"""What the sweeper rings for and takes back, and when it dares to. The watch has its clock as an argument."""
 
 from __future__ import annotations
 
-from worker.sweeper import Watch
+import redis
+from sqlalchemy import func, select, text, update
+
+from shared import jobs
+from shared.db import session_scope
+from shared.models import Job
+from shared.queue import Queue
+from shared.schemas import State
+from shared.settings import get_settings
+from worker.sweeper import Watch, reclaim, sweep
 
 
 def test_a_watch_grows_while_there_is_no_gap() -> None:
@@ -15,3 +24,64 @@ def test_a_gap_or_a_miss_starts_it_anew() -> None:
     assert [watch.seen(now) for now in (0, 5, 20, 24)] == [0, 5, 0, 4]
     watch.missed()
     assert [watch.seen(now) for now in (25, 29)] == [0, 4]
+
+
+def test_it_rings_for_what_nobody_was_told_of_and_not_again_at_once(job: str) -> None:
+    settings = get_settings()
+    with redis.Redis.from_url(settings.redis_url.get_secret_value()) as broker:
+        broker.flushdb()
+        sweep(settings, watched=0)
+        sweep(settings, watched=0)
+        assert broker.llen(f"milliner:{Queue.TRAIN}") == 1
+        broker.flushdb()
+    assert row(job).ring_count == 1
+    with session_scope() as session:
+        session.execute(update(Job).values(published_at=func.clock_timestamp() - text("interval '1h'")))
+    sweep(settings, watched=0)
+    assert row(job).ring_count == 2
+
+
+def test_it_takes_back_only_after_a_whole_lease_time_of_watching(job: str) -> None:
+    settings = get_settings()
+    epoch = lapsed(job)
+    sweep(settings, watched=settings.lease_seconds - 0.1)
+    assert row(job).state == State.RUNNING
+    sweep(settings, watched=settings.lease_seconds)
+    after = row(job)
+    assert (after.state, after.reason, after.lease_epoch) == (State.QUEUED, jobs.Reason.LEASE_EXPIRED, epoch)
+    assert after.lease_owner is None
+
+
+def test_a_lease_that_holds_is_left_alone(job: str) -> None:
+    with session_scope() as session:
+        assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        assert reclaim(session, get_settings()) == 0
+    assert row(job).state == State.RUNNING
+
+
+def test_two_sweepers_take_a_job_back_once(job: str) -> None:
+    """The advisory lock aside: both have read the same expired lease."""
+    lapsed(job)
+    with session_scope() as one, session_scope() as other:
+        assert one.scalar(select(jobs.expired()).where(Job.id == job))
+        assert other.scalar(select(jobs.expired()).where(Job.id == job))
+        assert reclaim(one, get_settings()) == 1
+        one.commit()
+        assert reclaim(other, get_settings()) == 0
+    assert row(job).crash_count == 1
+
+
+def lapsed(job: str) -> int:
+    """Claim the job and turn Postgres's clock past the lease."""
+    with session_scope() as session:
+        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        assert claimed is not None
+        assert claimed.id == job
+        past = func.clock_timestamp() - text("interval '1s'")
+        session.execute(update(Job).where(Job.id == job).values(lease_expires_at=past))
+    return claimed.lease_epoch
+
+
+def row(job: str) -> Job:
+    with session_scope() as session:
+        return session.get_one(Job, job)

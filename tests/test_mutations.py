@@ -1,0 +1,114 @@
+"""The suite under test: each guard that the promise rests on is taken out of a copy, and the suite must turn red.
+
+The copy's tests run on the stack of this run, in databases of their own; its workers and API are not mutated.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from deploy.local.folder import Record
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("api", "client", "deploy", "examples", "migrations", "shared", "tests", "worker", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """`guard` in `file` becomes `hole`; one of `tests` must notice."""
+
+    file: str
+    guard: str
+    hole: str
+    tests: str
+
+
+JOBS, SWEEPER, ATTEMPTS, LEASE = (
+    "tests/shared/test_jobs.py",
+    "tests/worker/test_sweeper.py",
+    "tests/worker/test_attempts.py",
+    "tests/worker/test_lease.py",
+)
+MUTANTS = {
+    "a write of the holder without its epoch": Mutant(
+        "shared/attempts.py",
+        "update(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
+        "update(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
+        JOBS,
+    ),
+    "a lock of the holder without its epoch": Mutant(
+        "shared/attempts.py",
+        "select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
+        "select(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
+        JOBS,
+    ),
+    "a transition without the epoch": Mutant(
+        "shared/jobs.py",
+        "guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]",
+        "guard += [Job.lease_owner.is_not(None)]",
+        JOBS,
+    ),
+    "a claim that does not lock its row": Mutant(
+        "shared/jobs.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
+    ),
+    "a success that does not ask for the wish": Mutant(
+        "shared/attempts.py",
+        "    if job.desired_state == Desired.CANCEL:\n        return State.CANCELLED",
+        "    if False:\n        return State.CANCELLED",
+        JOBS,
+    ),
+    "a sweeper that does not ring again": Mutant("worker/sweeper.py", "if not ring(queue):", "if True:", SWEEPER),
+    "a sweeper that does not watch first": Mutant(
+        "worker/sweeper.py", "if watched >= settings.lease_seconds and ", "if ", SWEEPER
+    ),
+    "a resume that does not look at the manifest": Mutant(
+        "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
+    ),
+    "a lease that does not freeze its trainer": Mutant(
+        "worker/lease.py", "if late and not session.frozen:", "if False:", LEASE
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mutants") / "tree"
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def test_the_copy_as_it_is_turns_nothing_red(copy: Path, stack: Record) -> None:
+    done = suite(copy, stack, *sorted({mutant.tests for mutant in MUTANTS.values()}))
+    assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_turns_the_suite_red(copy: Path, stack: Record, name: str) -> None:
+    mutant = MUTANTS[name]
+    file = copy / mutant.file
+    sound = file.read_text()
+    assert sound.count(mutant.guard) == 1, f"{mutant.file} has changed: name the guard anew"
+    file.write_text(sound.replace(mutant.guard, mutant.hole))
+    try:
+        done = suite(copy, stack, mutant.tests)
+    finally:
+        file.write_text(sound)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:]
+    assert "\nFAILED " in done.stdout
+
+
+def suite(copy: Path, stack: Record, *tests: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--stack", stack.data, *tests]
+    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False, timeout=300)

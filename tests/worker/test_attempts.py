@@ -1,0 +1,192 @@
+"""What an attempt does when something other than its trainer gives out: patience, disk, memory, an object.
+
+One attempt at a time, in this process, on a database and a work directory of its own; the trainers are small commands.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from shared import attempts, jobs, settings, storage
+from shared.db import session_scope
+from shared.models import Job, JobEvent
+from shared.queue import Queue
+from shared.schemas import Metrics, State
+from worker import session as trainer
+from worker.runner import run_next
+
+ROW = b'{"text": "a hat"}\n'
+Attempt = Callable[..., Job]
+
+
+@pytest.fixture
+def attempt(job: str, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Try the queued job once under the given settings, and return its row."""
+
+    def once(**told: str) -> Job:
+        for name, value in told.items():
+            monkeypatch.setenv(f"MILLINER_{name}", value)
+        settings.get_settings.cache_clear()
+        run_next(Queue.TRAIN, owner="here", slot=0, draining=lambda: False)
+        with session_scope() as session:
+            return session.get_one(Job, job)
+
+    return once
+
+
+def test_a_trainer_that_says_nothing_is_stuck_and_in_the_end_poison(attempt: Attempt) -> None:
+    told = {"TRAINER_COMMAND": "sh -c 'echo loading >&2; sleep 600'", "STUCK_SECONDS": "0.3", "MAX_CRASHES": "2"}
+    first = attempt(**told)
+    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, jobs.Reason.CRASHED, 1)
+    second = attempt(**told)
+    assert (second.state, second.reason) == (State.FAILED, jobs.Reason.POISON)
+    assert second.error is not None
+    assert (second.error["code"], second.error["last_log_lines"]) == ("trainer_stuck", ["loading"])
+
+
+def test_poison_names_the_last_signal_and_gives_advice(attempt: Attempt) -> None:
+    job = attempt(TRAINER_COMMAND="sh -c 'echo so far >&2; kill -9 $$'", MAX_CRASHES="1")
+    assert job.error is not None
+    assert (job.state, job.reason, job.error["code"]) == (State.FAILED, jobs.Reason.POISON, "trainer_crashed")
+    assert "SIGKILL" in job.error["message"]
+    assert "out of memory" in job.error["message"]
+    assert "max_length" in job.error["hint"]
+    assert job.error["last_log_lines"] == ["so far"]
+
+
+def test_a_full_disk_gives_the_job_back_and_counts_no_crash(attempt: Attempt, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], check=False).returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        (disk / "ballast").write_bytes(bytes(64 * 1024))
+        job = attempt(CACHE_DIR=str(disk))
+        assert (job.state, job.reason, job.crash_count) == (State.QUEUED, jobs.Reason.PREEMPTED, 0)
+        assert "disk of the worker is full" in events(job)[-1]
+        with session_scope() as session:
+            assert session.scalar(select(Job.not_before > Job.created_at).where(Job.id == job.id))
+        assert [path.name for path in (disk / "work").iterdir()] == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_worker_without_room_takes_no_job(attempt: Attempt) -> None:
+    job = attempt(MIN_FREE_BYTES=str(2**62))
+    assert (job.state, job.attempt) == (State.QUEUED, 0)
+
+
+def test_a_kill_for_memory_halves_the_micro_batch_until_there_is_nothing_to_halve(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's counter is ours here: no test may bring a machine to its knees. The kill is real."""
+    kills = iter(range(100))
+    monkeypatch.setattr(trainer, "oom_kills", lambda: next(kills))
+    told = {"TRAINER_COMMAND": "sh -c 'kill -9 $$'", "MAX_CRASHES": "1"}
+    first, second = attempt(**told), attempt(**told)
+    assert (first.reason, first.memory_halvings, first.crash_count) == (jobs.Reason.OUT_OF_MEMORY, 1, 0)
+    assert (second.reason, second.memory_halvings, second.crash_count) == (jobs.Reason.OUT_OF_MEMORY, 2, 0)
+    third = attempt(**told)
+    assert (third.state, third.reason) == (State.FAILED, jobs.Reason.POISON)
+    assert third.error is not None
+    assert "out of memory" in third.error["message"]
+
+
+@pytest.mark.parametrize("where", ["cgroup", "root", "machine"])
+def test_the_kernels_kills_are_counted_where_they_are_told(tmp_path: Path, where: str) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroups"
+    (proc / "self").mkdir(parents=True)
+    (cgroups / "slice" / "worker").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/slice/worker\n")
+    (proc / "vmstat").write_text("nr_free_pages 5\noom_kill 3\n")
+    places = {"cgroup": cgroups / "slice" / "worker" / "memory.events", "root": cgroups / "memory.events"}
+    if where in places:
+        places[where].write_text("oom 9\noom_kill 7\n")
+    assert trainer.oom_kills(proc, cgroups) == (3 if where == "machine" else 7)
+
+
+def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_worker: None) -> None:
+    hung = """
+        import time
+        from worker.lease import Lease, boottime
+        with Lease("ftjob-none", 1, boottime()):
+            time.sleep(60)
+    """
+    told = {"MILLINER_STUCK_SECONDS": "0.3", "MILLINER_HEARTBEAT_SECONDS": "30"}
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(hung)],
+        env=os.environ | told,
+        timeout=50,
+        check=False,
+        capture_output=True,
+    )
+    assert process.returncode == -9, process.stderr
+
+
+def test_a_job_lives_on_where_no_log_can_be_written(as_worker: None, attempt: Attempt) -> None:
+    """The worker's stderr is a full disk, for good."""
+    script = """
+        from shared.queue import Queue
+        from shared.telemetry import configure, log
+        from worker.runner import run_next
+        configure("worker")
+        log.info("disk.fills")
+        assert run_next(Queue.TRAIN, owner="here", slot=0, draining=lambda: False)
+    """
+    with Path("/dev/full").open("w") as full:
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env=os.environ | {"MILLINER_TRAINER_COMMAND": "sh -c 'exit 3'"},
+            stderr=full, stdout=full, timeout=60, check=True,
+        )  # fmt: skip
+    job = attempt(MIN_FREE_BYTES=str(2**62))
+    assert (job.attempt, job.crash_count, job.reason) == (1, 1, jobs.Reason.CRASHED)
+
+
+def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None:
+    job = attempt(MIN_FREE_BYTES=str(2**62))
+    with session_scope() as session:
+        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        assert claimed is not None
+        assert claimed.id == job.id
+        jobs.ask(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
+    with session_scope() as session:
+        assert attempts.shrunk(session, job.id, claimed.lease_epoch)
+        assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED
+
+
+def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_taken(attempt: Attempt, job: str, tmp_path: Path) -> None:
+    """The newest lies in the bucket with other bytes than its row says. The trainer is `cat`, which makes no sense."""
+    with session_scope() as session:
+        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        assert claimed is not None
+    for step in (20, 40):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        (folder / "state.json").write_text(str(step))
+        prefix = f"checkpoints/{claimed.tenant_id}/{job}/1/{step}/"
+        files = storage.put_folder(prefix, folder)
+        metrics = Metrics(step=step, total_steps=60)
+        with session_scope() as session:
+            assert attempts.checkpointed(session, job, 1, step=step, prefix=prefix, files=files, metrics=metrics)
+    storage.put_bytes(f"{prefix}state.json", b"41")
+    with session_scope() as session:
+        assert attempts.released(session, job, 1)
+    after = attempt(TRAINER_COMMAND="sh -c cat")
+    said = events(after)
+    assert any("Checkpoint of step 40 is broken, going one back" in message for message in said)
+    assert "Resuming from the checkpoint of step 20" in said
+
+
+def events(job: Job) -> list[str]:
+    with session_scope() as session:
+        mine = select(JobEvent.message).where(JobEvent.job_id == job.id).order_by(JobEvent.seq)
+        return list(session.scalars(mine).all())
