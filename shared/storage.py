@@ -11,10 +11,13 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypedDict
 
 import boto3
 from boto3.s3.transfer import TransferConfig
@@ -31,6 +34,7 @@ CHUNK = 1024 * 1024
 MANIFEST = "manifest.json"
 EPOCH = "lease-epoch"
 CAS_TRIES = 5
+DELETE_LIMIT = 1000  # S3's own, per request
 
 
 class Entry(TypedDict):
@@ -39,6 +43,22 @@ class Entry(TypedDict):
     path: str
     bytes: int
     sha256: str
+
+
+class Listed(NamedTuple):
+    """An object as a listing shows it; `age` in seconds, by the server's own clock."""
+
+    key: str
+    bytes: int
+    age: float
+
+
+class Upload(NamedTuple):
+    """A multipart upload that nobody has finished or aborted yet."""
+
+    key: str
+    id: str
+    age: float
 
 
 class Corrupt(Exception):
@@ -181,6 +201,44 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def listing(prefix: str) -> Iterator[Listed]:
+    """Every object under a prefix, holding one page at a time. The objects of one folder follow one another."""
+    with _translated():
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=_bucket(), Prefix=prefix):
+            now = _server_time(page)
+            for item in page.get("Contents", []):
+                yield Listed(item["Key"], item["Size"], (now - item["LastModified"]).total_seconds())
+
+
+def delete_many(keys: Sequence[str]) -> None:
+    """Delete objects, a thousand a request; absent is fine."""
+    for start in range(0, len(keys), DELETE_LIMIT):
+        batch = [{"Key": key} for key in keys[start : start + DELETE_LIMIT]]
+        with _translated():
+            answer = client().delete_objects(Bucket=_bucket(), Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+        for refused in answer.get("Errors", []):
+            raise Unavailable(f"object storage: {refused['Key']} was not deleted: {refused['Message']}; try again")
+
+
+def unfinished(prefix: str) -> Iterator[Upload]:
+    """Multipart uploads under a prefix whose parts take up room although there is no object."""
+    with _translated():
+        for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=_bucket(), Prefix=prefix):
+            now = _server_time(page)
+            for item in page.get("Uploads", []):
+                yield Upload(item["Key"], item["UploadId"], (now - item["Initiated"]).total_seconds())
+
+
+def abort(upload: Upload) -> None:
+    """Throw away the parts of an upload; gone already is fine."""
+    with _translated(), suppress(client().exceptions.NoSuchUpload):
+        client().abort_multipart_upload(Bucket=_bucket(), Key=upload.key, UploadId=upload.id)
+
+
+def _server_time(page: Mapping[str, Any]) -> datetime:
+    return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
 
 
 def _download(key: str, path: Path, tick: Callable[[], None]) -> str:

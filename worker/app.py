@@ -1,7 +1,8 @@
 """The Celery application: two tasks without arguments, and what a worker process does when it starts and stops.
 
 A ring wakes a slot; the slot claims jobs from Postgres until there are none. SIGTERM sets one byte of shared memory
-that every slot looks at: a running job checkpoints, goes back to the queue, and the slot ends.
+that every slot looks at: a running job checkpoints, goes back to the queue, and the slot ends. The first slot of a
+worker also collects the bucket's garbage and asks whether this machine will be taken away.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import signal
 import socket
+from random import random
 from threading import Event
 from typing import Any
 
@@ -18,7 +21,7 @@ from celery.signals import setup_logging, worker_process_init, worker_shutting_d
 
 from shared.queue import Queue, celery_app
 from shared.telemetry import bind, configure
-from worker import cache, sweeper
+from worker import cache, garbage, notice, sweeper
 from worker.runner import run_next
 
 app = celery_app()
@@ -44,9 +47,12 @@ def draining() -> bool:
 
 
 def _work(queue: Queue) -> None:
-    slot = getattr(billiard.current_process(), "index", 0)
-    while not draining() and run_next(queue, owner=_owner, slot=slot, draining=draining):
+    while not draining() and run_next(queue, owner=_owner, slot=_slot(), draining=draining):
         pass
+
+
+def _slot() -> int:
+    return getattr(billiard.current_process(), "index", 0)
 
 
 @setup_logging.connect
@@ -62,8 +68,17 @@ def _slot_started(**_: Any) -> None:
     bind(worker=_owner)
     cache.sweep_work_dirs()
     sweeper.start(Event())
+    if _slot() == 0:
+        garbage.start(Event(), head_start=random())
+        notice.start(Event(), _drain_worker)
 
 
 @worker_shutting_down.connect
 def _drain_slots(**_: Any) -> None:
     _drain[0] = 1
+
+
+def _drain_worker() -> None:
+    """From a slot: as if the worker had been sent SIGTERM."""
+    _drain_slots()
+    os.kill(os.getppid(), signal.SIGTERM)

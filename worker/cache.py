@@ -53,9 +53,10 @@ def base_model(base: BaseModel, *, with_weights: bool, tick: Callable[[], None])
 def work_dir(name: str) -> Iterator[Path]:
     """An empty folder for one attempt, gone with the `with` block."""
     folder = get_settings().cache_dir / "work" / name
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock_of(folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir()  # after the lock: a folder that nobody holds is swept
         try:
             yield folder
         finally:

@@ -8,6 +8,9 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import httpx2 as httpx
@@ -108,6 +111,39 @@ def test_delete_prefix_deletes_that_prefix_only(prefix: str) -> None:
     assert b"".join(storage.read(prefix + "ab")) == b"x"
     with pytest.raises(ValueError, match="must end in '/'"):
         storage.delete_prefix(prefix + "a")
+
+
+def test_a_listing_is_whole_and_tells_ages_by_the_servers_clock(prefix: str) -> None:
+    folders = ("a/", "a-b/", "a/b/", "ab/")
+    keys = sorted(f"{prefix}{folder}{i}" for folder in folders for i in range(300))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(storage.put_bytes, data=b"hat"), keys))
+    listed = list(storage.listing(prefix))
+    assert sorted(item.key for item in listed) == keys
+    assert {item.bytes for item in listed} == {3}
+    assert all(0 <= item.age < 60 for item in listed)
+    runs = [folder for folder, _ in groupby(listed, key=lambda item: item.key.removeprefix(prefix).partition("/")[0])]
+    assert sorted(runs) == ["a", "a-b", "ab"]
+
+
+def test_many_are_deleted_a_thousand_at_a_time(prefix: str) -> None:
+    there = [f"{prefix}{i}" for i in range(3)]
+    for key in there:
+        storage.put_bytes(key, b"x")
+    storage.delete_many([there[0], *(f"{prefix}absent-{i}" for i in range(storage.DELETE_LIMIT)), there[1]])
+    assert [item.key for item in storage.listing(prefix)] == there[2:]
+    storage.delete_many([])
+
+
+def test_an_unfinished_upload_is_listed_and_aborted(prefix: str, stack: Record) -> None:
+    key = prefix + "big"
+    storage.client().create_multipart_upload(Bucket=stack.s3.bucket, Key=key)
+    (upload,) = storage.unfinished(prefix)
+    assert upload.key == key
+    assert 0 <= upload.age < 60
+    storage.abort(upload)
+    storage.abort(upload)
+    assert not list(storage.unfinished(prefix))
 
 
 def test_a_server_that_is_down_is_unavailable(stack: Record, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

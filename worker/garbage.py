@@ -1,0 +1,210 @@
+"""Garbage: what the bucket holds and no row names, dropped round by round.
+
+No flag on a row says what may go. A round lists the bucket, reads the rows *after* that, and drops what none of them
+keeps. Each verdict must be one that nothing can overturn between the reading and the delete:
+
+- a checkpoint's key holds its lease epoch, epochs only rise, and only the holder of a lease commits a row at its epoch;
+- an adapter's row comes in the commit that ends its job, and a job that has ended stays so;
+- a file that is not live can be given to no new job, and is marked as deleted before its bytes go.
+
+Only where no row can speak does a clock, the server's own: an upload whose row is still to come. So two collectors at
+once are right, and need no lock. Keys of another shape than ours are somebody else's. Must not keep a transaction open
+while it talks to the bucket.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
+from threading import Event, Thread
+from typing import NamedTuple
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared import storage
+from shared.db import session_scope
+from shared.errors import Unavailable
+from shared.jobs import live_file
+from shared.models import Adapter, BaseModel, Checkpoint, File, Job
+from shared.schemas import TERMINAL, Phase
+from shared.settings import Settings, get_settings
+from shared.telemetry import log
+from worker import cache
+
+BATCH = 200
+
+
+class Pile(NamedTuple):
+    """The objects that stand and fall together: under one prefix, or a single file under its key."""
+
+    prefix: str
+    tenant: str
+    owner: str
+    epoch: int
+    keys: list[str]
+    bytes: int
+    age: float  # of the newest
+
+
+def start(stop: Event, *, head_start: float) -> Thread:
+    """Collect every `purge_seconds` until `stop` is set.
+
+    `head_start`, a random number from 0 to 1, is the part of the first wait that is left out: workers that were started
+    together then do not list the bucket together.
+    """
+    thread = Thread(target=_collecting, args=(stop, head_start), name="garbage", daemon=True)
+    thread.start()
+    return thread
+
+
+def collect(settings: Settings) -> Counter[str]:
+    """One round; returns how many objects were dropped of each kind, and how many `uploads` were aborted."""
+    dropped: Counter[str] = Counter()
+    for kind, (key, kept_of) in KINDS.items():
+        piles = _piles(f"{kind}/", key)
+        while batch := list(islice(piles, BATCH)):
+            with session_scope() as session:
+                kept = kept_of(session, batch, settings.orphan_seconds)
+            doomed = [pile for pile in batch if pile.prefix not in kept]
+            if kind == "models":
+                doomed = [pile for pile in doomed if not _revived(pile, settings.orphan_seconds)]
+            storage.delete_many([name for pile in doomed for name in pile.keys])
+            for pile in doomed:
+                log.info("garbage.dropped", kind=kind, prefix=pile.prefix, objects=len(pile.keys), bytes=pile.bytes)
+                dropped[kind] += len(pile.keys)
+    for kind, (key, _) in KINDS.items():
+        for upload in storage.unfinished(f"{kind}/"):
+            if key.match(upload.key) and upload.age >= settings.orphan_seconds:
+                storage.abort(upload)
+                log.info("garbage.aborted", key=upload.key, age=upload.age)
+                dropped["uploads"] += 1
+    return dropped
+
+
+def _collecting(stop: Event, head_start: float) -> None:
+    settings = get_settings()
+    wait = settings.purge_seconds * (1 - head_start)
+    while not stop.wait(wait):
+        wait = settings.purge_seconds
+        try:
+            cache.sweep_work_dirs()
+            log.info("garbage.collected", **collect(settings))
+        except Unavailable as error:
+            log.warning("garbage.missed", error=error.message)
+        except Exception:
+            log.exception("garbage.broke")
+
+
+def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
+    """The listing, folder by folder."""
+    ours = ((match, listed) for listed in storage.listing(prefix) if (match := key.match(listed.key)))
+    for _, group in groupby(ours, key=lambda pair: pair[0][0]):
+        matches, listed = zip(*group, strict=True)
+        parts = matches[0].groupdict()
+        yield Pile(
+            prefix=matches[0][0],
+            tenant=parts.get("tenant", ""),
+            owner=parts["owner"],
+            epoch=int(parts.get("epoch", 0)),
+            keys=[item.key for item in listed],
+            bytes=sum(item.bytes for item in listed),
+            age=min(item.age for item in listed),
+        )
+
+
+def _revived(pile: Pile, orphan_seconds: float) -> bool:
+    """A second look: the same base may be on its way again, and its digest, unlike all other names, comes twice.
+
+    This leaves the milliseconds before the delete to an import that begins anew a day after one that never ended.
+    """
+    return any(item.age < orphan_seconds for item in storage.listing(pile.prefix))
+
+
+# ---------------------------------------------------------------- what the rows keep
+
+
+def _kept_checkpoints(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
+    """Leases are read before checkpoints: what a holder has committed before it let go is then seen.
+
+    An epoch that its job has yet to reach tells of a database that was set back; it may be reached again.
+    """
+    owners = {pile.owner for pile in piles}
+    leases = {
+        job_id: (epoch, holder is not None)
+        for job_id, epoch, holder in session.execute(
+            select(Job.id, Job.lease_epoch, Job.lease_owner).where(Job.id.in_(owners))
+        )
+    }
+    live = select(Checkpoint.prefix).where(Checkpoint.job_id.in_(owners), Checkpoint.deleted_at.is_(None))
+    kept = set(session.scalars(live))
+    for pile in piles:
+        if pile.owner not in leases:
+            unsure = pile.age < orphan_seconds
+        else:
+            epoch, held = leases[pile.owner]
+            unsure = pile.epoch > epoch or (pile.epoch == epoch and held)
+        if unsure:
+            kept.add(pile.prefix)
+    return kept
+
+
+def _kept_adapters(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
+    """States are read before adapters: the row of a job that has ended is then seen, if it has one."""
+    owners = {pile.owner for pile in piles}
+    states = dict(session.execute(select(Job.id, Job.state).where(Job.id.in_(owners))).all())
+    live = select(Adapter.prefix).where(Adapter.job_id.in_(owners), Adapter.deleted_at.is_(None))
+    kept = set(session.scalars(live))
+    for pile in piles:
+        unsure = states[pile.owner] not in TERMINAL if pile.owner in states else pile.age < orphan_seconds
+        if unsure:
+            kept.add(pile.prefix)
+    return kept
+
+
+def _kept_files(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
+    """Who publishes is read first: the row of a result file is then seen, if its job has ended.
+
+    A submit holds a lock on its file from the moment it saw that it is live: what is locked is kept for this round, and
+    what we lock in the statement before we look for jobs can be wanted by none that we do not see.
+    """
+    publishing = set(
+        session.scalars(select(Job.tenant_id).where(Job.lease_owner.is_not(None), Job.phase == Phase.PUBLISHING))
+    )
+    named = File.key.in_([pile.prefix for pile in piles]) & File.id.in_([pile.owner for pile in piles])
+    dead = set(session.scalars(select(File.id).where(named, ~live_file()).with_for_update(skip_locked=True)))
+    rows = dict(session.execute(select(File.id, File.key).where(named)).all())
+    needing = Job.tenant_id.in_({pile.tenant for pile in piles if pile.owner in dead}) & Job.state.not_in(TERMINAL)
+    needed = set[str | None]()
+    for use in (Job.training_file, Job.validation_file):
+        needed |= set(session.scalars(select(use).where(needing, use.in_(dead))))
+    dead -= needed
+    gone = update(File).where(File.id.in_(dead), File.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp())
+    session.execute(gone.execution_options(synchronize_session=False))
+    known, kept = set(rows.values()), {key for file_id, key in rows.items() if file_id not in dead}
+    for pile in piles:
+        if pile.prefix not in known and (pile.age < orphan_seconds or pile.tenant in publishing):
+            kept.add(pile.prefix)
+    return kept
+
+
+def _kept_models(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
+    """An import puts its files first and its row last; its newest object tells whether it still runs."""
+    known = set(session.scalars(select(BaseModel.digest).where(BaseModel.digest.in_([pile.owner for pile in piles]))))
+    return {pile.prefix for pile in piles if pile.owner in known or pile.age < orphan_seconds}
+
+
+_TENANT = r"(?P<tenant>org-[0-9a-f]{30})"
+_JOB = r"(?P<owner>ftjob-[0-9a-f]{30})"
+
+Kept = Callable[[Session, Sequence[Pile], float], set[str]]
+
+# For each kind, how a key begins that is ours, and which prefixes of a batch must stay.
+KINDS: dict[str, tuple[re.Pattern[str], Kept]] = {
+    "checkpoints": (re.compile(rf"checkpoints/{_TENANT}/{_JOB}/(?P<epoch>[0-9]+)/[0-9]+/(?=.)"), _kept_checkpoints),
+    "adapters": (re.compile(rf"adapters/{_TENANT}/{_JOB}/(?=.)"), _kept_adapters),
+    "files": (re.compile(rf"files/{_TENANT}/(?P<owner>file-[0-9a-f]{{30}})\Z"), _kept_files),
+    "models": (re.compile(r"models/(?P<owner>[0-9a-f]{64})/(?=.)"), _kept_models),
+}
