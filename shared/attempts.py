@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ColumnElement, cast, func, select, update
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from shared.ids import new_id
@@ -49,14 +49,16 @@ def note(session: Session, job_id: str, epoch: int, *, level: str, message: str)
 def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]) -> bool:
     """Store a batch of steps, the last of them as an event too, as OpenAI shows them.
 
-    A step and the evaluation after it come as two `Metrics` and make one row.
+    A step and the evaluation after it come as two `Metrics` and make one row. `progress` gets the time: `at`, in Unix
+    seconds, from which readers count the ETA down.
     """
     steps: dict[int, dict[str, Any]] = {}
     for metrics in batch:
         steps.setdefault(metrics.step, {}).update(metrics.model_dump(exclude_none=True))
     data = steps[batch[-1].step]
+    dated = cast(progress, JSONB).op("||")(func.jsonb_build_object("at", func.extract("epoch", _in(0))))
     seq = session.scalar(
-        _held(job_id, epoch).values(event_seq=Job.event_seq + 1, progress=progress).returning(Job.event_seq)
+        _held(job_id, epoch).values(event_seq=Job.event_seq + 1, progress=dated).returning(Job.event_seq)
     )
     if seq is None:
         return False
@@ -94,7 +96,8 @@ def checkpointed(
     session.execute(
         newer.on_conflict_do_update(
             index_elements=["job_id", "step"],
-            set_={k: newer.excluded[k] for k in ("lease_epoch", "prefix", "files", "metrics")} | {"deleted_at": None},
+            set_={k: newer.excluded[k] for k in ("lease_epoch", "prefix", "files", "metrics")}
+            | {"deleted_at": None, "created_at": func.clock_timestamp()},
         )
     )
     return True

@@ -119,7 +119,7 @@ class Done(BaseModel):
 
 
 class Stopped(BaseModel):
-    """Asked to stop and did; the last `checkpoint` event holds all that was trained."""
+    """Asked to stop and did; the last `checkpoint` event holds all that was trained, unless the disk was full."""
 
     event: Literal["stopped"] = "stopped"
     job: str

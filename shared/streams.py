@@ -1,40 +1,30 @@
-"""Standard streams that outlive a full disk.
+"""Standard streams that outlive a full disk: a log line that cannot be written is lost, and the process goes on.
 
-A log line that cannot be written is lost; the process that wrote it must not be. Must not import anything of ours: the
-trainer uses it too.
+Must not import anything of ours: the trainer uses it too.
 """
 
 from __future__ import annotations
 
+import io
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 
-class Undeterred:
-    """A text stream whose writes and flushes never raise OSError (disk full, reader gone)."""
+class Log(io.FileIO):
+    """A file whose writes do not fail (disk full, reader gone)."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, data: Any) -> int:
         try:
-            return self._stream.write(text)
+            return super().write(data)
         except OSError:
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            return
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            return len(data)
 
 
 def protect_standard_streams() -> None:
-    """Wrap `sys.stdout` and `sys.stderr` for the rest of this process; a second call changes nothing."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, Undeterred):
-            setattr(sys, name, Undeterred(stream))
+    """Put such files under `sys.stdout` and `sys.stderr`."""
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(Log(descriptor, "wb", closefd=False)), errors="backslashreplace", line_buffering=True
+        )
+        for descriptor in (1, 2)
+    )

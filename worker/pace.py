@@ -34,12 +34,11 @@ class Pace:
             self._metrics = metrics
 
     def progress(self) -> dict[str, Any]:
-        """What the job row keeps; `at` is Unix time, so that readers can count the ETA down."""
+        """What the job row keeps. When that was is Postgres's to say: a worker's clock may be an hour off."""
         assert self._metrics is not None
         return {
             "step": self._metrics.step,
             "total_steps": self._metrics.total_steps,
             "tokens_per_second": self._metrics.tokens_per_second,
             "seconds_per_step": self._seconds_per_step,
-            "at": time.time(),
         }

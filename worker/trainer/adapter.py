@@ -6,7 +6,6 @@ Owns: the published layout. Must not write a local path, nor a key that older re
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,14 @@ def write(
     metrics: list[Metrics],
 ) -> None:
     """Everything of the adapter folder but what the supervisor adds (manifest, model card)."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
-    tokenizer.save_pretrained(partial)
-    save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
-    config = adapter_config(adapted, task, recipe)
-    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
-    (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    checkpoint.publish(partial, folder)
+    with checkpoint.whole(folder) as partial:
+        # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
+        tokenizer.save_pretrained(partial)
+        save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
+        config = adapter_config(adapted, task, recipe)
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+        (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 class RunState(BaseModel):
-    """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts."""
+    """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
+
+    `memory_halvings` is the rung of `ladder.py` that the run has come down to.
+    """
 
     recipe: Recipe
     step: int = 0
@@ -45,6 +50,7 @@ class RunState(BaseModel):
     best_loss: float | None = None
     best_step: int | None = None
     worse_evaluations: int = 0
+    memory_halvings: int = 0
     metrics: list[Metrics] = []
 
 
@@ -67,15 +73,14 @@ def save(
     folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None
 ) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
-    partial = _partial(folder)
-    save_file(adapter_tensors(adapted), partial / ADAPTER)
-    save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
-    if best is not None:
-        save_file(best, partial / BEST)
-    write_metrics(partial / METRICS, run.metrics)
-    stored = Stored(run=run.model_copy(update={"metrics": []}), random=_random_state())
-    (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
-    publish(partial, folder)
+    with whole(folder) as partial:
+        save_file(adapter_tensors(adapted), partial / ADAPTER)
+        save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
+        if best is not None:
+            save_file(best, partial / BEST)
+        write_metrics(partial / METRICS, run.metrics)
+        stored = Stored(run=run.model_copy(update={"metrics": []}), random=_random_state())
+        (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
 
@@ -133,19 +138,25 @@ def read_metrics(path: Path) -> list[Metrics]:
     return [Metrics.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def publish(partial: Path, folder: Path) -> None:
-    """Files to the disk, then the name: a crash leaves either no folder or a whole one."""
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    _sync(folder.parent)
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A place to write what becomes `folder` at the block's end; an error leaves nothing, a crash no `folder`.
 
-
-def _partial(folder: Path) -> Path:
+    Files go to the disk before the name does.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:

@@ -38,7 +38,8 @@ from shared.protocol import (
     TrainerEvent,
 )
 from shared.schemas import Phase, Quantization
-from worker.trainer.memory import is_out_of_memory
+from shared.streams import protect_standard_streams
+from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
     from worker.trainer.model import Base
@@ -69,9 +70,10 @@ def die_with_parent(parent: int) -> None:
 
 
 def claim_stdout() -> int:
-    """The pipe for ourselves; whatever a library prints to stdout goes to stderr."""
+    """The pipe for ourselves; whatever a library prints to stdout goes to stderr, and is written if it can be."""
     pipe = os.dup(1)
     os.dup2(2, 1)
+    protect_standard_streams()
     return pipe
 
 
@@ -89,8 +91,9 @@ class Session:
         self._stopping: set[str] = set()
         self._resident: tuple[tuple[str, Quantization], Base] | None = None
         self._step: int | None = None
+        self._silence: float | None = None
         self._heard = boottime()
-        self._watched = False
+        self._fencing = threading.Lock()
 
     def read(self) -> None:
         """Runs in a thread of its own, so that a stop is seen between two optimizer steps."""
@@ -101,6 +104,7 @@ class Session:
                 sys.stderr.write(f"not a command: {error}\n")
                 os._exit(2)
             if isinstance(command, Alive):
+                self.fence()  # first: after a long stop, this one may have lain in the pipe all the time
                 self._heard = boottime()
             elif isinstance(command, Stop):
                 self._stopping.add(command.job)
@@ -109,14 +113,24 @@ class Session:
         self.commands.put(None)
 
     def watch(self, silence: float) -> None:
-        """Freeze this process while its supervisor, and so perhaps its lease, is gone; the supervisor thaws it."""
+        """Runs in a thread of its own: the training one may be long in a kernel."""
         while True:
             time.sleep(silence / 4)
-            if boottime() - self._heard > silence:
-                os.kill(os.getpid(), signal.SIGSTOP)
+            self.fence()
+
+    def fence(self) -> None:
+        """Freeze this process if its supervisor, and so perhaps its lease, is gone; the supervisor thaws it.
+
+        Each thread looks for itself before it goes on: after a thaw, none may be the first to run.
+        """
+        with self._fencing:
+            if self._silence is not None and boottime() - self._heard > self._silence:
+                # To this thread, which then does not get past this line; a signal to the process may take any.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
                 self._heard = boottime()
 
     def emit(self, event: TrainerEvent) -> None:
+        self.fence()
         if isinstance(event, Measured):
             self._step = event.metrics.step
         self._pipe.write(event.model_dump_json().encode() + b"\n")
@@ -124,9 +138,9 @@ class Session:
     def serve(self, command: Prepare | Train) -> None:
         """Answer one command; no exception of a job ends the session."""
         self._step = None
-        if command.task.silence_seconds is not None and not self._watched:
-            self._watched = True
-            threading.Thread(target=self.watch, args=(command.task.silence_seconds,), name="watch", daemon=True).start()
+        if command.task.silence_seconds is not None and self._silence is None:
+            self._silence = command.task.silence_seconds
+            threading.Thread(target=self.watch, args=(self._silence,), name="watch", daemon=True).start()
         try:
             self._prepare(command) if isinstance(command, Prepare) else self._train(command)
         except TrainingFailed as error:
@@ -134,8 +148,11 @@ class Session:
         except Exception as error:
             traceback.print_exc()
             if is_out_of_memory(error):
-                hint = "lower trainer.micro_batch or trainer.max_length, or take quantization nf4"
+                hint = "lower trainer.max_length or lora.r, or take quantization nf4"
                 self._fail(command, "out_of_memory", f"the trainer ran out of memory: {error}", hint=hint)
+            elif is_disk_full(error):
+                hint = "free space on the worker's disk; the job goes on from its last checkpoint"
+                self._fail(command, "disk_full", f"the worker's disk is full: {error}", hint=hint, retryable=True)
             else:
                 self._fail(command, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
         finally:
@@ -156,8 +173,13 @@ class Session:
             command,
             lambda: self._base(command.task.base_dir, command.recipe.quantization),
             emit=self.emit,
-            stopping=lambda: command.job in self._stopping,
+            stopping=lambda: self._is_stopping(command.job),
         )
+
+    def _is_stopping(self, job: str) -> bool:
+        """Asked before every micro-batch, and so the place to look at the lease as well."""
+        self.fence()
+        return job in self._stopping
 
     def _base(self, base_dir: str, quantization: Quantization) -> Base:
         from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)

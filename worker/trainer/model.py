@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization, Recipe
-from worker.trainer.memory import is_out_of_memory
+from worker.trainer.exhaustion import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)

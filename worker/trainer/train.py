@@ -13,21 +13,25 @@ import math
 import random
 import resource
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas import Metrics, Phase, Recipe, Report, Score
-from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest
+from worker.trainer import adapter, checkpoint, data, evaluate, ladder, model, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
-from worker.trainer.encoding import Encoder
+from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
@@ -35,6 +39,7 @@ from worker.trainer.recipe import learning_rate_at
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
+T = TypeVar("T")
 
 #: A checkpoint is left at least this often, however slow the steps: it is what a dead machine costs. Saving only reads.
 SAVE_SECONDS = 300.0
@@ -42,7 +47,7 @@ SAVE_SECONDS = 300.0
 
 @dataclass(slots=True)
 class Run:
-    """Everything that lives as long as the loop."""
+    """Everything that lives as long as the loop. `save_tried_at` is on the monotonic clock."""
 
     command: Train
     emit: Emit
@@ -51,15 +56,20 @@ class Run:
     base: Base
     adapted: PeftModel
     optimizer: torch.optim.Optimizer
-    layout: sft.Layout
+    rungs: list[sft.Layout]
     state: RunState
     best: Tensors | None
     saved_step: int
-    saved_at: float
+    save_tried_at: float
+    disk_is_full: bool = False
 
     @property
     def recipe(self) -> Recipe:
         return self.command.recipe
+
+    @property
+    def layout(self) -> sft.Layout:
+        return self.rungs[self.state.memory_halvings]
 
     def say(self, message: str, level: str = "info") -> None:
         _say(self.emit, self.command.job, message, level)
@@ -67,35 +77,11 @@ class Run:
 
 def train(command: Train, load_base: LoadBase, *, emit: Emit, stopping: Callable[[], bool]) -> None:
     """Ends with `done` or `stopped`. Raises TrainingFailed for what the user must mend."""
-    encoder = Encoder(command.task.base_dir)
-    run = _start(command, encoder, load_base, emit, stopping)
-    try:
-        tuned = _loop(run)
-        report = _report(run, tuned)
-        folder = Path(command.work_dir) / "adapter"
-        adapter.write(
-            folder,
-            run.adapted,
-            encoder.tokenizer,
-            task=command.task,
-            recipe=run.recipe,
-            report=report,
-            metrics=run.state.metrics,
-        )
-        run.emit(Done(job=command.job, path=str(folder), report=report))
-    except evaluate.Interrupted:
-        _save(run)
-        run.emit(Stopped(job=command.job, step=run.state.step))
-    finally:
-        model.take_off(run.adapted)
-
-
-def _start(command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, stopping: Callable[[], bool]) -> Run:
-    """From the files to the point before the next optimizer step, which is step 0 or where a checkpoint was left."""
     task, recipe, job = command.task, command.recipe, command.job
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
     emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
+    encoder = Encoder(task.base_dir)
     rows = usable(data.load(task, encoder), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
@@ -108,17 +94,56 @@ def _start(command: Train, encoder: Encoder, load_base: LoadBase, emit: Emit, st
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     adapted = model.put_on(base, recipe)
+    try:
+        run = _start(command, rows, base, adapted, layout, emit=emit, stopping=stopping)
+        _finish(run, encoder)
+    finally:
+        model.take_off(adapted)
+
+
+def _start(
+    command: Train,
+    rows: Rows,
+    base: Base,
+    adapted: PeftModel,
+    layout: sft.Layout,
+    *,
+    emit: Emit,
+    stopping: Callable[[], bool],
+) -> Run:
+    """The point before the next optimizer step, which is step 0 or where a checkpoint was left."""
+    recipe = command.recipe
     optimizer = torch.optim.AdamW(
         model.trainable(adapted).values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
-    run = Run(
-        command, emit, stopping, rows, base, adapted, optimizer, layout, state, best, state.step, time.monotonic()
-    )
+    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
+    run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, best, state.step, time.monotonic())
     _say_decisions(run)
     return run
+
+
+def _finish(run: Run, encoder: Encoder) -> None:
+    """Train, and leave an adapter folder; or a checkpoint, where a stop is asked for."""
+    job, folder = run.command.job, Path(run.command.work_dir) / "adapter"
+    try:
+        report = _report(run, _loop(run))
+        adapter.write(
+            folder,
+            run.adapted,
+            encoder.tokenizer,
+            task=run.command.task,
+            recipe=run.recipe,
+            report=report,
+            metrics=run.state.metrics,
+        )
+        run.emit(Done(job=job, path=str(folder), report=report))
+    except evaluate.Interrupted:
+        _save(run)
+        run.emit(Stopped(job=job, step=run.state.step))
 
 
 def _loop(run: Run) -> Score:
@@ -133,7 +158,7 @@ def _loop(run: Run) -> Score:
             _evaluate(run)
         if run.stopping():
             raise evaluate.Interrupted
-        if run.state.step % run.recipe.save_every == 0 or time.monotonic() - run.saved_at >= SAVE_SECONDS:
+        if run.state.step % run.recipe.save_every == 0 or time.monotonic() - run.save_tried_at >= SAVE_SECONDS:
             _save(run)
         if run.state.step >= run.recipe.total_steps or _patience_is_spent(run):
             break
@@ -150,27 +175,12 @@ def _loop(run: Run) -> Score:
 
 
 def _step(run: Run) -> None:
-    """One optimizer step over `batch_size` examples, in as many micro-batches as the layout takes.
-
-    Raises Interrupted between two of them when a stop is asked for, with everything as it was before the step.
-    """
+    """One optimizer step over `batch_size` examples. Asked to stop, raises Interrupted with everything as it was."""
     recipe, state = run.recipe, run.state
     started = time.perf_counter()
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     tokens = trained_tokens(examples)
-    total, correct = 0.0, 0
-    random_before = checkpoint.torch_random()
-    for batch in batches(examples, packing=run.layout.packing, micro_batch=run.layout.micro_batch, pad=run.layout.pad):
-        if run.stopping():
-            run.optimizer.zero_grad()
-            checkpoint.set_torch_random(random_before)
-            raise evaluate.Interrupted
-        with run.base.precision():
-            loss = sft.loss(run.base.model, batch.to(run.base.device), run.layout)
-        # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
-        torch.autograd.backward(loss.sum / tokens)
-        total += loss.sum.item()
-        correct += int(loss.correct.item())
+    total, correct = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}")
     rate = learning_rate_at(recipe, state.step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -202,6 +212,47 @@ def _step(run: Run) -> None:
             tokens_per_second=tokens / seconds,
         ),
     )
+
+
+def _accumulate(run: Run, examples: list[Encoded]) -> tuple[float, int]:
+    """The gradient of the mean loss over all trained tokens, in as many micro-batches as the layout takes.
+
+    (Summed loss, argmax hits.) An error, or Interrupted, leaves no gradient and no random number drawn.
+    """
+    layout, tokens = run.layout, trained_tokens(examples)
+    total, correct = 0.0, 0
+    random_before = checkpoint.torch_random()
+    try:
+        for batch in batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
+            if run.stopping():
+                raise evaluate.Interrupted
+            with run.base.precision():
+                loss = sft.loss(run.base.model, batch.to(run.base.device), layout)
+            # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
+            torch.autograd.backward(loss.sum / tokens)
+            total += loss.sum.item()
+            correct += int(loss.correct.item())
+    except Exception:
+        run.optimizer.zero_grad()
+        checkpoint.set_torch_random(random_before)
+        raise
+    return total, correct
+
+
+def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
+    """Do it, on an ever lower rung for as long as memory runs out. Raises what the lowest one raised."""
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            if not is_out_of_memory(error) or run.layout is run.rungs[-1]:
+                raise
+            traceback.print_exc()
+        ladder.free()
+        wider = run.layout
+        run.state.memory_halvings += 1
+        change = ladder.difference(wider, run.layout)
+        run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
 
 def _evaluate(run: Run) -> None:
@@ -236,12 +287,24 @@ def _patience_is_spent(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
-    """A checkpoint of this step, unless one is there already or nothing was trained."""
+    """A checkpoint of this step, unless one is there already or nothing was trained.
+
+    A full disk costs the checkpoint and not the run: the last good one counts until the next is due.
+    """
     if run.state.step == run.saved_step:
         return
     folder = Path(run.command.work_dir) / "checkpoints" / f"step-{run.state.step:08d}"
-    checkpoint.save(folder, run.adapted, run.optimizer, run.state, run.best)
-    run.saved_step, run.saved_at = run.state.step, time.monotonic()
+    run.save_tried_at = time.monotonic()
+    try:
+        checkpoint.save(folder, run.adapted, run.optimizer, run.state, run.best)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        if not run.disk_is_full:
+            run.say(f"no checkpoint at step {run.state.step}, the last good one is kept: {error}", "warn")
+        run.disk_is_full = True
+        return
+    run.saved_step, run.disk_is_full = run.state.step, False
     run.emit(
         CheckpointSaved(
             job=run.command.job, step=run.state.step, path=str(folder), metrics=_latest(run.state, run.recipe)
@@ -259,9 +322,12 @@ def _latest(state: RunState, recipe: Recipe) -> Metrics:
 
 
 def _score(run: Run, *, adapter: bool) -> Score:
-    return evaluate.score(
-        run.base, run.adapted, run.rows.heldout, adapter=adapter, layout=run.layout, stopping=run.stopping
-    )
+    def act() -> Score:
+        return evaluate.score(
+            run.base, run.adapted, run.rows.heldout, adapter=adapter, layout=run.layout, stopping=run.stopping
+        )
+
+    return _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")
 
 
 def _record(run: Run, metrics: Metrics) -> None:
@@ -311,6 +377,8 @@ def _say_decisions(run: Run) -> None:
         f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
         f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
     )
+    if run.state.memory_halvings:
+        run.say(f"memory ran out before: {ladder.difference(run.rungs[0], layout)}, the same mathematically")
     if run.state.step:
         run.say(f"going on from the checkpoint of step {run.state.step}")
 

@@ -1,19 +1,31 @@
-"""Datasets, tasks and recipes for the trainer's tests, on the tiny bases."""
+"""Datasets, tasks and recipes on the tiny bases; and a run, in this process or in the real child."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
 
 import pytest
 
-from shared.protocol import Task
+from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
 from shared.schemas import Recipe
 from tests.tiny import tiny_gpt2
+from worker.trainer import model
 from worker.trainer.encoding import Encoder
 from worker.trainer.prepare import prepare
+from worker.trainer.train import train
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMAND = [sys.executable, "-m", "worker.trainer.main"]
+Kind = TypeVar("Kind")
 
 Rows = list[dict[str, Any]]
 WriteRows = Callable[[Rows], str]
@@ -72,3 +84,100 @@ def quotes(count: int) -> Rows:
 
 def recipe_of(task: Task, **changes: Any) -> Recipe:
     return prepare(task).recipe.model_copy(update=changes)
+
+
+@dataclass
+class Observer:
+    """The supervisor's end: it keeps the events and asks to stop once `stop_at` steps are measured."""
+
+    stop_at: int | None = None
+    events: list[TrainerEvent] = field(default_factory=list)
+
+    def stopping(self) -> bool:
+        steps = [e.metrics.step for e in self.of(Measured)]
+        return self.stop_at is not None and bool(steps) and steps[-1] >= self.stop_at
+
+    def of(self, kind: type[Kind]) -> list[Kind]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def run(
+    task: Task,
+    work: Path,
+    *,
+    stop_at: int | None = None,
+    resume_from: str | None = None,
+    memory_halvings: int = 0,
+    seen: Callable[[TrainerEvent], None] = lambda event: None,
+    **changes: Any,
+) -> Observer:
+    """A job in this process, told of by the Observer; `seen` gets each event at once, and may do things."""
+    observer = Observer(stop_at)
+    command = Train(
+        job="j",
+        task=task,
+        recipe=recipe_of(task, **changes),
+        work_dir=str(work),
+        resume_from=resume_from,
+        memory_halvings=memory_halvings,
+    )
+
+    def emit(event: TrainerEvent) -> None:
+        observer.events.append(event)
+        seen(event)
+
+    load_base = partial(model.load_base, task.base_dir, task.quantization)
+    train(command, load_base, emit=emit, stopping=observer.stopping)
+    return observer
+
+
+def adapter_bytes(work: Path) -> bytes:
+    return (work / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+class Child:
+    """The parent's end of the pipe to a real child, which must end well with the `with` block."""
+
+    def __init__(self, *, stderr: IO[bytes] | None = None, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, str(os.getpid())],
+            cwd=ROOT,
+            env=os.environ | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            bufsize=0,  # so that `select` tells whether there is an event
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.process:
+            if error is not None:
+                self.process.kill()
+                return
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            assert self.process.wait(30) == 0
+
+    def send(self, command: Command) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(command.model_dump_json().encode() + b"\n")
+        self.process.stdin.flush()
+
+    def until(self, *kinds: type[Kind]) -> Kind:
+        """The next event of one of these kinds; every line on the way must be an event, and none a failure."""
+        while True:
+            event = self.next()
+            if isinstance(event, kinds):
+                return event
+            assert not isinstance(event, Failed), event
+
+    def next(self) -> TrainerEvent:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the child ended with {self.process.wait()}"
+        return EVENT.validate_json(line)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
 from shared.protocol import (
-    EVENT,
+    Alive,
     CheckpointSaved,
     Done,
     Failed,
@@ -26,51 +26,16 @@ from shared.protocol import (
     Train,
     TrainerEvent,
 )
+from worker.trainer.main import boottime
 
-from .conftest import MakeTask, WriteRows, quotes
-
-ROOT = Path(__file__).resolve().parents[3]
-COMMAND = [sys.executable, "-m", "worker.trainer.main"]
-Kind = TypeVar("Kind")
-
-
-class Child:
-    """The parent's end of the pipe."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, str(os.getpid())], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def send(self, command: Prepare | Train | Stop) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command.model_dump_json().encode() + b"\n")
-        self.process.stdin.flush()
-
-    def until(self, *kinds: type[Kind]) -> Kind:
-        """The next event of one of these kinds; every line on the way must be an event."""
-        while True:
-            event = self.next()
-            if isinstance(event, kinds):
-                return event
-            assert not isinstance(event, Failed), event
-
-    def next(self) -> TrainerEvent:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the child ended with {self.process.wait()}"
-        return EVENT.validate_json(line)
+from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """One session serves all tests of this module, as it may serve many jobs."""
-    child = Child()
-    with child.process:
+    with Child() as child:
         yield child
-        assert child.process.stdin is not None
-        child.process.stdin.close()
-        assert child.process.wait(30) == 0
 
 
 def test_prepares_and_trains(child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
@@ -177,3 +142,71 @@ def alive(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_log_on_a_full_disk_fails_no_job(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Neither what libraries print, nor the traceback of an error, nor the end of the process."""
+    task = make_task(write_rows(quotes(4)), trainer={"max_steps": 2})
+    with open("/dev/full", "wb") as full, Child(stderr=full, PYTHONUNBUFFERED="1") as child:
+        child.send(Prepare(job="g", task=make_task(str(tmp_path / "missing.jsonl"))))
+        child.next()
+        failed = child.next()
+        assert isinstance(failed, Failed)
+        assert failed.code == "internal_error"
+        child.send(Train(job="g", task=task, recipe=recipe_of(task), work_dir=str(tmp_path)))
+        assert child.until(Done).report.steps == 2
+
+
+def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Stopped together with its supervisor and thawed by a stranger: not one event may come, whichever thread is first.
+
+    An Alive that lay in the pipe is from before the stop, and says nothing.
+    """
+    silence = 0.6
+    task = make_task(write_rows(quotes(30)), hyperparameters={"n_epochs": 50, "batch_size": 1}, silence_seconds=silence)
+    with Child() as child:
+        pid = child.process.pid
+        child.send(Train(job="h", task=task, recipe=recipe_of(task), work_dir=str(tmp_path)))
+        for _ in range(4):
+            while not isinstance(awake(child), Measured):
+                pass
+            os.kill(pid, signal.SIGSTOP)
+            wait_until_stopped(pid)
+            stopped_at = boottime()
+            while readable(child):
+                child.next()
+            child.send(Alive(job="h"))
+            while boottime() - stopped_at < silence + 0.1:
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGCONT)
+            wait_until_stopped(pid)
+            assert not readable(child)
+        child.send(Stop(job="h"))
+        while not isinstance(awake(child), Stopped):
+            pass
+
+
+def awake(child: Child) -> TrainerEvent:
+    """The next event of a child that is thawed whenever it has frozen itself."""
+    while not readable(child):
+        if is_stopped(child.process.pid):
+            os.kill(child.process.pid, signal.SIGCONT)
+        time.sleep(0.01)
+    return child.next()
+
+
+def readable(child: Child) -> bool:
+    return bool(select.select([child.process.stdout], [], [], 0)[0])
+
+
+def wait_until_stopped(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while not is_stopped(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def is_stopped(pid: int) -> bool:
+    return ") T " in Path(f"/proc/{pid}/stat").read_text()

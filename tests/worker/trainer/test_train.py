@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train, TrainerEvent
+from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
 from shared.schemas import Report
 from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer import train as loop
@@ -22,38 +21,7 @@ from worker.trainer.encoding import Encoder
 from worker.trainer.methods import sft
 from worker.trainer.train import train
 
-from .conftest import MakeTask, WriteRows, quotes, recipe_of
-
-Kind = TypeVar("Kind")
-
-
-@dataclass
-class Observer:
-    """The supervisor's end: it keeps the events and asks to stop once `stop_at` steps are measured."""
-
-    stop_at: int | None = None
-    events: list[TrainerEvent] = field(default_factory=list)
-
-    def stopping(self) -> bool:
-        steps = [e.metrics.step for e in self.of(Measured)]
-        return self.stop_at is not None and bool(steps) and steps[-1] >= self.stop_at
-
-    def of(self, kind: type[Kind]) -> list[Kind]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-
-def run(
-    task: Task, work: Path, *, stop_at: int | None = None, resume_from: str | None = None, **changes: Any
-) -> Observer:
-    observer = Observer(stop_at)
-    command = Train(job="j", task=task, recipe=recipe_of(task, **changes), work_dir=str(work), resume_from=resume_from)
-    train(
-        command,
-        lambda: model.load_base(task.base_dir, task.quantization),
-        emit=observer.events.append,
-        stopping=observer.stopping,
-    )
-    return observer
+from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 
 
 @pytest.mark.parametrize("folder", ["llama", "gpt2"])
@@ -101,10 +69,7 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert second.of(Done)[0].report.tuned == whole.of(Done)[0].report.tuned
     assert second.of(Done)[0].report.trained_tokens == whole.of(Done)[0].report.trained_tokens
 
-    def adapter_bytes(name: str) -> bytes:
-        return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
-
-    assert adapter_bytes("second") == adapter_bytes("whole")
+    assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
     def losses(name: str) -> list[tuple[int, float | None, float | None]]:
         lines = checkpoint.read_metrics(tmp_path / name / "adapter" / "metrics.jsonl")
@@ -213,8 +178,7 @@ def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
     assert losses == 3
     assert observer.of(Stopped) == [Stopped(job="j", step=1)]
     run(task, tmp_path / "second", resume_from=observer.of(CheckpointSaved)[-1].path)
-    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "second")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
 
 def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
@@ -226,8 +190,7 @@ def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
     assert run(task, tmp_path / "fast").of(CheckpointSaved) == []
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     assert [saved.step for saved in run(task, tmp_path / "slow").of(CheckpointSaved)] == [1, 2, 3, 4]
-    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("fast", "slow")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert adapter_bytes(tmp_path / "slow") == adapter_bytes(tmp_path / "fast")
 
 
 @pytest.mark.parametrize("rows", [4, 24])

@@ -1,0 +1,34 @@
+"""Errors in the words that the machine, torch and Rust really use."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "disk"),
+    [
+        (MemoryError(), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True, False),
+        (RuntimeError("could not create a primitive"), False, False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True, False),
+        (OSError(errno.ENOSPC, "No space left on device"), False, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), False, True),
+        (OSError(errno.EFBIG, "File too large"), False, True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), False, True),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), False, True),
+        (OSError(errno.EIO, "Input/output error"), False, False),
+        (ValueError("line 28"), False, False),
+    ],
+)
+def test_memory_and_disk_are_told_apart(error: Exception, memory: bool, disk: bool) -> None:
+    assert (is_out_of_memory(error), is_disk_full(error)) == (memory, disk)

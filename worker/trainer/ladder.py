@@ -1,0 +1,42 @@
+"""The way down when memory runs out: fewer rows at a time, then no packing.
+
+Owns: the rungs, and letting go of what a failed try held. Every rung gives the same gradient but for rounding, because
+a loss is divided by the tokens of its whole optimizer step. Must not know about steps or checkpoints.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from dataclasses import replace
+
+import torch
+
+from worker.trainer.methods.sft import Layout
+from worker.trainer.recipe import PACK_LENGTH
+
+
+def rungs(widest: Layout, *, longest: int) -> list[Layout]:
+    """From the widest layout down: each halves the rows of a micro-batch. `longest` counts the tokens of an example.
+
+    A packed row holds up to PACK_LENGTH tokens; where every example is shorter, one alone is the last resort.
+    """
+    found = [replace(widest, micro_batch=widest.micro_batch >> i) for i in range(widest.micro_batch.bit_length())]
+    if widest.packing and longest < PACK_LENGTH:
+        found.append(replace(widest, micro_batch=1, packing=False))
+    return found
+
+
+def difference(wider: Layout, narrower: Layout) -> str:
+    """What a step down changes, in the words of an event."""
+    if wider.packing and not narrower.packing:
+        return "rows hold one example each, unpacked"
+    return f"micro-batch {wider.micro_batch} → {narrower.micro_batch}"
+
+
+def free() -> None:
+    """Give back what nobody holds any more. Call it outside of the `except` block: a traceback holds activations."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Each thread has an arena of its own, and backward is another thread: what one hoards, the other cannot have.
+    ctypes.CDLL(None).malloc_trim(0)
