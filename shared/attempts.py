@@ -21,6 +21,7 @@ from shared.models import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
 from shared.schemas import Desired, JobError, Metrics, Phase, Plan, Report, State
 from shared.storage import Entry
 
+LONGEST_BACKOFF = 300.0
 _LOSSES = {"training": "train_loss", "validation": "valid_loss"}
 
 
@@ -186,7 +187,7 @@ def crashed(
     max_crashes: int,
     silent: bool = False,
 ) -> bool:
-    """Count a crash: try again after `backoff` seconds (doubled each time), or end the job as poison.
+    """Count a crash: try again after `backoff` seconds (doubled each time, five minutes at most), or end it as poison.
 
     `silent` is the sweeper's case, whose worker said nothing; it holds only while the lease has truly expired.
     """
@@ -203,7 +204,7 @@ def crashed(
         return transition(session, job_id, Reason.POISON, epoch=epoch, message=message, values=end)
     reason = Reason.LEASE_EXPIRED if silent else Reason.CRASHED
     message = f"{MOVES[reason].message}: {error.message}"
-    again = {"crash_count": crashes, "not_before": _in(backoff * 2 ** (crashes - 1))}
+    again = {"crash_count": crashes, "not_before": _in(min(backoff * 2.0 ** min(crashes - 1, 60), LONGEST_BACKOFF))}
     return transition(session, job_id, reason, epoch=epoch, message=message, values=again)
 
 

@@ -17,8 +17,9 @@ from threading import Event
 from typing import Any
 
 import billiard
-from celery.signals import setup_logging, worker_process_init, worker_shutting_down
+from celery.signals import setup_logging, worker_init, worker_process_init, worker_shutting_down
 
+from shared import storage
 from shared.queue import Queue, celery_app
 from shared.telemetry import bind, configure
 from worker import cache, garbage, notice, sweeper
@@ -58,6 +59,11 @@ def _slot() -> int:
 @setup_logging.connect
 def _logging(**_: Any) -> None:
     configure("worker")
+
+
+@worker_init.connect
+def _before_the_slots(**_: Any) -> None:
+    storage.client()  # a second of reading boto's models, which every slot then inherits; no connection yet
 
 
 @worker_process_init.connect

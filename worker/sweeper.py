@@ -51,30 +51,34 @@ class Watch:
         self._since = None
 
 
-def sweep(settings: Settings, *, watched: float) -> None:
-    """One round. `watched` is the length of the unbroken watch in seconds.
+def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
+    """One round; False if another sweeper is at it. `watched` is the length of the unbroken watch in seconds.
 
-    What the broker did not take is left for the next round: four seconds a ring would be a gap in our watch.
+    A newborn sweeper rings for all that waits, back-off or not: its slot may be there because another died with a ring
+    in its hand. What the broker did not take is left for the next round: four seconds a ring would be a gap in the
+    watch.
     """
     with session_scope() as session:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
-            return
+            return False
         if watched >= settings.lease_seconds and reclaim(session, settings):
             reach(Point.BEFORE_RECLAIM_COMMIT)
             after_commit(session, lambda: reach(Point.AFTER_RECLAIM))
+    backoff = 0.0 if newborn else settings.rering_seconds
     with session_scope() as session:
-        unrung = {queue: jobs.unrung(session, queue, backoff=settings.rering_seconds) for queue in Queue}
+        unrung = {queue: jobs.unrung(session, queue, backoff=backoff) for queue in Queue}
     for queue, job_ids in unrung.items():
         told = []
         for job_id in job_ids:
             if not ring(queue):
-                return
+                return True
             told.append(job_id)
         if told:
             reach(Point.AFTER_RERING)
             log.info("queue.rung", queue=queue, jobs=len(told))
             with session_scope() as session:
                 jobs.rung(session, told)
+    return True
 
 
 def reclaim(session: Session, settings: Settings) -> int:
@@ -96,12 +100,13 @@ def reclaim(session: Session, settings: Settings) -> int:
 
 def _sweeping(stop: Event) -> None:
     settings = get_settings()
-    watch = Watch(longest_gap=max(3 * settings.sweep_seconds, 5.0))
+    watch, newborn = Watch(longest_gap=max(3 * settings.sweep_seconds, 5.0)), True
     while not stop.wait(settings.sweep_seconds):
         try:
             with session_scope() as session:
                 session.execute(select(1))
-            sweep(settings, watched=watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME)))
+            watched = watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME))
+            newborn = not sweep(settings, watched=watched, newborn=newborn) and newborn
         except Unavailable as error:
             watch.missed()
             log.warning("sweep.missed", error=error.message)

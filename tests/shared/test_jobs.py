@@ -114,6 +114,18 @@ def test_events_and_epochs_cannot_be_rewritten(database: Engine, tenant: Tenant,
         assert list(epochs) == [0, 1, 2]
 
 
+def test_the_back_off_doubles_up_to_five_minutes(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job, waits = queued(database, tenant, dataset), []
+    for crashes in (0, 1, 5, 6, 1000):
+        with session_scope(database) as session:
+            session.execute(update(Job).where(Job.id == job.id).values(crash_count=crashes, not_before=func.now()))
+        epoch = claim(database, Queue.TRAIN).lease_epoch
+        with session_scope(database) as session:
+            assert attempts.crashed(session, job.id, epoch, OOPS, backoff=5.0, max_crashes=10_000)
+            waits.append(session.scalar(select(Job.not_before - func.clock_timestamp()).where(Job.id == job.id)))
+    assert [round(wait.total_seconds()) for wait in waits] == [5, 10, 160, 300, 300]
+
+
 def test_a_running_job_must_be_leased(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     with pytest.raises(IntegrityError, match="running_is_leased"), session_scope(database) as session:

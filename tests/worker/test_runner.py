@@ -34,7 +34,7 @@ def dataset(client: openai.OpenAI, quotes: bytes) -> FileObject:
 @pytest.fixture
 def submit(client: openai.OpenAI, tiny: str, dataset: FileObject) -> Callable[..., FineTuningJob]:
     def send(**trainer: Any) -> FineTuningJob:
-        extra = {"trainer": trainer, "lora": {"r": 4}}
+        extra = {"trainer": trainer, "lora": {"r": 4, "dropout": 0.1}}
         epochs: Any = {"n_epochs": 50, "batch_size": 4}
         return client.fine_tuning.jobs.create(
             model=tiny, training_file=dataset.id, seed=7, suffix="t", hyperparameters=epochs, extra_body=extra
@@ -122,6 +122,28 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on(
     assert job.status == "succeeded", job.error
     assert (job.model_extra or {})["attempt"] == 2
     ends_once(stack, client, job_id)
+
+
+def test_a_job_that_is_killed_and_paused_ends_with_the_bytes_of_one_left_alone(
+    client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
+) -> None:
+    """NF4 and dropout: a random number, an optimizer state or a row out of place would show."""
+    alone, broken = submit(**LONG).id, submit(**LONG).id
+    for _ in range(2):
+        here = step_of(client.fine_tuning.jobs.retrieve(broken))
+        at_step(client, broken, here + 45)
+        os.kill(trainer_of(broken), signal.SIGKILL)
+    at_step(client, broken, step_of(client.fine_tuning.jobs.retrieve(broken)) + 45)
+    client.fine_tuning.jobs.pause(broken)
+    wait(client, broken, {"paused"})
+    client.fine_tuning.jobs.resume(broken)
+    ended = [wait(client, job_id) for job_id in (alone, broken)]
+    assert [job.status for job in ended] == ["succeeded"] * 2
+    first, second = ((job.model_extra or {}) for job in ended)
+    assert (first["attempt"], second["attempt"]) == (1, 4)
+    assert weights(first) == weights(second)
+    assert first["report"]["tuned"] == second["report"]["tuned"]
+    ends_once(stack, client, broken)
 
 
 def test_a_stopped_worker_and_its_trainer_never_overlap_with_their_successors(
@@ -214,11 +236,21 @@ def at_step(client: openai.OpenAI, job_id: str, step: int, *, seconds: float = 1
     deadline = time.monotonic() + seconds
     while True:
         job = client.fine_tuning.jobs.retrieve(job_id)
-        if ((job.model_extra or {})["progress"] or {"step": 0})["step"] >= step:
+        if step_of(job) >= step:
             return
         assert job.status not in TERMINAL, f"{job.status} before step {step}: {job.error}"
         assert time.monotonic() < deadline, f"not at step {step} after {seconds} s: {job.status}"
         time.sleep(0.05)
+
+
+def step_of(job: FineTuningJob) -> int:
+    """The last step that was recorded."""
+    return int(((job.model_extra or {})["progress"] or {"step": 0})["step"])
+
+
+def weights(extra: dict[str, Any]) -> str:
+    """The SHA-256 of the published adapter's weights."""
+    return next(str(f["sha256"]) for f in extra["adapter"]["files"] if f["path"] == "adapter_model.safetensors")
 
 
 def trainer_of(job_id: str) -> int:

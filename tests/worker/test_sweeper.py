@@ -41,6 +41,14 @@ def test_it_rings_for_what_nobody_was_told_of_and_not_again_at_once(job: str) ->
     assert row(job).ring_count == 2
 
 
+def test_a_newborn_one_rings_for_all_that_waits(job: str) -> None:
+    """Whoever had the last ring in its hand may have died with it."""
+    settings = get_settings()
+    assert sweep(settings, watched=0)
+    assert sweep(settings, watched=0, newborn=True)
+    assert row(job).ring_count == 2
+
+
 def test_it_takes_back_only_after_a_whole_lease_time_of_watching(job: str) -> None:
     settings = get_settings()
     epoch = lapsed(job)

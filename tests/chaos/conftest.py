@@ -1,0 +1,66 @@
+"""Servers and fleets for the chaos tests; `size` scales them from CI to soak, `figures` keeps what they measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.chaos.fleet import Fleet
+from tests.chaos.servers import Servers
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The three servers that fleets share. A test that kills servers takes `own_servers`."""
+    with closing(Servers(tmp_path_factory.mktemp("servers"))) as found:
+        found.start()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Servers of one test file, to be killed."""
+    with closing(Servers(tmp_path_factory.mktemp("servers"))) as found:
+        found.start()
+        yield found
+
+
+@pytest.fixture
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Fleet]]:
+    """`fleet(servers, **options)`: a started fleet, which ends with the test."""
+    with ExitStack() as held:
+
+        def start(servers: Servers, **options: Any) -> Fleet:
+            made = held.enter_context(closing(Fleet(servers, tmp_path_factory.mktemp("fleet"), **options)))
+            made.start()
+            return made
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
+    """`size(ci, soak)`: the second with --soak."""
+    soak = pytestconfig.getoption("--soak")
+    return lambda ci, full: full if soak else ci
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Keep what this test measured as JSON in the folder that --figures names."""
+    folder = pytestconfig.getoption("--figures")
+
+    def keep(measured: dict[str, Any]) -> None:
+        print(json.dumps(measured))
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / f"{request.node.name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+    return keep

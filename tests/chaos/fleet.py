@@ -1,0 +1,375 @@
+"""A whole deployment to be broken: the real API and workers, on servers of the tests, with short times.
+
+The programs are those of deploy/local/services.py; only the trainer is the stub, unless told otherwise. What dies is
+started again by a thread, as any supervisor of a deployment would do. What was accepted is remembered, and `check`
+proves that none of it was lost, doubled or untrue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from threading import Event, RLock, Thread
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+import psycopg
+
+from deploy.local import servers as local
+from deploy.local import services
+from deploy.local.folder import Folder
+from deploy.local.process import Program
+from shared.db import engine, session_scope
+from shared.models import BaseModel
+from shared.schemas import TERMINAL
+from tests.chaos import invariants, stub
+from tests.chaos.proxy import Proxy
+from tests.chaos.servers import Crew, Servers, parents, until
+
+BASE = "hat"
+CONFIG = json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 256}).encode()
+ROWS = b'{"text": "a felt hat is a hat that is felt"}\n' * 20
+STUB = shlex.join([sys.executable, "-S", "-E", "-s", str(Path(stub.__file__).resolve())])
+SHORT = {
+    "MILLINER_LEASE_SECONDS": "5",
+    "MILLINER_HEARTBEAT_SECONDS": "0.7",
+    "MILLINER_FENCE_SECONDS": "3",
+    "MILLINER_SWEEP_SECONDS": "0.3",
+    "MILLINER_RERING_SECONDS": "1",
+    "MILLINER_CRASH_BACKOFF_SECONDS": "0.1",
+    "MILLINER_MIN_FREE_BYTES": "0",
+    "MILLINER_TRAINER_COMMAND": STUB,
+}
+
+
+class Slot(NamedTuple):
+    """A process of a Celery worker's pool, and the program that it belongs to."""
+
+    pid: int
+    program: str
+
+
+class Trainer(NamedTuple):
+    """A trainer child, its slot, and the attempt it is for."""
+
+    pid: int
+    slot: int
+    job: str
+    epoch: int
+
+
+class Seen(NamedTuple):
+    """The processes of all workers at one moment; API and servers have no children of interest."""
+
+    mains: dict[str, int]
+    slots: list[Slot]
+    trainers: list[Trainer]
+
+
+class Figures(NamedTuple):
+    """What a checked run came to."""
+
+    jobs: int
+    attempts: int
+    crashes: int
+    preemptions: int
+    steps_repeated: list[int]
+    overlaps: int
+
+
+class Fleet:
+    """API `api`, workers `prepare` and `train-0` …, each a process of ours and known by that name.
+
+    `via` says which programs reach which servers through a proxy, such as {"train-0": ["postgres", "s3"], "api":
+    ["valkey"]}; it is then found as `proxies["train-0", "postgres"]`. `settings` are further environment variables.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        root: Path,
+        *,
+        workers: int = 2,
+        slots: int = 3,
+        max_crashes: int = 1000,
+        via: Mapping[str, Collection[str]] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Folder(root).create()
+        self.witness = self.folder.cache / "witness"
+        self.max_crashes = max_crashes
+        self.database_url, self.redis_url, self.s3 = servers.rent()
+        self.api_key = services.make_key(self.database_url)
+        self.accepted: list[str] = []
+        self.reviving = True
+        self.held_down: set[str] = set()
+        self.crew = Crew(self.folder.logs)
+        self._resources = ExitStack()
+        self._ports = self.folder.ports()
+        self.base_url = services.base_url(self._ports)
+        trains = {f"train-{number}": slots for number in range(workers)}
+        self.env = {name: self._environment(settings or {}) for name in ("api", "prepare", *trains)}
+        self.proxies = self._put_between(servers, via or {})
+        self._slots = {"prepare": 1} | trains
+        self._closing, self._changing = Event(), RLock()
+        self._seeds = count(1)
+        self._import_base()
+        self.client = self._resources.enter_context(self._client())
+        self.dataset = ""
+        self._reviver = Thread(target=self._revive, name="reviver")
+
+    def start(self) -> None:
+        """Everything up, and a dataset uploaded."""
+        for name in self.env:
+            self.launch(name)
+        self.wait_ready()
+        self.dataset = self.client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+        self._reviver.start()
+
+    def close(self) -> None:
+        """End all of it, at once: whoever wanted a clean end has waited for it before."""
+        self._closing.set()
+        if self._reviver.is_alive():
+            self._reviver.join()
+        self.crew.close()
+        self._resources.close()
+        engine(self.database_url).dispose()
+
+    # ------------------------------------------------------------ programs
+
+    def launch(self, name: str) -> None:
+        """Start a program; `env[name]`, as it is now, is its environment."""
+        self.crew.start(self._program(name))
+
+    def wait_ready(self) -> None:
+        """Until the API answers and every worker listens to the broker."""
+        until(lambda: services.api_ready(self.base_url), "the API is ready")
+        for name in self._slots:
+            broker = self.env[name]["MILLINER_REDIS_URL"]
+            until(lambda n=name, b=broker: services.worker_listens(self.main(n), b), f"{name} listens")  # type: ignore[misc]
+
+    def relaunch(self, name: str, **settings: str) -> None:
+        """Kill a program and start it with more settings, which stay."""
+        with self._changing:
+            self.crew.kill(name)
+            self.env[name] |= settings
+            self.launch(name)
+
+    def hold_down(self, name: str) -> None:
+        """Kill a program and leave it dead until `let_up`."""
+        with self._changing:
+            self.held_down.add(name)
+            self.crew.kill(name)
+
+    def let_up(self, name: str) -> None:
+        with self._changing:
+            self.held_down.discard(name)
+            self.launch(name)
+
+    # ------------------------------------------------------------ processes
+
+    def main(self, name: str) -> int:
+        """The pid of a program: the API, or a Celery main."""
+        return self.crew.process(name).pid
+
+    def look(self) -> Seen:
+        """The workers' processes as they are now: Celery mains by name, slots, trainers."""
+        mains = {name: self.main(name) for name in self._slots if self.crew.process(name).poll() is None}
+        names, parent_of = {pid: name for name, pid in mains.items()}, parents()
+        slots = [Slot(pid, names[parent]) for pid, parent in parent_of.items() if parent in names]
+        pids = {slot.pid for slot in slots}
+        born = [(pid, parent, self._attempt_of(pid)) for pid, parent in parent_of.items() if parent in pids]
+        return Seen(mains, slots, [Trainer(pid, parent, *attempt) for pid, parent, attempt in born if attempt])
+
+    def steps_of(self, trainer: Trainer) -> int:
+        """How many steps it has begun."""
+        return self.said(trainer.job).count(f" {trainer.pid} ")
+
+    def said(self, job: str) -> str:
+        """The witness of a job so far."""
+        path = self.witness / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    # ------------------------------------------------------------ jobs
+
+    def submit(self, n: int = 1, *, step_ms: int = 20, threads: int = 8, **trainer: Any) -> list[str]:
+        """Submit `n` jobs through the official client, which retries while the API is down; remembers their ids.
+
+        Each has a seed of its own, because a retry of an identical body is the same job.
+        """
+        trainer = {"max_steps": 30, "save_every": 10} | trainer
+
+        def one(seed: int) -> str:
+            job = self.client.fine_tuning.jobs.create(
+                model=BASE, training_file=self.dataset, seed=seed, extra_body={"trainer": trainer}
+            )
+            self.accepted.append(job.id)
+            return job.id
+
+        with ThreadPoolExecutor(max_workers=min(n, threads)) as pool:
+            return list(pool.map(one, [1000 * next(self._seeds) + step_ms for _ in range(n)]))
+
+    def states(self) -> dict[str, str]:
+        """The state of every job, as the database has it."""
+        return dict(self.sql("SELECT id, state FROM jobs"))
+
+    def unfinished(self) -> list[str]:
+        """Accepted jobs that have not ended."""
+        states = self.states()
+        return [job for job in self.accepted if states.get(job) not in TERMINAL]
+
+    def restarted(self, jobs: Sequence[str]) -> list[str]:
+        """Those of the jobs that took more than one attempt or trainer, or that a worker has let go of."""
+        ran = "SELECT id, attempt + crash_count + preempt_count FROM jobs WHERE id = ANY(%s)"
+        tries = dict(self.sql(ran, list(jobs)))
+        pids = {job: {line.split()[2] for line in self.said(job).splitlines()} for job in jobs}
+        return [job for job in jobs if tries[job] > 1 or len(pids[job]) > 1]
+
+    def settle(self, timeout: float = 120) -> dict[str, str]:
+        """Wait until every accepted job has ended; returns their states."""
+        until(lambda: not self.unfinished(), "every accepted job has ended", seconds=timeout)
+        return self.states()
+
+    def sql(self, query: str, *values: Any) -> Sequence[tuple[Any, ...]]:
+        """Rows of a query, past every proxy."""
+        with psycopg.connect(self.database_url) as connection:
+            return connection.execute(query.encode(), values).fetchall()
+
+    def check(self) -> Figures:
+        """No invariant is violated; to be called once all has settled."""
+        found = invariants.violations(
+            self.database_url, self.s3, accepted=self.accepted, witness=self.witness, max_crashes=self.max_crashes
+        )
+        assert found == []
+        jobs, attempts, crashes, preemptions = self.sql(
+            "SELECT count(*), coalesce(sum(attempt), 0)::int, coalesce(sum(crash_count), 0)::int,"
+            " coalesce(sum(preempt_count), 0)::int FROM jobs"
+        )[0]
+        repeated = invariants.steps_repeated(self.witness)
+        return Figures(jobs, attempts, crashes, preemptions, repeated, invariants.overlaps(self.witness))
+
+    def check_adapters(self) -> int:
+        """Every succeeded job's adapter is what an undisturbed run leaves; returns how many were compared."""
+        client = local.s3_client(self.s3)
+        rows = self.sql(
+            "SELECT j.id, j.seed, (j.plan #>> '{recipe,total_steps}')::int, a.prefix FROM jobs j"
+            " JOIN adapters a ON a.job_id = j.id WHERE j.state = 'succeeded'"
+        )
+        for job, seed, steps, prefix in rows:
+            found = client.get_object(Bucket=self.s3.bucket, Key=prefix + stub.ADAPTER)["Body"].read()
+            assert found == stub.expected(job, seed, steps), f"{job} has another adapter than an undisturbed run"
+        return len(rows)
+
+    # ------------------------------------------------------------ inside
+
+    def _environment(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """Nothing of the caller's MILLINER_… settings: only the servers, the short times, and what was asked for."""
+        found = services.environment(self.folder, database_url=self.database_url, redis_url=self.redis_url, s3=self.s3)
+        caller = {name for name in os.environ if name.startswith("MILLINER_") and found[name] == os.environ[name]}
+        plain = {name: value for name, value in found.items() if name not in caller}
+        return plain | SHORT | {"MILLINER_MAX_CRASHES": str(self.max_crashes)} | dict(settings)
+
+    def _put_between(self, servers: Servers, via: Mapping[str, Collection[str]]) -> dict[tuple[str, str], Proxy]:
+        variables = {
+            "postgres": "MILLINER_DATABASE_URL",
+            "valkey": "MILLINER_REDIS_URL",
+            "s3": "MILLINER_S3_ENDPOINT",
+        }
+        proxies = {}
+        for program, names in via.items():
+            for name in names:
+                proxy = self._resources.enter_context(Proxy(local.HOST, servers.port(name)))
+                proxies[program, name] = proxy
+                url = urlsplit(self.env[program][variables[name]])
+                there = url._replace(netloc=url.netloc.replace(f":{url.port}", f":{proxy.port}"))
+                self.env[program][variables[name]] = there.geturl()
+        return proxies
+
+    def _client(self) -> openai.OpenAI:
+        """The official client with more patience than its default: a restart of the API takes seconds."""
+        limits = httpx2.Limits(max_connections=100)
+        return openai.OpenAI(
+            base_url=self.base_url,
+            api_key=self.api_key,
+            max_retries=20,
+            timeout=30,
+            http_client=openai.DefaultHttpxClient(limits=limits),
+        )
+
+    def _import_base(self) -> None:
+        """A catalog row and one file: all that a trainer without a model needs of a base."""
+        digest = sha256(CONFIG).hexdigest()
+        prefix = f"models/{digest}/"
+        local.s3_client(self.s3).put_object(Bucket=self.s3.bucket, Key=prefix + "config.json", Body=CONFIG)
+        with session_scope(engine(self.database_url)) as session:
+            session.add(
+                BaseModel(
+                    name=BASE,
+                    public_id=f"acme/{BASE}",
+                    revision="1",
+                    digest=digest,
+                    prefix=prefix,
+                    files=[{"path": "config.json", "bytes": len(CONFIG), "sha256": digest}],
+                    config=json.loads(CONFIG),
+                    parameters=1,
+                    bytes=len(CONFIG),
+                )
+            )
+
+    def _program(self, name: str) -> Program:
+        if name == "api":
+            return services.api(self.env[name], self._ports)
+        queue = name.partition("-")[0]
+        return replace(services.worker(queue, self.env[name], slots=self._slots[name]), name=name)
+
+    def _revive(self) -> None:
+        while not self._closing.wait(0.1):
+            for name in self.env:
+                with self._changing:
+                    dead = self.crew.process(name).poll() is not None
+                    if dead and self.reviving and name not in self.held_down:
+                        self.crew.kill(name)  # what is left of its group
+                        self.launch(name)
+
+    def _attempt_of(self, pid: int) -> tuple[str, int] | None:
+        try:
+            folder = Path(os.readlink(f"/proc/{pid}/cwd"))
+        except OSError:
+            return None
+        if folder.parent != self.folder.cache / "work":
+            return None
+        job, _, epoch = folder.name.removesuffix(" (deleted)").rpartition("-")
+        return job, int(epoch)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of them do not exceed."""
+    ranked = sorted(values)
+    return ranked[max(0, -int(-share * len(ranked) // 1) - 1)]
+
+
+def now() -> float:
+    """The clock of the witness lines."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
+    """Whether there was such a process to be signalled."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True

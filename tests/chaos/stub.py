@@ -1,0 +1,272 @@
+"""A trainer for volume: it speaks the whole protocol, costs 30 ms to start, and trains a chain of hashes.
+
+`python -S -E -s stub.py PARENT_PID`, by way of MILLINER_TRAINER_COMMAND. It takes what the real trainer takes and
+answers what it answers (worker/trainer/main.py); it stops, resumes, freezes itself and dies with its parent alike. In
+place of a model it has a hash: each step hashes the one before, so a step left out or trained twice changes the result,
+and `expected` says what the result must be. A step lasts `seed % 1000` milliseconds.
+
+Before each step it appends a line to `<cache>/witness/<job>.log`: lease epoch, step (from 1), pid, boot-time clock.
+The standard library only, and nothing of ours: imports would cost more than all the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ADAPTER = "adapter_model.safetensors"
+PR_SET_PDEATHSIG = 1
+SCORE = {"loss": 1.0, "token_accuracy": 0.5, "tokens": 100}
+
+_heard = 0.0
+_silence: float | None = None
+_fencing = threading.Lock()
+_stopping: set[str] = set()
+_commands: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+
+class Interrupted(Exception):
+    """A stop was asked for."""
+
+
+def expected(job: str, seed: int, steps: int) -> bytes:
+    """The adapter that a job of so many steps ends with, however often it was interrupted."""
+    digest = _first(job, seed)
+    for step in range(1, steps + 1):
+        digest = _next(digest, step)
+    return _adapter(digest)
+
+
+def main() -> int:
+    """Serve commands until stdin ends."""
+    global _silence  # noqa: PLW0603 (one writer; a class for it would say no more)
+    _die_with_parent(int(sys.argv[1]))
+    threading.Thread(target=_read, daemon=True).start()
+    while (command := _commands.get()) is not None:
+        if _silence is None and command["task"].get("silence_seconds") is not None:
+            _silence = command["task"]["silence_seconds"]
+            threading.Thread(target=_watch, args=(_silence,), daemon=True).start()
+        try:
+            _prepare(command) if command["op"] == "prepare" else _train(command)
+        except OSError as error:
+            _emit("failed", command["job"], code="disk_full", message=str(error), retryable=True)
+    return 0
+
+
+def _die_with_parent(parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the parent is gone")
+
+
+def _read() -> None:
+    global _heard  # noqa: PLW0603 (as above)
+    _heard = _boottime()
+    for line in sys.stdin.buffer:
+        command = json.loads(line)
+        if command["op"] == "alive":
+            _fence()  # first: after a long stop, this one may have lain in the pipe all the time
+            _heard = _boottime()
+        elif command["op"] == "stop":
+            _stopping.add(command["job"])
+        else:
+            _commands.put(command)
+    _commands.put(None)
+
+
+def _watch(silence: float) -> None:
+    while True:
+        time.sleep(silence / 4)
+        _fence()
+
+
+def _fence() -> None:
+    """Freeze if our supervisor, and so perhaps its lease, is gone; each thread looks before it goes on."""
+    global _heard  # noqa: PLW0603 (as above)
+    with _fencing:
+        if _silence is not None and _boottime() - _heard > _silence:
+            # To this thread, which then does not get past this line; a signal to the process may take any.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            _heard = _boottime()
+
+
+def _boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# ---------------------------------------------------------------- the two commands
+
+
+def _prepare(command: dict[str, Any]) -> None:
+    task, trainer = command["task"], command["task"]["trainer"]
+    _emit("phase", command["job"], phase="tokenizing")
+    rows = Path(task["training_file"]).read_bytes().count(b"\n") + 1
+    steps = trainer["max_steps"] or rows
+    recipe = {
+        "n_epochs": 1,
+        "batch_size": 1,
+        "learning_rate_multiplier": 1.0,
+        "learning_rate": 1e-3,
+        "schedule": "linear",
+        "warmup_steps": 0,
+        "total_steps": steps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "r": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "use_rslora": False,
+        "use_dora": False,
+        "quantization": task["quantization"],
+        "max_length": 64,
+        "packing": True,
+        "micro_batch": 1,
+        "save_every": trainer["save_every"] or max(1, steps // 5),
+        "eval_every": None,
+        "early_stopping": None,
+        "seed": task["seed"],
+    }
+    plan = {
+        "rows": rows,
+        "heldout_rows": 1,
+        "tokens": 10 * rows,
+        "trained_tokens": 10 * rows,
+        "longest_row": 10,
+        "truncated_rows": 0,
+        "dropped_rows": 0,
+        "warnings": [],
+        "recipe": recipe,
+    }
+    _emit("prepared", command["job"], plan=plan)
+
+
+def _train(command: dict[str, Any]) -> None:
+    job, recipe, work_dir = command["job"], command["recipe"], Path(command["work_dir"])
+    for phase in ("tokenizing", "loading", "evaluating", "training"):
+        _emit("phase", job, phase=phase)
+    step, digest = 0, _first(job, recipe["seed"])
+    if command["resume_from"] is not None:
+        state = json.loads(Path(command["resume_from"], "state.json").read_text())
+        step, digest = state["step"], state["digest"]
+    saved = step
+    try:
+        step, saved, digest = _loop(command, step, digest)
+    except Interrupted as stop:
+        step, saved, digest = stop.args
+        if step != saved:
+            _save(job, work_dir, step, digest, recipe)
+        _stopping.discard(job)
+        _emit("stopped", job, step=step)
+        return
+    _emit("phase", job, phase="evaluating")
+    report = _report(recipe, step)
+    folder = work_dir / "adapter"
+    metrics = "".join(json.dumps(_metrics(s, recipe)) + "\n" for s in range(1, step + 1))
+    config = {"peft_type": "LORA", "r": recipe["r"], "base_model_name_or_path": command["task"]["base_name"]}
+    texts = {"adapter_config.json": json.dumps(config), "report.json": json.dumps(report), "metrics.jsonl": metrics}
+    _write(folder, {ADAPTER: _adapter(digest)} | {name: text.encode() for name, text in texts.items()})
+    _emit("done", job, path=str(folder), report=report)
+
+
+def _loop(command: dict[str, Any], step: int, digest: str) -> tuple[int, int, str]:
+    """From `step` to the end. Raises Interrupted with the same three values between two steps."""
+    job, recipe = command["job"], command["recipe"]
+    cache, epoch = Path.cwd().parents[1], Path.cwd().name.rpartition("-")[2]
+    witness = cache / "witness" / f"{job}.log"
+    witness.parent.mkdir(exist_ok=True)
+    saved, line = step, os.open(witness, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    while step < recipe["total_steps"]:
+        if job in _stopping:
+            raise Interrupted(step, saved, digest)
+        _fence()
+        os.write(line, f"{epoch} {step + 1} {os.getpid()} {_boottime():.6f}\n".encode())
+        time.sleep(recipe["seed"] % 1000 / 1000)
+        step += 1
+        digest = _next(digest, step)
+        _emit("metrics", job, metrics=_metrics(step, recipe))
+        if step % recipe["save_every"] == 0:
+            _save(job, Path(command["work_dir"]), step, digest, recipe)
+            saved = step
+    return step, saved, digest
+
+
+# ---------------------------------------------------------------- files and events
+
+
+def _first(job: str, seed: int) -> str:
+    return hashlib.sha256(f"{job} {seed}".encode()).hexdigest()
+
+
+def _next(digest: str, step: int) -> str:
+    return hashlib.sha256(f"{digest} {step}".encode()).hexdigest()
+
+
+def _adapter(digest: str) -> bytes:
+    return hashlib.sha256(digest.encode()).digest() * 128
+
+
+def _save(job: str, work_dir: Path, step: int, digest: str, recipe: dict[str, Any]) -> None:
+    folder = work_dir / "checkpoints" / f"step-{step:08d}"
+    state = json.dumps({"step": step, "digest": digest}).encode()
+    _write(folder, {ADAPTER: _adapter(digest), "state.json": state})
+    _emit("checkpoint", job, step=step, path=str(folder), metrics=_metrics(step, recipe))
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Whole or not at all."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _metrics(step: int, recipe: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "total_steps": recipe["total_steps"],
+        "train_loss": 1 / step,
+        "train_mean_token_accuracy": 0.5,
+        "learning_rate": recipe["learning_rate"],
+        "grad_norm": 1.0,
+        "trained_tokens": 10 * step,
+        "tokens_per_second": 100.0,
+    }
+
+
+def _report(recipe: dict[str, Any], steps: int) -> dict[str, Any]:
+    return {
+        "base": SCORE,
+        "tuned": SCORE | {"loss": 0.5},
+        "heldout_source": "training_file",
+        "heldout_lines": [],
+        "quantization": recipe["quantization"],
+        "compute_dtype": "float32",
+        "steps": steps,
+        "trained_tokens": 10 * steps,
+        "trainable_parameters": 1,
+        "total_parameters": 2,
+        "train_seconds": 1.0,
+        "peak_memory_bytes": 1,
+    }
+
+
+def _emit(event: str, job: str, **fields: Any) -> None:
+    os.write(1, json.dumps({"event": event, "job": job, **fields}).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Every named crash point: killed there, a job is taken up by another attempt; stopped there, it is a zombie's.
+
+A slot's process is killed or stopped at the point, its lease runs out by Postgres's clock (which is turned), a sweeper
+takes the job back, and a successor finishes it. A stopped one is then continued and may do its worst.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import openai
+import pytest
+
+from deploy.local import services
+from shared.faults import Action, Point
+from shared.queue import Queue
+from tests.chaos import slot
+from tests.chaos.fleet import Fleet
+from tests.chaos.servers import Servers, until
+
+API = [Point.AFTER_FILE_PUT, Point.BEFORE_SUBMIT_COMMIT, Point.AFTER_SUBMIT_COMMIT]
+SWEEPER = [Point.BEFORE_RECLAIM_COMMIT, Point.AFTER_RECLAIM, Point.AFTER_RERING]
+DRAIN = [Point.BEFORE_RELEASE, Point.AFTER_RELEASE]
+ATTEMPT = [point for point in Point if point not in {*API, *SWEEPER, *DRAIN}]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def ours(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet of which only the API runs; the attempts are made one by one. A fourth crash would be a surprise."""
+    fleet = Fleet(servers, tmp_path_factory.mktemp("fleet"), workers=0, max_crashes=4)
+    fleet.start()
+    fleet.hold_down("prepare")
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def job(ours: Fleet) -> Iterator[str]:
+    """An accepted job; when the test is done nothing may be violated, and the adapter is the right one."""
+    [job] = ours.submit(max_steps=STEPS, save_every=4, step_ms=15)
+    yield job
+    found = ours.check()
+    assert found.overlaps == 0
+    assert ours.states()[job] == "succeeded"
+    ours.check_adapters()
+
+
+@pytest.mark.parametrize("point", ATTEMPT)
+def test_an_attempt_is_killed_at(ours: Fleet, job: str, point: Point) -> None:
+    for queue in up_to(ours, point):
+        assert ended(start(ours, queue, point, Action.KILL)) == -signal.SIGKILL
+    succeed(ours, job)
+
+
+@pytest.mark.parametrize("point", ATTEMPT)
+def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Point) -> None:
+    """Stopped at the point, given up, replaced, and continued when its successor has done all the work."""
+    for queue in up_to(ours, point):
+        zombie = start(ours, queue, point, Action.STOP)
+        stands_still(zombie)
+        succeed(ours, job)
+        os.kill(zombie.pid, signal.SIGCONT)
+        assert ended(zombie) == 0
+
+
+@pytest.mark.parametrize("action", [Action.KILL, Action.STOP])
+@pytest.mark.parametrize("point", DRAIN)
+def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point: Point, action: Action) -> None:
+    run(ours, Queue.PREPARE)
+    process = start(ours, Queue.TRAIN, point, action, drain_after=0.2)
+    if action is Action.KILL:
+        assert ended(process) == -signal.SIGKILL
+        succeed(ours, job)
+        return
+    stands_still(process)
+    succeed(ours, job)
+    os.kill(process.pid, signal.SIGCONT)
+    assert ended(process) == 0
+
+
+@pytest.mark.parametrize("point", SWEEPER)
+def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Point) -> None:
+    assert ended(start(ours, Queue.PREPARE, Point.AFTER_CLAIM, Action.KILL)) == -signal.SIGKILL
+    lapse(ours)
+    if point is Point.AFTER_RERING:
+        run(ours, "sweep")
+        ours.sql("UPDATE jobs SET published_at = NULL WHERE lease_owner IS NULL RETURNING id")
+    assert ended(start(ours, "sweep", point, Action.KILL)) == -signal.SIGKILL
+    succeed(ours, job)
+
+
+@pytest.mark.parametrize("action", [Action.KILL, Action.RAISE])
+@pytest.mark.parametrize("point", API[1:])
+def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Point, action: Action) -> None:
+    """The client's retry gets the job that was made, or makes it; there is one either way."""
+    serve(ours, f"{point}:{action}")
+    before = ours.states()
+    body = {"model": "hat", "training_file": ours.dataset, "seed": int.from_bytes(os.urandom(3))}
+    with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
+        ours.client.with_options(max_retries=0).fine_tuning.jobs.create(**body)
+    made = set(ours.states()) - set(before)
+    assert len(made) == (point is Point.AFTER_SUBMIT_COMMIT)
+    serve(ours, "")
+    job = ours.client.fine_tuning.jobs.create(**body, extra_headers={"x-stainless-retry-count": "1"})
+    assert made <= {job.id}
+    ours.accepted.append(job.id)
+    succeed(ours, job.id)
+    ours.check()
+
+
+def test_the_api_dies_between_an_upload_and_its_row(ours: Fleet) -> None:
+    serve(ours, f"{Point.AFTER_FILE_PUT}:{Action.KILL}")
+    files = ours.sql("SELECT count(*) FROM files")
+    with pytest.raises(openai.APIConnectionError):
+        ours.client.with_options(max_retries=0).files.create(file=("a.jsonl", b'{"text": "x"}\n'), purpose="fine-tune")
+    assert ours.sql("SELECT count(*) FROM files") == files
+    serve(ours, "")
+
+
+def serve(ours: Fleet, fault: str) -> None:
+    """An API with this fault, which nobody starts again when it dies."""
+    ours.relaunch("api", MILLINER_FAULT=fault)
+    ours.held_down.add("api")
+    until(lambda: services.api_ready(ours.base_url), "the API is ready")
+
+
+def up_to(ours: Fleet, point: Point) -> list[Queue]:
+    """Queues to pass the point in. What only a training attempt meets comes after a whole preparation."""
+    if point is Point.AFTER_PLAN:
+        return [Queue.PREPARE]
+    run(ours, Queue.PREPARE)
+    return [Queue.TRAIN]
+
+
+def start(ours: Fleet, act: str, point: Point, action: Action, *, drain_after: float = 1e9) -> ForkServerProcess:
+    """A slot that will meet its fate at the point."""
+    env = ours.env["prepare"] | {"MILLINER_FAULT": f"{point}:{action}"}
+    return slot.start([act], env, ours.folder.logs / "slot.log", drain_after=drain_after)
+
+
+def run(ours: Fleet, *acts: str) -> None:
+    """A sound slot does all this."""
+    assert ended(slot.start(acts, ours.env["prepare"], ours.folder.logs / "slot.log")) == 0
+
+
+def stands_still(process: ForkServerProcess) -> None:
+    until(lambda: state_of(process.pid) == "T", "the slot has stopped at its point")
+
+
+def ended(process: ForkServerProcess) -> int | None:
+    """The exit code, minus the signal's number where one killed it."""
+    process.join(60)
+    return process.exitcode
+
+
+def succeed(ours: Fleet, job: str) -> None:
+    """Let whatever holds the job lose its lease, take it back, and finish it."""
+    lapse(ours)
+    run(ours, "sweep")
+    ours.sql("UPDATE jobs SET not_before = clock_timestamp() WHERE lease_owner IS NULL RETURNING id")
+    run(ours, *Queue)
+    assert ours.states()[job] == "succeeded"
+
+
+def lapse(ours: Fleet) -> None:
+    """Turn Postgres's clock past every lease, once the trainers under it have stopped, as they must have by then.
+
+    One that was never told to train has nothing to stop.
+    """
+    witnessed = {int(line.split()[2]) for log in ours.witness.glob("*.log") for line in log.read_text().splitlines()}
+    until(lambda: all(state_of(pid) in "TZX" for pid in witnessed), "trainers without a supervisor stand still")
+    past = "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1s'"
+    ours.sql(f"{past} WHERE lease_owner IS NOT NULL RETURNING id")
+
+
+def state_of(pid: int | None) -> str:
+    """One letter, as in proc_pid_stat(5); X once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
