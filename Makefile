@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check format lock clean
+.PHONY: help setup demo up down test soak check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ down: setup ## end the local stack
 
 test: setup ## all tests, against real servers
 	$(BIN)/pytest
+
+soak: setup ## the chaos tests at full size, about an hour; figures go to benchmarks/results/soak
+	$(BIN)/pytest tests/chaos --soak --figures benchmarks/results/soak
 
 check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/ruff format --check .
