@@ -40,6 +40,7 @@ class Model:
     epoch: int = 0
     leased: bool = False
     crashes: int = 0
+    halvings: int = 0
     attempts: int = 0
     ends: int = 0
     seen: list[int] = field(default_factory=list)
@@ -174,6 +175,15 @@ class Machine(RuleBasedStateMachine):
             taken = attempts.crashed(session, *lease, ERROR, backoff=0, max_crashes=MAX_CRASHES)
         self.left(lease, taken, self.after_crash)
 
+    @rule(lease=leases)
+    def shrink(self, lease: tuple[str, int]) -> None:
+        model = self.models.get(lease[0])
+        with session_scope(self.database) as session:
+            taken = attempts.shrunk(session, *lease)
+        if taken and model is not None:
+            model.halvings += 1
+        self.left(lease, taken, lambda model: model.wish() or model.waiting())
+
     @rule(lease=leases, runs_out=st.booleans())
     def sweep(self, lease: tuple[str, int], runs_out: bool) -> None:
         """A sweeper takes back what it thinks is lost; it is right only if the lease has run out."""
@@ -231,19 +241,23 @@ class Machine(RuleBasedStateMachine):
         with session_scope(self.database) as session:
             rows = session.scalars(select(Job)).all()
             events = session.execute(
-                select(JobEvent.job_id, func.count(), func.max(JobEvent.seq)).group_by(JobEvent.job_id)
+                select(JobEvent.job_id, func.count(), func.max(JobEvent.seq), func.max(JobEvent.lease_epoch)).group_by(
+                    JobEvent.job_id
+                )
             ).all()
         assert {row.id for row in rows} == set(self.models)
         for row in rows:
             model = self.models[row.id]
             found = (row.state, row.desired_state, row.lease_epoch, row.lease_owner is not None)
             assert found == (model.state, model.desired, model.epoch, model.leased)
-            assert (row.attempt, row.crash_count) == (model.attempts, model.crashes)
+            found_counts = (row.attempt, row.crash_count, row.memory_halvings)
+            assert found_counts == (model.attempts, model.crashes, model.halvings)
             assert model.ends == (row.state in TERMINAL)
             assert (row.finished_at is not None) == (row.state in TERMINAL)
             assert model.seen == sorted(set(model.seen))
-        for job_id, count, last in events:
+        for job_id, count, last, epoch in events:
             assert count == last, f"the events of {job_id} have a gap"
+            assert epoch <= self.models[job_id].epoch
 
 
 def test_any_order_of_events_keeps_the_promise(database: Engine, tenant: Tenant, dataset: str) -> None:
