@@ -146,7 +146,10 @@ def succeeded(
 
 
 def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
-    """End the job for a reason that its user must mend."""
+    """End the job for a reason that its user must mend; a cancel that was accepted before wins."""
+    job = _locked(session, job_id, epoch)
+    if job is not None and job.desired_state == Desired.CANCEL:
+        return transition(session, job_id, Reason.CANCELLED, epoch=epoch)
     values = {"error": error.model_dump(mode="json")}
     return transition(
         session, job_id, Reason.INVALID, epoch=epoch, message=f"The job failed: {error.message}", values=values

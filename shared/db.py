@@ -27,7 +27,10 @@ def engine(url: str | None = None) -> Engine:
 
 @lru_cache(maxsize=4)
 def _engine(url: str) -> Engine:
-    """Timeouts are short and every statement is bounded, so that a frozen server is an error and not a hang."""
+    """Timeouts are short and every statement is bounded, so that a server that is gone is an error and not a hang.
+
+    One whose machine answers while its process stands still is waited for: libpq has no timeout for that.
+    """
     return create_engine(
         re.sub("^postgres(ql)?://", "postgresql+psycopg://", url),
         pool_size=8,
@@ -36,7 +39,7 @@ def _engine(url: str) -> Engine:
         pool_pre_ping=True,
         connect_args={
             "connect_timeout": 3,
-            "options": "-c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=30000",
+            "options": "-c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=10000",
             "tcp_user_timeout": 10_000,
             "keepalives_idle": 5,
             "keepalives_interval": 2,
@@ -58,7 +61,7 @@ def session_scope(bind: Engine | None = None) -> Iterator[Session]:
         except (DBAPIError, TimeoutError) as error:
             if isinstance(error, DBAPIError) and not _passing(error):
                 raise
-            reason = str(getattr(error, "orig", error)).splitlines()[0]
+            reason = (str(getattr(error, "orig", error)) or type(error).__name__).splitlines()[0]
             raise Unavailable(f"Postgres: {reason}; try again, or run `milliner doctor`") from error
     for effect in session.info.pop(_EFFECTS, []):
         try:

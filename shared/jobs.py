@@ -66,7 +66,7 @@ MOVES = {
     Reason.CANCELLED: Move(LIVE, State.CANCELLED, "warn", "The job was cancelled"),
     Reason.PAUSED: Move(LIVE, State.PAUSED, "info", "The job was paused"),
     Reason.RESUMED: Move(frozenset({State.PAUSED}), State.QUEUED, "info", "The job was resumed"),
-    Reason.PREEMPTED: Move(LEASABLE, None, "warn", "The worker is shutting down; the job goes on elsewhere"),
+    Reason.PREEMPTED: Move(LEASABLE, None, "info", "The attempt was given back; the job waits for the next"),
     Reason.CRASHED: Move(LEASABLE, None, "warn", "The attempt crashed; the job will be tried again"),
     Reason.OUT_OF_MEMORY: Move(LEASABLE, None, "warn", "The attempt was killed for its memory; the next takes less"),
     Reason.LEASE_EXPIRED: Move(LEASABLE, None, "warn", "The worker fell silent; the job will be tried again"),
@@ -206,7 +206,7 @@ def ask(session: Session, tenant_id: str, job_id: str, desired: Desired) -> Job:
 
 
 def queue_position(session: Session, job: Job) -> int | None:
-    """How many waiting jobs a worker would take before this one, plus one; None unless it waits."""
+    """The place in line by priority and age, from 1; None unless it waits. A tenant with less running may overtake."""
     if job.state != State.QUEUED:
         return None
     ahead = (Job.priority > job.priority) | ((Job.priority == job.priority) & (Job.created_at < job.created_at))
@@ -246,18 +246,26 @@ def claim(session: Session, queue: Queue, *, owner: str, lease_seconds: float) -
     else:
         attempt = job.attempt + 1
         message = None if attempt == 1 else f"{MOVES[Reason.CLAIMED].message} (attempt {attempt})"
-        values = lease | {"attempt": attempt, "phase": Phase.STAGING}
+        unpaced = Job.progress.op("||")(func.jsonb_build_object("seconds_per_step", None))
+        values = lease | {"attempt": attempt, "phase": Phase.STAGING, "progress": unpaced}
         transition(session, job.id, Reason.CLAIMED, epoch=None, message=message, values=values)
     session.refresh(job)
     return job
+
+
+def disown(session: Session, owner: str) -> None:
+    """Give back what was claimed for a slot that knows nothing of it: the answer to its claim was lost."""
+    for job in session.scalars(select(Job).where(Job.lease_owner == owner).with_for_update()).all():
+        transition(session, job.id, Reason.PREEMPTED, epoch=job.lease_epoch)
 
 
 # ---------------------------------------------------------------- what the sweeper asks
 
 
 def claimable(queue: Queue) -> list[ColumnElement[bool]]:
-    """Which rows a worker of this queue could take, back-off aside."""
-    return [Job.state == WAITING[queue], Job.lease_owner.is_(None), Job.desired_state == Desired.RUN]
+    """Which rows a worker of this queue could take, back-off aside. A paused dataset is still read, then it waits."""
+    wanted = Job.desired_state == Desired.RUN if queue is Queue.TRAIN else Job.desired_state != Desired.CANCEL
+    return [Job.state == WAITING[queue], Job.lease_owner.is_(None), wanted]
 
 
 def expired() -> ColumnElement[bool]:
@@ -265,24 +273,34 @@ def expired() -> ColumnElement[bool]:
     return Job.lease_owner.is_not(None) & (Job.lease_expires_at < func.clock_timestamp())
 
 
-def unrung(session: Session, queue: Queue, *, backoff: float, limit: int = 64) -> Sequence[str]:
-    """Claimable jobs that nobody was told of, or was told too long ago (`backoff` seconds, doubled with each ring)."""
+def to_ring_for(session: Session, queue: Queue, *, backoff: float, limit: int) -> Sequence[str]:
+    """Claimable jobs that nobody was told of, or was told too long ago (`backoff` seconds, doubled with each ring).
+
+    They count as told from here on: a worker that is woken must not find their rows locked.
+    """
     waited = func.clock_timestamp() - Job.published_at
     doublings = func.least(func.greatest(Job.ring_count - 1, 0), 5)
     patience = func.power(2, doublings) * text(f"interval '{backoff:f}s'")
-    due = Job.published_at.is_(None) | (waited > patience)
-    return session.scalars(
+    due = (
         select(Job.id)
-        .where(*claimable(queue), Job.not_before <= func.clock_timestamp(), due)
+        .where(
+            *claimable(queue),
+            Job.not_before <= func.clock_timestamp(),
+            Job.published_at.is_(None) | (waited > patience),
+        )
         .order_by(Job.priority.desc(), Job.created_at)
         .limit(limit)
-    ).all()
+        .with_for_update(skip_locked=True)
+    )
+    told = update(Job).where(Job.id.in_(due.scalar_subquery()))
+    marked = told.values(published_at=func.clock_timestamp(), ring_count=Job.ring_count + 1).returning(Job.id)
+    return session.scalars(marked.execution_options(synchronize_session=False)).all()
 
 
-def rung(session: Session, job_ids: Sequence[str]) -> None:
-    """Remember that the broker was told of these."""
-    told = update(Job).where(Job.id.in_(job_ids))
-    session.execute(told.values(published_at=func.clock_timestamp(), ring_count=Job.ring_count + 1))
+def not_rung(session: Session, job_ids: Sequence[str]) -> None:
+    """The broker was not told of these after all."""
+    waiting = update(Job).where(Job.id.in_(job_ids), Job.lease_owner.is_(None))
+    session.execute(waiting.values(published_at=None))
 
 
 def _move_unleased(session: Session, job: Job, desired: Desired) -> None:

@@ -87,6 +87,13 @@ class Notice(BaseModel):
     message: str
 
 
+class Working(BaseModel):
+    """Still getting somewhere: said every few seconds at most, and only when nothing else is."""
+
+    event: Literal["working"] = "working"
+    job: str
+
+
 class Prepared(BaseModel):
     event: Literal["prepared"] = "prepared"
     job: str
@@ -143,7 +150,7 @@ class Failed(BaseModel):
 
 
 TrainerEvent = Annotated[
-    PhaseEntered | Notice | Prepared | Measured | CheckpointSaved | Done | Stopped | Failed,
+    PhaseEntered | Notice | Working | Prepared | Measured | CheckpointSaved | Done | Stopped | Failed,
     Field(discriminator="event"),
 ]
 

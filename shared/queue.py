@@ -6,7 +6,6 @@ ring changes nothing, so there is no result backend, no late ack, no retry, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import lru_cache
@@ -35,6 +34,7 @@ def celery_app() -> Celery:
     """
     app = Celery("milliner", broker=get_settings().redis_url.get_secret_value())
     app.conf.update(
+        broker_transport="shared.doorbell:Transport",
         task_acks_late=False,
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
@@ -81,20 +81,19 @@ class Bell:
         self._waiting: set[Queue] = set()
         self._lock = Lock()
 
-    def ring(self, queue: Queue, then: Callable[[], None]) -> None:
-        """Ring soon; `then` runs on the bell's thread once the broker has taken it."""
+    def ring(self, queue: Queue) -> None:
+        """Ring soon."""
         with self._lock:
             if queue in self._waiting:
                 return
             self._waiting.add(queue)
-        self._thread.submit(self._ring, queue, then)
+        self._thread.submit(self._ring, queue)
 
     def close(self) -> None:
         """Drop what still waits; the sweeper will ring for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _ring(self, queue: Queue, then: Callable[[], None]) -> None:
+    def _ring(self, queue: Queue) -> None:
         with self._lock:
             self._waiting.discard(queue)
-        if ring(queue):
-            then()
+        ring(queue)

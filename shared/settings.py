@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -48,8 +49,8 @@ class Settings(BaseSettings):
     rering_seconds: float = Field(30.0, description="First back-off before a queued job is announced again.")
     max_crashes: int = Field(3, description="Crashes after which a job ends as poison.")
     crash_backoff_seconds: float = Field(5.0, description="Wait before the attempt after a crash; doubled each time.")
-    stop_seconds: float = Field(20.0, description="How long a trainer may take to checkpoint when asked to stop.")
-    stuck_seconds: float = Field(1800.0, description="A job whose worker lives but gets nowhere for this long crashes.")
+    stop_seconds: float = Field(15.0, description="How long a trainer may take to checkpoint when asked to stop.")
+    stuck_seconds: float = Field(3600.0, description="A job whose worker lives but gets nowhere for this long crashes.")
     notice_command: str | None = Field(
         None, description="Run all the time; exit code 0 says that this machine will go soon, and the worker drains."
     )
@@ -77,6 +78,14 @@ class Settings(BaseSettings):
     base_url: str | None = Field(None, description="Client: the API to talk to, such as http://127.0.0.1:8000/v1.")
     api_key: SecretStr | None = Field(None, description="Client: the key to send.")
     data: Path = Field(Path.home() / ".milliner", description="Folder of the local stack (`milliner up --data`).")
+
+    @model_validator(mode="after")
+    def _times_in_order(self) -> Self:
+        """A trainer must stand still before its lease ends, and not after one missed renewal."""
+        if not 0 < self.heartbeat_seconds < self.fence_seconds < self.lease_seconds:
+            found = f"{self.heartbeat_seconds:g}, {self.fence_seconds:g} and {self.lease_seconds:g}"
+            raise ValueError(f"heartbeat, fence and lease seconds are {found}; allowed: each less than the next")
+        return self
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypedDict
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
 from shared.errors import Unavailable
 from shared.settings import Settings, get_settings
@@ -164,13 +164,9 @@ def delete_prefix(prefix: str) -> int:
     """Delete every object under a prefix that ends in '/'; returns how many."""
     if not prefix.endswith("/"):
         raise ValueError(f"prefix {prefix!r} must end in '/'")
-    deleted = 0
-    with _translated():
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=_bucket(), Prefix=prefix):
-            for item in page.get("Contents", []):
-                client().delete_object(Bucket=_bucket(), Key=item["Key"])
-                deleted += 1
-    return deleted
+    keys = [item.key for item in listing(prefix)]
+    delete_many(keys)
+    return len(keys)
 
 
 def presign(key: str) -> str:
@@ -242,13 +238,16 @@ def _server_time(page: Mapping[str, Any]) -> datetime:
 
 
 def _download(key: str, path: Path, tick: Callable[[], None]) -> str:
-    """Hex SHA-256 of what came."""
+    """Hex SHA-256 of what came, or what is none where the server's own checksum is not that of its bytes."""
     digest = hashlib.sha256()
     with path.open("wb") as out, _translated():
-        for chunk in read(key):
-            tick()
-            digest.update(chunk)
-            out.write(chunk)
+        try:
+            for chunk in read(key):
+                tick()
+                digest.update(chunk)
+                out.write(chunk)
+        except FlexibleChecksumError as error:
+            return str(error)
     return digest.hexdigest()
 
 
@@ -290,11 +289,24 @@ def _put(put: dict[str, Any], body: Callable[[], BinaryIO], epoch: int | None) -
             except ClientError as refused:
                 if refused.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
                     raise
-            there = client().head_object(Bucket=_bucket(), Key=put["Key"])
+            there = _head(put["Key"])
+        if there is None:  # gone since: then again over nothing
+            condition = {"IfNoneMatch": "*"}
+            continue
         if int(there["Metadata"].get(EPOCH, "0")) > epoch:
             raise Fenced(f"{put['Key']} was written at epoch {there['Metadata'][EPOCH]}, ours is {epoch}")
         condition = {"IfMatch": there["ETag"]}
     raise Unavailable(f"object storage: {put['Key']} changed {CAS_TRIES} times under our hands; try again")
+
+
+def _head(key: str) -> dict[str, Any] | None:
+    """What the object bears; None if there is none. A HEAD has no body, so its 404 has no code but that."""
+    try:
+        return dict(client().head_object(Bucket=_bucket(), Key=key))
+    except ClientError as error:
+        if error.response["Error"]["Code"] in {"404", "NoSuchKey"}:
+            return None
+        raise
 
 
 def _base64(sha256: str) -> str:
@@ -308,7 +320,7 @@ class _translated:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ClientError) and error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] == "NoSuchKey":
             raise Missing(f"object storage: {error}") from error
         if isinstance(error, BotoCoreError | ClientError | boto3.exceptions.Boto3Error):
             raise Unavailable(f"object storage: {error}; try again, or run `milliner doctor`") from error

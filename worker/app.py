@@ -12,8 +12,9 @@ import os
 import secrets
 import signal
 import socket
+import time
 from random import random
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import billiard
@@ -23,9 +24,10 @@ from shared import storage
 from shared.queue import Queue, celery_app
 from shared.telemetry import bind, configure
 from worker import cache, garbage, notice, sweeper
-from worker.runner import run_next
+from worker.runner import Outcome, run_next
 
 app = celery_app()
+LONGEST_SETBACK = 120.0
 _drain = mmap.mmap(-1, 1)  # anonymous and shared: written by the main process, read by the slots it forked
 _owner = ""
 
@@ -48,8 +50,25 @@ def draining() -> bool:
 
 
 def _work(queue: Queue) -> None:
-    while not draining() and run_next(queue, owner=_owner, slot=_slot(), draining=draining):
-        pass
+    """Job after job until none waits.
+
+    A slot that cannot work keeps its ring and waits, or it would take the ring of one that can; and after one crash
+    upon another it waits ever longer, so that one bad machine does not spoil every job of the queue.
+    """
+    setbacks = 0
+    while not draining():
+        outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
+        if outcome is Outcome.IDLE:
+            return
+        setbacks = 0 if outcome is Outcome.DONE else setbacks + 1
+        until = time.monotonic() + setback_seconds(setbacks)
+        while not draining() and time.monotonic() < until:
+            time.sleep(0.2)
+
+
+def setback_seconds(setbacks: int) -> float:
+    """How long a slot waits after so many in a row: not after the first, then 1 s, 2 s, … two minutes."""
+    return 0.0 if setbacks < 2 else min(2.0 ** (setbacks - 2), LONGEST_SETBACK)
 
 
 def _slot() -> int:
@@ -72,8 +91,8 @@ def _slot_started(**_: Any) -> None:
     _owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     configure("worker")
     bind(worker=_owner)
-    cache.sweep_work_dirs()
     sweeper.start(Event())
+    Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot four seconds to be up
     if _slot() == 0:
         garbage.start(Event(), head_start=random())
         notice.start(Event(), _drain_worker)

@@ -8,15 +8,18 @@ keeps. Each verdict must be one that nothing can overturn between the reading an
 - a file that is not live can be given to no new job, and is marked as deleted before its bytes go.
 
 Only where no row can speak does a clock, the server's own: an upload whose row is still to come. So two collectors at
-once are right, and need no lock. Keys of another shape than ours are somebody else's. Must not keep a transaction open
-while it talks to the bucket.
+once are right, and need no lock.
+
+What is not ours stays, however old: keys of another shape, and keys of a tenant that this database does not know. It
+may be empty, set back, or the wrong one, and the bucket all there is. Base models belong to no tenant; they stay too.
+Must not keep a transaction open while it talks to the bucket.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby, islice
 from threading import Event, Thread
 from typing import NamedTuple
@@ -28,7 +31,7 @@ from shared import storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.jobs import live_file
-from shared.models import Adapter, BaseModel, Checkpoint, File, Job
+from shared.models import Adapter, Checkpoint, File, Job, Tenant
 from shared.schemas import TERMINAL, Phase
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
@@ -67,20 +70,25 @@ def collect(settings: Settings) -> Counter[str]:
         piles = _piles(f"{kind}/", key)
         while batch := list(islice(piles, BATCH)):
             with session_scope() as session:
-                kept = kept_of(session, batch, settings.orphan_seconds)
-            doomed = [pile for pile in batch if pile.prefix not in kept]
-            if kind == "models":
-                doomed = [pile for pile in doomed if not _revived(pile, settings.orphan_seconds)]
+                known = _known(session, {pile.tenant for pile in batch})
+                ours = [pile for pile in batch if pile.tenant in known]
+                kept = kept_of(session, ours, settings.orphan_seconds)
+            doomed = [pile for pile in ours if pile.prefix not in kept]
             storage.delete_many([name for pile in doomed for name in pile.keys])
             for pile in doomed:
                 log.info("garbage.dropped", kind=kind, prefix=pile.prefix, objects=len(pile.keys), bytes=pile.bytes)
                 dropped[kind] += len(pile.keys)
     for kind, (key, _) in KINDS.items():
-        for upload in storage.unfinished(f"{kind}/"):
-            if key.match(upload.key) and upload.age >= settings.orphan_seconds:
-                storage.abort(upload)
-                log.info("garbage.aborted", key=upload.key, age=upload.age)
-                dropped["uploads"] += 1
+        matched = ((key.match(upload.key), upload) for upload in storage.unfinished(f"{kind}/"))
+        aged = [
+            (match["tenant"], upload) for match, upload in matched if match and upload.age >= settings.orphan_seconds
+        ]
+        with session_scope() as session:
+            known = _known(session, {tenant for tenant, _ in aged})
+        for upload in (upload for tenant, upload in aged if tenant in known):
+            storage.abort(upload)
+            log.info("garbage.aborted", key=upload.key, age=upload.age)
+            dropped["uploads"] += 1
     return dropped
 
 
@@ -90,7 +98,7 @@ def _collecting(stop: Event, head_start: float) -> None:
     while not stop.wait(wait):
         wait = settings.purge_seconds
         try:
-            cache.sweep_work_dirs()
+            cache.sweep()
             log.info("garbage.collected", **collect(settings))
         except Unavailable as error:
             log.warning("garbage.missed", error=error.message)
@@ -106,7 +114,7 @@ def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
         parts = matches[0].groupdict()
         yield Pile(
             prefix=matches[0][0],
-            tenant=parts.get("tenant", ""),
+            tenant=parts["tenant"],
             owner=parts["owner"],
             epoch=int(parts.get("epoch", 0)),
             keys=[item.key for item in listed],
@@ -115,12 +123,9 @@ def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
         )
 
 
-def _revived(pile: Pile, orphan_seconds: float) -> bool:
-    """A second look: the same base may be on its way again, and its digest, unlike all other names, comes twice.
-
-    This leaves the milliseconds before the delete to an import that begins anew a day after one that never ended.
-    """
-    return any(item.age < orphan_seconds for item in storage.listing(pile.prefix))
+def _known(session: Session, tenants: Collection[str]) -> set[str]:
+    """Those of the tenants that are this database's."""
+    return set(session.scalars(select(Tenant.id).where(Tenant.id.in_(tenants))))
 
 
 # ---------------------------------------------------------------- what the rows keep
@@ -190,12 +195,6 @@ def _kept_files(session: Session, piles: Sequence[Pile], orphan_seconds: float) 
     return kept
 
 
-def _kept_models(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
-    """An import puts its files first and its row last; its newest object tells whether it still runs."""
-    known = set(session.scalars(select(BaseModel.digest).where(BaseModel.digest.in_([pile.owner for pile in piles]))))
-    return {pile.prefix for pile in piles if pile.owner in known or pile.age < orphan_seconds}
-
-
 _TENANT = r"(?P<tenant>org-[0-9a-f]{30})"
 _JOB = r"(?P<owner>ftjob-[0-9a-f]{30})"
 
@@ -206,5 +205,4 @@ KINDS: dict[str, tuple[re.Pattern[str], Kept]] = {
     "checkpoints": (re.compile(rf"checkpoints/{_TENANT}/{_JOB}/(?P<epoch>[0-9]+)/[0-9]+/(?=.)"), _kept_checkpoints),
     "adapters": (re.compile(rf"adapters/{_TENANT}/{_JOB}/(?=.)"), _kept_adapters),
     "files": (re.compile(rf"files/{_TENANT}/(?P<owner>file-[0-9a-f]{{30}})\Z"), _kept_files),
-    "models": (re.compile(r"models/(?P<owner>[0-9a-f]{64})/(?=.)"), _kept_models),
 }

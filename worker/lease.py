@@ -21,7 +21,6 @@ from typing import Self
 from shared import attempts
 from shared.db import session_scope
 from shared.errors import Unavailable
-from shared.protocol import Alive
 from shared.schemas import Desired
 from shared.settings import get_settings
 from shared.telemetry import log
@@ -60,18 +59,30 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """A renewal that hangs is left alone: once the lease is given up, it renews nothing."""
         self._done.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=1.0)
 
     def guard(self, session: TrainerSession | None) -> None:
         """Freeze, thaw and kill this trainer as the lease demands; None once there is none."""
         self._session = session
 
+    def is_lost(self) -> bool:
+        """Is the lease known to be gone?"""
+        return self._lost.is_set()
+
     def check(self) -> None:
-        """Raise `Lost` if the lease is known to be gone."""
-        if self._lost.is_set():
+        """Raise `Lost` if it is."""
+        if self.is_lost():
             raise Lost(self.job_id)
+
+    def hold(self) -> None:
+        """Wait until the lease is surely ours: this process may have been stopped since it was. Raises `Lost`."""
+        while boottime() - self._renewed > self._settings.fence_seconds:
+            self.check()
+            time.sleep(0.05)
+        self.check()
 
     def progressed(self) -> None:
         """The attempt has got somewhere, or waits for a server that is down."""
@@ -126,7 +137,7 @@ class Lease:
                 session.thaw()
                 log.info("trainer.thawed", pid=session.pid)
             elif not late and boottime() - said_at > ALIVE_EVERY:
-                session.send(Alive(job=self.job_id))
+                session.tell_alive(self.job_id)
                 said_at = boottime()
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from shared.schemas import Metrics
 
 
 class Pace:
-    """Kept on this attempt's clock: a resumed job's ETA owes nothing to the attempts before."""
+    """The mean since this attempt's first step, evaluations and checkpoints included, on its own clock.
+
+    A resumed job's ETA owes nothing to the attempts before.
+    """
 
     def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
         self._last: tuple[int, float] | None = None
-        self._seconds_per_step: float | None = None
         self._metrics: Metrics | None = None
 
     @property
@@ -21,24 +23,23 @@ class Pace:
         """The last step that was heard of."""
         return self._last[0] if self._last else None
 
-    def note(self, metrics: Metrics) -> None:
-        """A step, or an evaluation, was heard of now."""
-        now = time.monotonic()
-        if self._last is not None and metrics.step > self._last[0]:
-            per_step = (now - self._last[1]) / (metrics.step - self._last[0])
-            old = self._seconds_per_step
-            self._seconds_per_step = per_step if old is None else 0.8 * old + 0.2 * per_step
+    def note(self, metrics: Metrics, at: float) -> None:
+        """A step, or an evaluation, was heard of `at` (monotonic seconds)."""
         if self._last is None or metrics.step > self._last[0]:
-            self._last = (metrics.step, now)
+            self._last = (metrics.step, at)
+            self._first = self._first or self._last
         if metrics.tokens_per_second is not None or self._metrics is None:
             self._metrics = metrics
 
     def progress(self) -> dict[str, Any]:
         """What the job row keeps. When that was is Postgres's to say: a worker's clock may be an hour off."""
         assert self._metrics is not None
+        assert self._first is not None
+        assert self._last is not None
+        steps, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
         return {
             "step": self._metrics.step,
             "total_steps": self._metrics.total_steps,
             "tokens_per_second": self._metrics.tokens_per_second,
-            "seconds_per_step": self._seconds_per_step,
+            "seconds_per_step": seconds / steps if steps else None,
         }

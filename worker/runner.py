@@ -9,12 +9,12 @@ two effects is a named crash point (shared/faults.py).
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ from shared.protocol import (
     Stopped,
     Task,
     Train,
+    Working,
 )
 from shared.queue import Queue, ring
 from shared.schemas import Desired, Hyperparameters, JobCreate, JobError, Metrics, Phase, Plan, Recipe, State
@@ -48,63 +49,83 @@ from shared.telemetry import bind, log, unbind
 from worker import cache
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
+from worker.patience import TICK, Leave, Patience
 from worker.session import Died, Ended, TrainerSession
+from worker.trainer.exhaustion import is_disk_full
 
-TICK = 0.2
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
-DISK_IS_FULL = "The disk of the worker is full; the job goes on when there is room"
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 T = TypeVar("T")
 
 
-def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> bool:
-    """Claim one job of this queue and see it through; False if there was none, no database to ask, or no disk."""
+def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
+    """Claim one job of this queue and see it through."""
     settings, claimed_at = get_settings(), boottime()
     if not cache.has_room():
-        return False
+        return Outcome.UNABLE
     try:
         with session_scope() as session:
+            jobs.disown(session, owner)
             job = jobs.claim(session, queue, owner=owner, lease_seconds=settings.lease_seconds)
     except Unavailable as error:
         log.warning("claim.failed", error=error.message)
-        return False
+        return Outcome.UNABLE
     if job is None:
-        return False
+        return Outcome.IDLE
     bind(job=job.id, epoch=job.lease_epoch, attempt=job.attempt)
     log.info("job.claimed", queue=queue)
     reach(Point.AFTER_CLAIM)
+    outcome = Outcome.DONE
     try:
         with ExitStack() as held, Lease(job.id, job.lease_epoch, claimed_at) as lease:
-            Attempt(job, lease, draining, held).run(queue, slot)
+            attempt = Attempt(job, lease, queue, draining, held)
+            attempt.run(slot)
+            outcome = attempt.outcome
     except (Lost, Leave):
         log.warning("job.left")
     finally:
         unbind("job", "epoch", "attempt")
-    return True
+    return outcome
+
+
+class Outcome(StrEnum):
+    """What came of asking for a job, as far as the slot is concerned."""
+
+    IDLE = "idle"  # there was none
+    UNABLE = "unable"  # no database to ask, or no disk
+    DONE = "done"
+    CRASHED = "crashed"  # perhaps the machine's fault
 
 
 class Attempt:
     """The state of one attempt: its job, its lease, what it holds on this machine, and the steps not yet recorded."""
 
-    def __init__(self, job: Job, lease: Lease, draining: Callable[[], bool], held: ExitStack) -> None:
+    def __init__(self, job: Job, lease: Lease, queue: Queue, draining: Callable[[], bool], held: ExitStack) -> None:
         self.job = job
-        self.request = JobCreate.model_validate(job.request)
+        self.queue = queue
         self.lease = lease
-        self.draining = draining
+        self.outcome = Outcome.DONE
         self.held = held
         self.settings = get_settings()
+        self.patience = Patience(
+            lease,
+            draining=draining,
+            complain=self.complain,
+            heeds_pause=queue is Queue.TRAIN,  # a paused dataset is still read
+            stop_seconds=self.settings.stop_seconds,
+        )
         self.pending: list[Metrics] = []
         self.recorded_at = 0.0
         self.pace = Pace()
 
-    def run(self, queue: Queue, slot: int) -> None:
+    def run(self, slot: int) -> None:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
         try:
+            self.request = JobCreate.model_validate(self.job.request)
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
-            command = self.stage(queue)
+            command = self.stage()
             reach(Point.AFTER_STAGE)
             self.talk(command, slot)
         except Leave as leave:
@@ -116,29 +137,34 @@ class Attempt:
             self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                self.release(Leave(f"{DISK_IS_FULL}: {error}", wait=DISK_FULL_WAIT))
+            if is_disk_full(error):
+                self.release(self.no_room(str(error)))
                 return
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
     def talk(self, command: Prepare | Train, slot: int) -> None:
         """Start a trainer, tell it what to do, and listen until it has had its last word."""
+        self.lease.hold()
         session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
         log.info("trainer.started", pid=session.pid)
         self.lease.guard(session)
         reach(Point.AFTER_TRAINER_START)
         try:
+            self.lease.hold()
             session.send(command)
             self.listen(session)
         except Ended as end:
+            session.kill()  # before the job is given up: one that is stuck lives
             self.lease.check()
             if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
                 self.flush()
                 self.guarded(lambda s: attempts.shrunk(s, self.job.id, self.lease.epoch))
                 return
             code = "trainer_stuck" if isinstance(end, Stuck) else "trainer_crashed"
-            hint = "the last log lines tell more; a smaller trainer.micro_batch or max_length needs less memory"
+            hint = "the last log lines tell more"
+            if isinstance(end, Died) and end.signal == "SIGKILL":
+                hint += "; a smaller trainer.micro_batch or trainer.max_length needs less memory"
             lines = session.last_log_lines()
             self.crash(JobError(code=code, message=str(end), hint=hint, last_log_lines=lines))
         finally:
@@ -147,19 +173,18 @@ class Attempt:
 
     # ------------------------------------------------------------ staging
 
-    def stage(self, queue: Queue) -> Prepare | Train:
+    def stage(self) -> Prepare | Train:
         """Bring dataset, base and the last good checkpoint to this machine; say what the trainer shall do."""
-        with_weights = queue is Queue.TRAIN
-        base, training, validation = self.patiently(self._inputs)
-        base_dir = self.patiently(
-            lambda: self.held.enter_context(cache.base_model(base, with_weights=with_weights, tick=self.tick))
-        )
+        with_weights = self.queue is Queue.TRAIN
+        base, training, validation = self.patience.do(self._inputs)
+        base_dir, in_use = self.patience.do(lambda: self._base(base, with_weights=with_weights))
+        self.held.push(in_use)
         task = Task(
             base_dir=str(base_dir),
             base_name=base.public_id,
             base_revision=base.revision,
-            training_file=str(self.patiently(lambda: self._fetched(training))),
-            validation_file=str(self.patiently(lambda: self._fetched(validation))) if validation else None,
+            training_file=str(self.patience.do(lambda: self._fetched(training))),
+            validation_file=str(self.patience.do(lambda: self._fetched(validation))) if validation else None,
             hyperparameters=self.request.hyperparameters or Hyperparameters(),
             lora=self.request.lora,
             quantization=self.request.quantization,
@@ -169,7 +194,7 @@ class Attempt:
             max_row_bytes=self.settings.max_row_bytes,
             silence_seconds=(self.settings.lease_seconds - self.settings.fence_seconds) / 2,
         )
-        if queue is Queue.PREPARE:
+        if self.queue is Queue.PREPARE:
             return Prepare(job=self.job.id, task=task)
         recipe: Recipe = Plan.model_validate(self.job.plan).recipe
         resume = self.last_checkpoint()
@@ -184,11 +209,11 @@ class Attempt:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint whose every hash is right; a broken one is told of and the one before it taken."""
-        for checkpoint in self.patiently(self._checkpoints):
+        for checkpoint in self.patience.do(self._checkpoints):
             folder = self.work_dir / f"resume-{checkpoint.step}"
-            fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=self.tick)
+            fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=self.patience.tick)
             try:
-                self.patiently(fetch)
+                self.patience.do(fetch)
             except storage.Corrupt as broken:
                 self.tell("warn", f"Checkpoint of step {checkpoint.step} is broken, going one back: {broken}")
                 continue
@@ -207,43 +232,44 @@ class Attempt:
         with session_scope() as session:
             return attempts.latest_checkpoints(session, self.job.id)
 
+    def _base(self, base: BaseModel, *, with_weights: bool) -> tuple[Path, ExitStack]:
+        """Its folder, and what keeps it safe from eviction."""
+        with ExitStack() as stack:
+            folder = stack.enter_context(cache.base_model(base, with_weights=with_weights, tick=self.patience.tick))
+            return folder, stack.pop_all()
+
     def _fetched(self, file: File) -> Path:
         path = self.work_dir / file.id
-        storage.fetch(file.key, path, file.sha256, tick=self.tick)
+        storage.fetch(file.key, path, file.sha256, tick=self.patience.tick)
         return path
-
-    def tick(self) -> None:
-        """Called through a long wait: raises if there is nothing left to wait for."""
-        self.lease.progressed()
-        self.lease.check()
-        if self.draining() or self.lease.desired is not Desired.RUN:
-            raise Leave
 
     # ------------------------------------------------------------ listening
 
     def listen(self, session: TrainerSession) -> None:  # noqa: PLR0912 (one branch an event)
         """Obey the lease and the user, and take in events until one of them is the last."""
-        asked_at: float | None = None
+        asked = False
         while True:
             self.lease.check()
             if self.lease.desired is Desired.CANCEL:
                 raise Leave
-            if asked_at is None and (self.draining() or self.lease.desired is Desired.PAUSE):
+            if self.queue is Queue.PREPARE and self.patience.is_asked_to_leave():
+                raise Leave  # nothing to save
+            if not asked and self.patience.is_asked_to_leave():
                 log.info("trainer.asked_to_stop")
                 session.send(Stop(job=self.job.id))
-                asked_at = time.monotonic()
-            if asked_at is not None and time.monotonic() - asked_at > self.settings.stop_seconds:
+                asked = True
+            if asked and self.patience.is_over():
                 log.warning("trainer.too_slow", seconds=self.settings.stop_seconds)
                 raise Leave
             if self.lease.is_stuck():
-                raise Stuck(f"the trainer has said nothing for {self.settings.stuck_seconds:.0f} s")
+                raise Stuck(f"the trainer got nowhere for {self.settings.stuck_seconds:.0f} s")
             event = session.receive(timeout=TICK)
             if event is not None:
                 self.lease.progressed()
             if self.pending and time.monotonic() - self.recorded_at >= RECORD_EVERY:
                 self.flush()
             match event:
-                case None:
+                case None | Working():
                     continue
                 case PhaseEntered(phase=phase):
                     log.info("phase.entered", phase=phase)
@@ -251,7 +277,7 @@ class Attempt:
                 case Notice(level=level, message=message):
                     self.tell(level, message)
                 case Measured(metrics=metrics):
-                    self.pace.note(metrics)
+                    self.pace.note(metrics, session.heard_at)
                     self.pending.append(metrics)
                 case CheckpointSaved():
                     self.keep(event)
@@ -282,15 +308,15 @@ class Attempt:
         folder, epoch = Path(event.path), self.lease.epoch
         prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{epoch}/{event.step}/"
         reach(Point.BEFORE_CHECKPOINT_UPLOAD)
-        files = self.patiently(lambda: storage.put_folder(prefix, folder))
+        files = self.patience.do(lambda: storage.put_folder(prefix, folder))
         reach(Point.AFTER_CHECKPOINT_UPLOAD)
         saved = {"step": event.step, "prefix": prefix, "files": files, "metrics": event.metrics}
         self.guarded(lambda s: attempts.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
         log.info("checkpoint.saved", step=event.step)
         reach(Point.AFTER_CHECKPOINT_ROW)
         shutil.rmtree(folder)
-        for old in self.patiently(self._retired):
-            self.patiently(partial(storage.delete_prefix, old))
+        for old in self.patience.do(self._retired):
+            self.patience.do(partial(storage.delete_prefix, old))
 
     def _retired(self) -> list[str]:
         with session_scope() as session:
@@ -315,12 +341,12 @@ class Attempt:
         self.enter(Phase.PUBLISHING)
         reach(Point.BEFORE_PUBLISH)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
-        files = self.patiently(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
+        files = self.patience.do(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
         reach(Point.AFTER_ADAPTER_UPLOAD)
-        table = self.patiently(self._result_csv)
+        table = self.patience.do(self._result_csv)
         file_id = new_id("file-")
         key = f"files/{job.tenant_id}/{file_id}"
-        self.patiently(lambda: storage.put_bytes(key, table, content_type="text/csv"))
+        self.patience.do(lambda: storage.put_bytes(key, table, content_type="text/csv"))
         reach(Point.AFTER_RESULT_UPLOAD)
 
         def finish(session: Any) -> State | None:
@@ -350,14 +376,14 @@ class Attempt:
         log.info("job.finished", state=state)
         reach(Point.AFTER_FINISH)
         if state is not State.SUCCEEDED:
-            self.patiently(lambda: storage.delete_prefix(prefix))
-            self.patiently(lambda: storage.delete(key))
+            self.patience.do(lambda: storage.delete_prefix(prefix))
+            self.patience.do(lambda: storage.delete(key))
 
     def fail(self, event: Failed, session: TrainerSession) -> None:
         """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""
         self.flush()
         if event.code == "disk_full":
-            raise Leave(f"{DISK_IS_FULL}: {event.message}", wait=DISK_FULL_WAIT)
+            raise self.no_room(event.message)
         error = JobError(
             code=event.code,
             message=event.message,
@@ -380,6 +406,7 @@ class Attempt:
         """Count it; the job goes back to the queue, or ends as poison."""
         self.flush()
         error = error.model_copy(update={"step": error.step or self.pace.step})
+        self.outcome = Outcome.CRASHED
         backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
         log.warning("job.crashed", message=error.message)
         self.guarded(
@@ -387,21 +414,30 @@ class Attempt:
         )
 
     def release(self, leave: Leave) -> None:
-        """Give the job back. A database that is down is waited for briefly; then the lease runs out by itself."""
+        """Give the job back. A worker that drains has little time; then the lease runs out by itself."""
         reach(Point.BEFORE_RELEASE)
-        deadline = time.monotonic() + RELEASE_PATIENCE
-        while True:
+        message = leave.message
+        if message is None and self.patience.is_draining():
+            message = "The worker is shutting down; the job goes on elsewhere"
+        given_up_at = time.monotonic() + RELEASE_PATIENCE
+        while not self.lease.is_lost():
             try:
                 with session_scope() as session:
-                    message, wait = leave.message, leave.wait
-                    attempts.released(session, self.job.id, self.lease.epoch, message=message, wait=wait)
+                    attempts.released(session, self.job.id, self.lease.epoch, message=message, wait=leave.wait)
                 break
             except Unavailable as error:
                 log.warning("release.failed", error=error.message)
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.5)
+            if self.patience.is_draining() and time.monotonic() > given_up_at:
+                return
+            self.lease.progressed()
+            time.sleep(0.5)
         reach(Point.AFTER_RELEASE)
+
+    def no_room(self, message: str) -> Leave:
+        """The disk is full: no crash of the job, which waits ever longer for this machine or another to have room."""
+        self.outcome = Outcome.UNABLE
+        wait = min(DISK_FULL_WAIT * 2.0 ** min(self.job.preempt_count, 10), attempts.LONGEST_BACKOFF)
+        return Leave(f"The disk of the worker is full; the job goes on when there is room: {message}", wait=wait)
 
     def can_shrink(self) -> bool:
         """Is there still a micro-batch that can be halved?"""
@@ -416,6 +452,14 @@ class Attempt:
         """A line for the job's events."""
         self.guarded(lambda s: attempts.note(s, self.job.id, self.lease.epoch, level=level, message=message))
 
+    def complain(self, message: str) -> None:
+        """A line for the job's events, if the database takes it."""
+        try:
+            with session_scope() as session:
+                attempts.note(session, self.job.id, self.lease.epoch, level="warn", message=message)
+        except Unavailable:
+            log.warning("complaint.unheard", message=message)
+
     def _result_csv(self) -> bytes:
         """OpenAI's result file: one line a step."""
         with session_scope() as session:
@@ -429,8 +473,6 @@ class Attempt:
         writer.writerows([row.step, *(row.values.get(name, "") for name in names)] for row in steps)
         return out.getvalue().encode()
 
-    # ------------------------------------------------------------ patience
-
     def guarded(self, write: Callable[[Any], T]) -> T:
         """Run a guarded write in a transaction of its own; a refused one means that the lease is gone."""
 
@@ -438,38 +480,11 @@ class Attempt:
             with session_scope() as session:
                 return write(session)
 
-        result = self.patiently(once)
+        result = self.patience.do(once)
         if not result:
             self.lease.lose()
             raise Lost(self.job.id)
         return result
-
-    def patiently(self, act: Callable[[], T]) -> T:
-        """Do it, waiting out servers that are down: 1 s, 2 s, … 15 s between tries, while the lease is ours."""
-        wait = 1.0
-        while True:
-            self.lease.check()
-            self.lease.progressed()
-            try:
-                return act()
-            except storage.Fenced as fenced:
-                self.lease.lose()
-                raise Lost(self.job.id) from fenced
-            except Unavailable as error:
-                log.warning("server.unavailable", error=error.message, retry_in=wait)
-            if self.draining() or self.lease.desired is Desired.CANCEL:
-                raise Leave
-            time.sleep(wait)
-            wait = min(2 * wait, 15.0)
-
-
-class Leave(Exception):
-    """Let go of the job: its user or a draining worker asked for that, or this machine cannot go on."""
-
-    def __init__(self, message: str | None = None, *, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.message = message
-        self.wait = wait
 
 
 class Stuck(Ended):

@@ -7,10 +7,12 @@ it says. Its stderr goes to a log file in the work directory, whose tail explain
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -18,7 +20,7 @@ from threading import Lock, Thread
 
 from pydantic import ValidationError
 
-from shared.protocol import EVENT, Command, TrainerEvent
+from shared.protocol import EVENT, Alive, Command, TrainerEvent
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
 
@@ -61,6 +63,7 @@ class TrainerSession:
         env = inherited(*PASSED_ON) | OFFLINE | own
         told = get_settings().trainer_command
         command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
+        self._oom_kills = oom_kills()
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [*command, str(os.getpid())],
@@ -71,8 +74,8 @@ class TrainerSession:
                 cwd=work_dir,
                 start_new_session=True,
             )
-        self._oom_kills = oom_kills()
-        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lines: SimpleQueue[tuple[bytes | None, float]] = SimpleQueue()
+        self.heard_at = 0.0  # when the event that was received last came out of the pipe (monotonic)
         self._signals, self._sending = Lock(), Lock()
         self.frozen = False
         Thread(target=self._read, name="trainer-events", daemon=True).start()
@@ -91,13 +94,26 @@ class TrainerSession:
         except (BrokenPipeError, ValueError):  # ValueError: closed on our side
             log.warning("trainer.deaf", pid=self.pid)
 
+    def tell_alive(self, job: str) -> None:
+        """Say so if that takes no time: a child that does not read must not hold up who watches over the lease."""
+        assert self._process.stdin is not None
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            if select.select([], [self._process.stdin], [], 0)[1]:
+                os.write(self._process.stdin.fileno(), Alive(job=job).model_dump_json().encode() + b"\n")
+        except (OSError, ValueError):  # ValueError: closed on our side
+            log.debug("trainer.deaf", pid=self.pid)
+        finally:
+            self._sending.release()
+
     def receive(self, *, timeout: float) -> TrainerEvent | None:
         """The next event, or None after `timeout` seconds; `Ended` once the child is gone and all it said is read.
 
         A line that is no event ends the child too: it might have been the last word that we wait for.
         """
         try:
-            line = self._lines.get(timeout=timeout)
+            line, self.heard_at = self._lines.get(timeout=timeout)
         except Empty:
             return None
         if line is None:
@@ -122,7 +138,7 @@ class TrainerSession:
         """Has somebody frozen the child: we, itself, or a stranger?"""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def kill(self) -> None:
@@ -159,14 +175,17 @@ class TrainerSession:
         with self._signals:
             if self._process.poll() is not None:
                 return False
-            os.killpg(self._process.pid, number)
+            try:
+                os.killpg(self._process.pid, number)
+            except ProcessLookupError:  # another thread is about to reap it
+                return False
             return True
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+            self._lines.put((line, time.monotonic()))
+        self._lines.put((None, time.monotonic()))
 
 
 def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -23,6 +23,8 @@ from shared.schemas import JobError
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
 
+RINGS = 16
+
 
 def start(stop: Event) -> Thread:
     """Sweep until `stop` is set."""
@@ -52,11 +54,12 @@ class Watch:
 
 
 def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
-    """One round; False if another sweeper is at it. `watched` is the length of the unbroken watch in seconds.
+    """One round; False if another sweeper is at it, or the broker is down.
+
+    `watched` is the length of the unbroken watch in seconds.
 
     A newborn sweeper rings for all that waits, back-off or not: its slot may be there because another died with a ring
-    in its hand. What the broker did not take is left for the next round: four seconds a ring would be a gap in the
-    watch.
+    in its hand.
     """
     with session_scope() as session:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
@@ -64,26 +67,31 @@ def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
         if watched >= settings.lease_seconds and reclaim(session, settings):
             reach(Point.BEFORE_RECLAIM_COMMIT)
             after_commit(session, lambda: reach(Point.AFTER_RECLAIM))
-    backoff = 0.0 if newborn else settings.rering_seconds
+    return all(ring_again(queue, backoff=0.0 if newborn else settings.rering_seconds) for queue in Queue)
+
+
+def ring_again(queue: Queue, *, backoff: float) -> bool:
+    """Ring for what waits; False if the broker did not take it, which is then left for the next round.
+
+    A slot that is woken goes on until nothing waits, so a few rings a round are enough: each takes time from the watch.
+    """
     with session_scope() as session:
-        unrung = {queue: jobs.unrung(session, queue, backoff=backoff) for queue in Queue}
-    for queue, job_ids in unrung.items():
-        told = []
-        for job_id in job_ids:
-            if not ring(queue):
-                return True
-            told.append(job_id)
-        if told:
-            reach(Point.AFTER_RERING)
-            log.info("queue.rung", queue=queue, jobs=len(told))
+        waiting = jobs.to_ring_for(session, queue, backoff=backoff, limit=RINGS)
+    for told, _ in enumerate(waiting):
+        if not ring(queue):
             with session_scope() as session:
-                jobs.rung(session, told)
+                jobs.not_rung(session, waiting[told:])
+            return False
+    if waiting:
+        reach(Point.AFTER_RERING)
+        log.info("queue.rung", queue=queue, jobs=len(waiting))
     return True
 
 
 def reclaim(session: Session, settings: Settings) -> int:
     """Take back every job whose lease has run out; returns how many."""
-    gone = session.execute(select(Job.id, Job.lease_epoch, Job.lease_owner).where(jobs.expired()).limit(100)).all()
+    lapsed = select(Job.id, Job.lease_epoch, Job.lease_owner).where(jobs.expired()).limit(100)
+    gone = session.execute(lapsed.with_for_update(skip_locked=True)).all()  # one locked row holds up none but itself
     reclaimed = 0
     for job_id, epoch, owner in gone:
         error = JobError(

@@ -12,7 +12,7 @@ from api.deps import BellDep, SessionDep, TenantDep
 from api.paging import keyset_page
 from api.present import checkpoint_out, event_out, job_out
 from shared import jobs
-from shared.db import after_commit, session_scope
+from shared.db import after_commit
 from shared.errors import InvalidRequest
 from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
@@ -44,7 +44,7 @@ def create_job(
     if new:
         reach(Point.BEFORE_SUBMIT_COMMIT)
         after_commit(session, lambda: reach(Point.AFTER_SUBMIT_COMMIT))
-        after_commit(session, lambda: bell.ring(Queue.PREPARE, lambda: _told(job.id)))
+        after_commit(session, lambda: bell.ring(Queue.PREPARE))
     return _shown(session, job)
 
 
@@ -84,7 +84,7 @@ def pause_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
 def resume_job(job_id: str, tenant: TenantDep, session: SessionDep, bell: BellDep) -> JobOut:
     """Resume a paused job from its last checkpoint."""
     job = jobs.ask(session, tenant.id, job_id, Desired.RUN)
-    after_commit(session, lambda: bell.ring(Queue.TRAIN, lambda: _told(job.id)))
+    after_commit(session, lambda: bell.ring(Queue.TRAIN))
     return _shown(session, job)
 
 
@@ -115,8 +115,3 @@ def list_checkpoints(
 
 def _shown(session: SessionDep, job: Job) -> JobOut:
     return job_out(job, queue_position=jobs.queue_position(session, job))
-
-
-def _told(job_id: str) -> None:
-    with session_scope() as session:
-        jobs.rung(session, [job_id])

@@ -253,7 +253,7 @@ class Fleet:
         found = invariants.violations(
             self.database_url, self.s3, accepted=self.accepted, witness=self.witness, max_crashes=self.max_crashes
         )
-        assert found == []
+        assert not found, "\n".join(found)
         jobs, attempts, crashes, preemptions = self.sql(
             "SELECT count(*), coalesce(sum(attempt), 0)::int, coalesce(sum(crash_count), 0)::int,"
             " coalesce(sum(preempt_count), 0)::int FROM jobs"

@@ -198,6 +198,14 @@ def until(holds: Callable[[], bool], what: str, *, seconds: float = START_PATIEN
         time.sleep(0.05)
 
 
+def state_of(pid: int | None) -> str:
+    """One letter, as in proc_pid_stat(5); X once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 def parents() -> dict[int, int]:
     """The parent of every process that is no zombie."""
     found = {}

@@ -19,7 +19,7 @@ from deploy.local import services
 from shared.faults import Action, Point
 from shared.queue import Queue
 from tests.chaos import slot
-from tests.chaos.fleet import Fleet
+from tests.chaos.fleet import Fleet, now
 from tests.chaos.servers import Servers, until
 
 API = [Point.AFTER_FILE_PUT, Point.BEFORE_SUBMIT_COMMIT, Point.AFTER_SUBMIT_COMMIT]
@@ -27,12 +27,14 @@ SWEEPER = [Point.BEFORE_RECLAIM_COMMIT, Point.AFTER_RECLAIM, Point.AFTER_RERING]
 DRAIN = [Point.BEFORE_RELEASE, Point.AFTER_RELEASE]
 ATTEMPT = [point for point in Point if point not in {*API, *SWEEPER, *DRAIN}]
 STEPS = 12
+FENCE = 1.5
 
 
 @pytest.fixture(scope="module")
 def ours(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet of which only the API runs; the attempts are made one by one. A fourth crash would be a surprise."""
-    fleet = Fleet(servers, tmp_path_factory.mktemp("fleet"), workers=0, max_crashes=4)
+    times = {"MILLINER_LEASE_SECONDS": "3", "MILLINER_FENCE_SECONDS": str(FENCE), "MILLINER_HEARTBEAT_SECONDS": "0.5"}
+    fleet = Fleet(servers, tmp_path_factory.mktemp("fleet"), workers=0, max_crashes=4, settings=times)
     fleet.start()
     fleet.hold_down("prepare")
     yield fleet
@@ -149,7 +151,10 @@ def run(ours: Fleet, *acts: str) -> None:
 
 
 def stands_still(process: ForkServerProcess) -> None:
+    """Until it has stopped at its point, and for so long that it must have given up by its own clock."""
     until(lambda: state_of(process.pid) == "T", "the slot has stopped at its point")
+    since = now()
+    until(lambda: now() - since > FENCE, "it stands still for long enough")
 
 
 def ended(process: ForkServerProcess) -> int | None:

@@ -237,7 +237,38 @@ def test_a_crash_waits_before_the_next_attempt(database: Engine, tenant: Tenant,
         assert attempts.crashed(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
     with session_scope(database) as session:
         assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
-        assert jobs.unrung(session, Queue.TRAIN, backoff=0) == []
+        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=0, limit=9) == []
+
+
+def test_a_slot_gives_back_what_it_does_not_know_of(database: Engine, tenant: Tenant, dataset: str) -> None:
+    """Its claim was committed, and the answer lost."""
+    mine, other = queued(database, tenant, dataset), queued(database, tenant, dataset)
+    with session_scope(database) as session:
+        for owner in ("me", "you"):
+            jobs.claim(session, Queue.TRAIN, owner=owner, lease_seconds=60)
+        jobs.disown(session, "me")
+    assert (read(database, mine.id).state, read(database, mine.id).crash_count) == (State.QUEUED, 0)
+    assert read(database, other.id).state == State.RUNNING
+
+
+def test_a_cancel_wins_over_a_failure(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job = queued(database, tenant, dataset)
+    epoch = claim(database, Queue.TRAIN).lease_epoch
+    with session_scope(database) as session:
+        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        assert attempts.failed(session, job.id, epoch, OOPS)
+    assert read(database, job.id).state == State.CANCELLED
+
+
+def test_a_paused_dataset_is_still_read_and_then_waits(database: Engine, tenant: Tenant, dataset: str) -> None:
+    job = make(database, tenant, dataset)
+    with session_scope(database) as session:
+        jobs.ask(session, tenant.id, job.id, Desired.PAUSE)
+    epoch = claim(database, Queue.PREPARE).lease_epoch
+    with session_scope(database) as session:
+        assert attempts.planned(session, job.id, epoch, PLAN) is State.PAUSED
+    with session_scope(database) as session:
+        assert jobs.ask(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
 
 
 def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -251,14 +282,17 @@ def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Te
 def test_rings_back_off(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     with session_scope(database) as session:
-        assert jobs.unrung(session, Queue.TRAIN, backoff=30) == [job.id]
-        jobs.rung(session, [job.id])
-        assert jobs.unrung(session, Queue.TRAIN, backoff=30) == []
+        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
+    with session_scope(database) as session:
+        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == []
+        jobs.not_rung(session, [job.id])
+    with session_scope(database) as session:
+        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
     for rings, seconds, due in [(1, 31, True), (2, 31, False), (2, 61, True), (9, 999, True), (5000, 900, False)]:
         with session_scope(database) as session:
             ago = func.clock_timestamp() - text(f"interval '{seconds}s'")
             session.execute(update(Job).where(Job.id == job.id).values(ring_count=rings, published_at=ago))
-            assert bool(jobs.unrung(session, Queue.TRAIN, backoff=30)) is due, (rings, seconds)
+            assert bool(jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9)) is due, (rings, seconds)
 
 
 def test_the_same_idempotency_key_is_the_same_job(database: Engine, tenant: Tenant, dataset: str) -> None:

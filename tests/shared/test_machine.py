@@ -27,6 +27,7 @@ from .test_jobs import PLAN, REPORT, adapter, result_file
 
 EXAMPLES, STEPS = 260, 50
 MAX_CRASHES = 3
+WANTED = {Queue.PREPARE: {Desired.RUN, Desired.PAUSE}, Queue.TRAIN: {Desired.RUN}}
 ERROR = JobError(code="x", message="x")
 
 
@@ -90,7 +91,7 @@ class Machine(RuleBasedStateMachine):
             job = jobs.claim(session, queue, owner="w", lease_seconds=60)
         free = [
             m for m in self.models.values()
-            if m.state is jobs.WAITING[queue] and not m.leased and m.desired is Desired.RUN
+            if m.state is jobs.WAITING[queue] and not m.leased and m.desired in WANTED[queue]
         ]  # fmt: skip
         assert (job is not None) == bool(free)
         if job is None:
@@ -161,7 +162,7 @@ class Machine(RuleBasedStateMachine):
     def fail(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
             taken = attempts.failed(session, *lease, ERROR)
-        self.left(lease, taken, lambda model: State.FAILED)
+        self.left(lease, taken, lambda model: State.CANCELLED if model.desired is Desired.CANCEL else State.FAILED)
 
     @rule(lease=leases)
     def release(self, lease: tuple[str, int]) -> None:

@@ -23,9 +23,9 @@ from structlog.testing import capture_logs
 
 from deploy.local.folder import Record
 from shared import attempts, jobs, settings, storage
-from shared.db import session_scope
+from shared.db import engine, session_scope
 from shared.ids import new_id
-from shared.models import Adapter, BaseModel, Checkpoint, File, Job
+from shared.models import Adapter, Base, BaseModel, Checkpoint, File, Job
 from shared.schemas import JobCreate, Metrics, Phase, State
 from shared.tenants import ensure_tenant
 from worker import garbage
@@ -52,6 +52,18 @@ def bucket(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pytest.
     storage.delete_many(everything())
     storage.client().delete_bucket(Bucket=name)
     reread()
+
+
+@pytest.fixture
+def empty(stack: Record) -> Iterator[str]:
+    """The URL of a database with all tables and no row, as after an installation that lost its own."""
+    name = f"empty_{secrets.token_hex(4)}"
+    url = f"{stack.database_url.rsplit('/', 1)[0]}/{name}"
+    with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
+        admin.execute(text(f"CREATE DATABASE {name}"))
+    Base.metadata.create_all(engine(url))
+    yield url
+    engine(url).dispose()
 
 
 @pytest.fixture
@@ -107,6 +119,7 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
         f"files/{tenant}/{dataset}",
         f"files/{tenant}/{needed}",
         f"models/{base}/config.json",
+        f"models/{secrets.token_hex(32)}/of an import that broke off",
         *("unit/a", "files/readme.txt", "files/else/file-1", "models/tiny/a", f"files/{tenant}/{dataset}/a"),
         *(f"checkpoints/{tenant}/{ended}/3/a", f"checkpoints/{tenant}/{ended}/latest/3/a", f"adapters/{ended}/a"),
     ]
@@ -125,14 +138,47 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
         f"checkpoints/{tenant}/{nobody}/1/1/a",
         f"adapters/{tenant}/{nobody}/a",
         f"files/{tenant}/{new_id('file-')}",
-        f"models/{secrets.token_hex(32)}/a",
     ]
     plant(*kept, *fenced, *aged)
     assert collect(orphan_seconds=DAY) == {"checkpoints": 5, "adapters": 2, "files": 2}
     assert everything() == sorted(kept + aged)
-    assert collect(orphan_seconds=0) == {"checkpoints": 1, "adapters": 1, "files": 1, "models": 1}
+    assert collect(orphan_seconds=0) == {"checkpoints": 1, "adapters": 1, "files": 1}
     assert everything() == sorted(kept)
     assert collect(orphan_seconds=0) == {}
+
+
+# ---------------------------------------------------------------- other databases
+
+
+def test_an_empty_database_drops_nothing_at_all(
+    bucket: str, tenant: str, dataset: str, base: str, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = a_job(tenant, dataset, base, state=State.SUCCEEDED, lease_epoch=1)
+    plant(
+        f"files/{tenant}/{dataset}",
+        f"files/{tenant}/{new_id('file-')}",
+        f"adapters/{tenant}/{job}/a",
+        f"checkpoints/{tenant}/{job}/1/10/a",
+        f"checkpoints/{tenant}/{new_id('ftjob-')}/1/10/a",
+        f"models/{base}/config.json",
+    )
+    storage.client().create_multipart_upload(Bucket=bucket, Key=f"files/{tenant}/{new_id('file-')}")
+    there = everything()
+    with monkeypatch.context() as patch:
+        patch.setenv("MILLINER_DATABASE_URL", empty)
+        reread()
+        assert collect(orphan_seconds=0) == {}
+    reread()
+    assert everything() == there
+    assert collect(orphan_seconds=0) == {"files": 1, "adapters": 1, "checkpoints": 2, "uploads": 1}
+
+
+def test_tenants_of_two_databases_may_share_a_bucket(tenant: str) -> None:
+    """One batch holds keys of both."""
+    ours, theirs = (f"files/{org}/{new_id('file-')}" for org in (tenant, new_id("org-")))
+    plant(ours, theirs)
+    assert collect(orphan_seconds=0) == {"files": 1}
+    assert everything() == [theirs]
 
 
 # ---------------------------------------------------------------- races
@@ -206,14 +252,6 @@ def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_jo
     assert collect(orphan_seconds=0) == {"files": 1}
     with session_scope() as session:
         assert session.get_one(File, file_id).deleted_at is not None
-
-
-def test_an_import_that_begins_anew_saves_what_an_older_one_left(bucket: str) -> None:
-    digest = secrets.token_hex(32)
-    plant(key := f"models/{digest}/a")
-    until(lambda: next(storage.listing(key)).age >= 3)
-    assert meanwhile("base_models", lambda _: plant(key), orphan_seconds=3) == {}
-    assert everything() == [key]
 
 
 def test_two_collectors_at_once_do_no_harm(tenant: str, dataset: str, base: str) -> None:

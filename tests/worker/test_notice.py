@@ -54,6 +54,12 @@ def test_a_notice_drains_once_and_the_watch_ends(start: Start, tmp_path: Path) -
     assert not thread.is_alive()
 
 
+def test_a_worker_that_starts_on_a_machine_that_is_going_asks_before_it_waits(start: Start) -> None:
+    drained = Event()
+    start("true", drained.set, seconds="3600")
+    assert drained.wait(10)
+
+
 def test_nothing_is_asked_where_nothing_is_set(start: Start) -> None:
     assert start("", lambda: None) is None
 

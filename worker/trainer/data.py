@@ -7,7 +7,7 @@ base and the seed, so that a resumed run sees the same rows. Must not import tor
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -46,12 +46,15 @@ class Fitted:
     dropped: int
 
 
-def load(task: Task, encoder: Encoder) -> Dataset:
-    """Read and encode the job's files. Raises TrainingFailed that names every bad line (the first ones in full)."""
-    rows = _read(task.training_file, encoder, task.max_row_bytes, param="training_file")
+def load(task: Task, encoder: Encoder, *, tick: Callable[[], None] = lambda: None) -> Dataset:
+    """Read and encode the job's files, calling `tick` with each row.
+
+    Raises TrainingFailed that names every bad line (the first ones in full).
+    """
+    rows = _read(task.training_file, encoder, task.max_row_bytes, tick, param="training_file")
     if task.validation_file is None:
         return Dataset(rows, None)
-    return Dataset(rows, _read(task.validation_file, encoder, task.max_row_bytes, param="validation_file"))
+    return Dataset(rows, _read(task.validation_file, encoder, task.max_row_bytes, tick, param="validation_file"))
 
 
 def carve(rows: list[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encoded], HeldoutSource]:
@@ -88,12 +91,13 @@ def step_examples(rows: Sequence[Encoded], step: int, *, batch_size: int, seed: 
     return [rows[i] for i in order[within * batch_size : (within + 1) * batch_size]]
 
 
-def _read(path: str, encoder: Encoder, max_row_bytes: int, *, param: str) -> list[Encoded]:
+def _read(path: str, encoder: Encoder, max_row_bytes: int, tick: Callable[[], None], *, param: str) -> list[Encoded]:
     rows: list[Encoded] = []
     errors: list[RowError] = []
     bad = 0
     with open(path, "rb") as stream:
         for line, example in formats.read_rows(stream, max_row_bytes=max_row_bytes):
+            tick()
             if isinstance(example, RowError):
                 error = example
             else:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
 from shared.formats import Chat, Completion, Example
+from worker.trainer.exhaustion import is_the_kernels
 
 #: OpenAI's roles → what most chat templates call them.
 OTHER_NAMES = {"developer": "system", "function": "tool"}
@@ -77,6 +78,8 @@ class Encoder:
                 base_dir, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
+            if is_the_kernels(error):
+                raise
             raise TrainingFailed(
                 f"the base model's tokenizer cannot be loaded: {error}",
                 code="unsupported_base_model",

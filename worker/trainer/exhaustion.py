@@ -1,4 +1,4 @@
-"""Whether an error says that memory or disk ran out: nobody's fault but the machine's.
+"""Whether an error is nobody's fault but the machine's: memory or disk ran out, or the kernel refused a file.
 
 Owns: the many names of those errors. Must not import torch: the child answers its pipe before that is loaded.
 """
@@ -39,3 +39,8 @@ def is_disk_full(error: BaseException) -> bool:
         or "No space left on device" in str(error)
         or any(f"(os error {number})" in str(error) for number in NO_DISK)
     )
+
+
+def is_the_kernels(error: BaseException) -> bool:
+    """Did the kernel say it (EIO, ESTALE, EACCES), to Python or to Rust? The OSErrors of libraries have no number."""
+    return (isinstance(error, OSError) and error.errno is not None) or "(os error " in str(error)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 # Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
 # environment as well. GOMP_SPINCOUNT: threads that wait spin briefly and then sleep. The default, 300,000 rounds,
@@ -36,6 +36,7 @@ from shared.protocol import (
     Stop,
     Train,
     TrainerEvent,
+    Working,
 )
 from shared.schemas import Phase, Quantization
 from shared.streams import protect_standard_streams
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from worker.trainer.model import Base
 
 PR_SET_PDEATHSIG = 1
+
+#: A child that has said nothing for so many seconds, and gets somewhere, says that.
+WORKING_EVERY = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -69,9 +73,12 @@ def die_with_parent(parent: int) -> None:
         sys.exit("the parent is gone")
 
 
-def claim_stdout() -> int:
-    """The pipe for ourselves; whatever a library prints to stdout goes to stderr, and is written if it can be."""
-    pipe = os.dup(1)
+def claim_stdout() -> BinaryIO:
+    """The pipe for ourselves; whatever a library prints to stdout goes to stderr, and is written if it can be.
+
+    Buffered, because a stop cuts a write to a full pipe short, and only a buffer goes on where that ended.
+    """
+    pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     protect_standard_streams()
     return pipe
@@ -85,9 +92,10 @@ def boottime() -> float:
 class Session:
     """The pipe's two ends and the base that is resident."""
 
-    def __init__(self, pipe: int) -> None:
+    def __init__(self, pipe: BinaryIO) -> None:
         self.commands: queue.SimpleQueue[Prepare | Train | None] = queue.SimpleQueue()
-        self._pipe = os.fdopen(pipe, "wb", buffering=0)
+        self._pipe = pipe
+        self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
         self._resident: tuple[tuple[str, Quantization], Base] | None = None
         self._step: int | None = None
@@ -130,10 +138,19 @@ class Session:
                 self._heard = boottime()
 
     def emit(self, event: TrainerEvent) -> None:
-        self.fence()
+        """Write one line, whole. Called by the thread that serves, and by no other."""
         if isinstance(event, Measured):
             self._step = event.metrics.step
-        self._pipe.write(event.model_dump_json().encode() + b"\n")
+        line = event.model_dump_json().encode() + b"\n"
+        self.fence()
+        self._pipe.write(line)
+        self._pipe.flush()
+        self._emitted_at = time.monotonic()
+
+    def tick(self, job: str) -> None:
+        """Called whenever the job has got somewhere, be it a row, so that long work is not taken for none."""
+        if time.monotonic() - self._emitted_at >= WORKING_EVERY:
+            self.emit(Working(job=job))
 
     def serve(self, command: Prepare | Train) -> None:
         """Answer one command; no exception of a job ends the session."""
@@ -163,7 +180,8 @@ class Session:
         # Imported here: transformers takes seconds, and the pipe should answer at once.
         from worker.trainer.prepare import prepare  # noqa: PLC0415 (import cost)
 
-        self.emit(Prepared(job=command.job, plan=prepare(command.task)))
+        plan = prepare(command.task, tick=lambda: self.tick(command.job))
+        self.emit(Prepared(job=command.job, plan=plan))
 
     def _train(self, command: Train) -> None:
         # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
@@ -174,11 +192,13 @@ class Session:
             lambda: self._base(command.task.base_dir, command.recipe.quantization),
             emit=self.emit,
             stopping=lambda: self._is_stopping(command.job),
+            tick=lambda: self.tick(command.job),
         )
 
     def _is_stopping(self, job: str) -> bool:
-        """Asked before every micro-batch, and so the place to look at the lease as well."""
+        """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""
         self.fence()
+        self.tick(job)
         return job in self._stopping
 
     def _base(self, base_dir: str, quantization: Quantization) -> Base:

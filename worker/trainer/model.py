@@ -6,10 +6,12 @@ Must not run remote code, reach the network, or change a frozen weight: the base
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -20,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization, Recipe
-from worker.trainer.exhaustion import is_out_of_memory
+from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,10 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         # RuntimeError is left alone: that is how torch reports an accelerator or a memory that failed.
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_the_kernels(error):
             raise
+        if isinstance(error, ImportError) and not _is_quantized(base_dir):
+            raise  # this machine's bitsandbytes or CUDA is broken
         raise TrainingFailed(
             f"the base model cannot be loaded as {quantization.value}: {error}",
             code="unsupported_base_model",
@@ -157,6 +161,11 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_quantized(base_dir: str) -> bool:
+    """Does the base come quantized (HQQ, compressed-tensors), and so perhaps need a library that no worker has?"""
+    return "quantization_config" in json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:

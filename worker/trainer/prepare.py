@@ -5,6 +5,7 @@ Owns: what is counted and warned of. Must not import torch's models: it runs on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import TrainingFailed
@@ -26,11 +27,11 @@ class Rows:
     dropped_heldout: int
 
 
-def prepare(task: Task) -> Plan:
-    """Raises TrainingFailed for a file or a setting that cannot be trained on."""
+def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
+    """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
     base = recipe.architecture(task.base_dir)
     encoder = Encoder(task.base_dir)
-    dataset = data.load(task, encoder)
+    dataset = data.load(task, encoder, tick=tick)
     longest = max(map(len, [*dataset.train, *(dataset.validation or [])]))
     length = recipe.max_length(task.trainer, base, longest)
     rows = usable(dataset, length, seed=task.seed)

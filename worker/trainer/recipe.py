@@ -71,7 +71,7 @@ def architecture(base_dir: str) -> Architecture:
         config = config.get("text_config") or config
         context = config.get("max_position_embeddings") or config.get("n_positions")
         return Architecture(config["model_type"], int(config.get("hidden_size") or config["n_embd"]), context)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         raise TrainingFailed(
             f"the base model's config.json cannot be used: {error!r}",
             code="unsupported_base_model",

@@ -75,14 +75,24 @@ class Run:
         _say(self.emit, self.command.job, message, level)
 
 
-def train(command: Train, load_base: LoadBase, *, emit: Emit, stopping: Callable[[], bool]) -> None:
-    """Ends with `done` or `stopped`. Raises TrainingFailed for what the user must mend."""
+def train(
+    command: Train,
+    load_base: LoadBase,
+    *,
+    emit: Emit,
+    stopping: Callable[[], bool],
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Ends with `done` or `stopped`. Raises TrainingFailed for what the user must mend.
+
+    `tick` is called with each row that is read, and `stopping` before each micro-batch.
+    """
     task, recipe, job = command.task, command.recipe, command.job
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
     emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
     encoder = Encoder(task.base_dir)
-    rows = usable(data.load(task, encoder), recipe.max_length, seed=recipe.seed)
+    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
     layout, warnings = selftest.layout(
@@ -186,12 +196,7 @@ def _step(run: Run) -> None:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise TrainingFailed(
-            f"the loss diverged at step {state.step + 1}: loss {total / tokens}, gradient norm {norm}",
-            code="diverged",
-            param="hyperparameters.learning_rate_multiplier",
-            hint="lower learning_rate_multiplier, to a third for instance",
-        )
+        raise _diverged(f"at step {state.step + 1}: loss {total / tokens}, gradient norm {norm}")
     run.optimizer.step()
     run.optimizer.zero_grad()
     seconds = time.perf_counter() - started
@@ -327,7 +332,26 @@ def _score(run: Run, *, adapter: bool) -> Score:
             run.base, run.adapted, run.rows.heldout, adapter=adapter, layout=run.layout, stopping=run.stopping
         )
 
-    return _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")
+    score = _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")
+    if math.isfinite(score.loss):
+        return score
+    if adapter:
+        raise _diverged(f"after step {run.state.step}: loss {score.loss} on the held-out rows")
+    raise TrainingFailed(
+        f"the base model itself has loss {score.loss} on the held-out rows, so that nothing can be learned from it",
+        code="unsupported_base_model",
+        param="model",
+        hint="choose another base or quantization; a NaN or an overflow comes from its weights",
+    )
+
+
+def _diverged(where: str) -> TrainingFailed:
+    return TrainingFailed(
+        f"the loss diverged {where}",
+        code="diverged",
+        param="hyperparameters.learning_rate_multiplier",
+        hint="lower learning_rate_multiplier, to a third for instance",
+    )
 
 
 def _record(run: Run, metrics: Metrics) -> None:

@@ -46,6 +46,22 @@ def encoder(llama: str) -> Encoder:
 
 
 @pytest.fixture
+def unreadable(llama: str, tmp_path: Path) -> Callable[[str], str]:
+    """A copy of the base in which reading the named file is an I/O error, as on a dying disk, and for root as well."""
+
+    def spoil(name: str) -> str:
+        folder = tmp_path / "unreadable"
+        folder.mkdir()
+        for path in Path(llama).iterdir():
+            if path.name != name:
+                (folder / path.name).write_bytes(path.read_bytes())
+        (folder / name).symlink_to("/proc/self/mem")
+        return str(folder)
+
+    return spoil
+
+
+@pytest.fixture
 def write_rows(tmp_path: Path) -> WriteRows:
     def write(rows: Rows) -> str:
         path = tmp_path / f"rows-{len(list(tmp_path.iterdir()))}.jsonl"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import TrainingFailed
 from worker.trainer import data
 from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.prepare import prepare
 
 from .conftest import MakeTask, WriteRows, quotes
 
@@ -44,6 +50,30 @@ def test_validation_file_is_held_out_whole(encoder: Encoder, make_task: MakeTask
     dataset = data.load(task, encoder)
     assert dataset.validation is not None
     assert (len(dataset.train), len(dataset.validation)) == (30, 4)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_prepared_as_json_lines_are(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, kind: str
+) -> None:
+    rows = quotes(24)
+    path = tmp_path / "sha256"  # the trainer's copy has no telling name
+    if kind == "csv":
+        with path.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, ["text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    assert prepare(make_task(str(path))) == prepare(make_task(write_rows(rows)))
+
+
+def test_ticks_with_each_row_good_or_bad(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> None:
+    task = make_task(write_rows(quotes(3)), validation_file=write_rows([*quotes(2), {"txt": "x"}]))
+    ticks: list[None] = []
+    with pytest.raises(TrainingFailed):
+        data.load(task, encoder, tick=lambda: ticks.append(None))
+    assert len(ticks) == 6
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

@@ -303,6 +303,11 @@ def test_chat_rows_need_a_template(tmp_path: Path) -> None:
     assert failed.value.code == "no_chat_template"
 
 
+def test_tokenizer_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str]) -> None:
+    with pytest.raises(OSError, match="Errno 5"):
+        Encoder(unreadable("tokenizer.json"))
+
+
 def test_base_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed) as failed:
         Encoder(str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
+from worker.trainer.exhaustion import is_disk_full, is_out_of_memory, is_the_kernels
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,18 @@ from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 )
 def test_memory_and_disk_are_told_apart(error: Exception, memory: bool, disk: bool) -> None:
     assert (is_out_of_memory(error), is_disk_full(error)) == (memory, disk)
+
+
+@pytest.mark.parametrize(
+    ("error", "its"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (OSError("No such device (os error 19)"), True),
+        (SafetensorError("Error while deserializing: I/O error: Stale file handle (os error 116)"), True),
+        (OSError("Error no file named model.safetensors found in directory"), False),
+        (ValueError("5"), False),
+    ],
+)
+def test_the_kernels_errors_have_a_number(error: Exception, its: bool) -> None:
+    assert is_the_kernels(error) is its

@@ -10,23 +10,30 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from shared.protocol import (
+    EVENT,
     Alive,
     CheckpointSaved,
     Done,
     Failed,
     Measured,
+    Notice,
+    PhaseEntered,
     Prepare,
     Prepared,
     Stop,
     Stopped,
     Train,
     TrainerEvent,
+    Working,
 )
-from worker.trainer.main import boottime
+from shared.schemas import Phase
+from worker.trainer import main as child_main
+from worker.trainer.main import Session, boottime
 
 from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
@@ -65,9 +72,7 @@ def test_bad_files_fail_with_line_and_hint(
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     child.send(Prepare(job="b", task=make_task(str(path))))
-    child.next()
-    failed = child.next()
-    assert isinstance(failed, Failed)
+    failed = child.until(Failed)
     assert (failed.code, failed.param, failed.retryable) == (code, "training_file", False)
     assert said in failed.message
     assert failed.hint
@@ -94,9 +99,7 @@ def test_a_surprise_is_retryable_and_the_session_lives_on(
     child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     child.send(Prepare(job="d", task=make_task(str(tmp_path / "missing.jsonl"))))
-    child.next()
-    failed = child.next()
-    assert isinstance(failed, Failed)
+    failed = child.until(Failed)
     assert (failed.code, failed.retryable) == ("internal_error", True)
     child.send(Prepare(job="e", task=make_task(write_rows(quotes(3)))))
     assert child.until(Prepared).job == "e"
@@ -149,10 +152,7 @@ def test_log_on_a_full_disk_fails_no_job(make_task: MakeTask, write_rows: WriteR
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 2})
     with open("/dev/full", "wb") as full, Child(stderr=full, PYTHONUNBUFFERED="1") as child:
         child.send(Prepare(job="g", task=make_task(str(tmp_path / "missing.jsonl"))))
-        child.next()
-        failed = child.next()
-        assert isinstance(failed, Failed)
-        assert failed.code == "internal_error"
+        assert child.until(Failed).code == "internal_error"
         child.send(Train(job="g", task=task, recipe=recipe_of(task), work_dir=str(tmp_path)))
         assert child.until(Done).report.steps == 2
 
@@ -186,6 +186,77 @@ def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
         child.send(Stop(job="h"))
         while not isinstance(awake(child), Stopped):
             pass
+
+
+@pytest.mark.parametrize(("every", "said"), [(0.0, True), (3600.0, False)])
+def test_whoever_gets_somewhere_is_heard(
+    make_task: MakeTask,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: float,
+    said: bool,
+) -> None:
+    """While rows are read and scored, and within a step; unless something else was said a moment ago."""
+    monkeypatch.setattr(child_main, "WORKING_EVERY", every)
+    held = write_rows([*quotes(2), {"text": "hat"}])
+    task = make_task(
+        write_rows(quotes(4)),
+        validation_file=held,
+        hyperparameters={"batch_size": 4},
+        trainer={"max_steps": 1, "micro_batch": 1, "packing": False},
+    )
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb") as ours:
+        session = Session(ours)
+        session.serve(Prepare(job="i", task=task))
+        *heard, prepared = events(pipe, Prepared)
+        assert heard == [PhaseEntered(job="i", phase=Phase.TOKENIZING), *[Working(job="i")] * (7 if said else 0)]
+        assert isinstance(prepared, Prepared)
+        session.serve(Train(job="i", task=task, recipe=prepared.plan.recipe, work_dir=str(tmp_path)))
+        phase, heard_in = None, {}
+        for event in events(pipe, Done):
+            phase = event.phase if isinstance(event, PhaseEntered) else phase
+            heard_in[phase] = heard_in.get(phase, 0) + isinstance(event, Working)
+    rows, micro_batches = 7, 4
+    assert heard_in.pop(Phase.LOADING) == 0
+    assert heard_in[Phase.TOKENIZING] == (rows if said else 0)
+    assert all((count >= micro_batches - 1) == said for count in heard_in.values())
+
+
+def events(pipe: BinaryIO, last: type[TrainerEvent]) -> list[TrainerEvent]:
+    """Up to the first of kind `last`, which must come."""
+    found: list[TrainerEvent] = []
+    while not found or not isinstance(found[-1], last):
+        found.append(EVENT.validate_json(pipe.readline()))
+        assert not isinstance(found[-1], Failed), found[-1]
+    return found
+
+
+def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> None:
+    """A pipe holds 64 KiB; a write that waits for room is cut short by a stop and a thaw."""
+    notice = Notice(job="k", level="info", message="x" * 300_000)
+    script = (
+        "from shared.protocol import Notice; from worker.trainer.main import Session, claim_stdout;"
+        "Session(claim_stdout()).emit(Notice(job='k', level='info', message='x' * 300_000))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.peek(1)
+        until_waiting(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_until_stopped(process.pid)
+        os.kill(process.pid, signal.SIGCONT)
+        assert EVENT.validate_json(process.stdout.readline()) == notice
+        assert process.stdout.read() == b""
+
+
+def until_waiting(pid: int) -> None:
+    """For room in the pipe."""
+    deadline = time.monotonic() + 10
+    while ") S " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def awake(child: Child) -> TrainerEvent:

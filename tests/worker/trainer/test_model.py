@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -142,6 +144,8 @@ def test_base_without_sdpa_is_loaded(tmp_path: Path) -> None:
         torch.AcceleratorError("CUDA error: device lost"),
         torch.OutOfMemoryError("CUDA out of memory"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        ImportError("libcudart.so.13: cannot open shared object file"),
     ],
 )
 def test_machine_that_fails_while_loading_is_not_the_users_fault(
@@ -154,6 +158,24 @@ def test_machine_that_fails_while_loading_is_not_the_users_fault(
     with pytest.raises(type(error)) as failed:
         model.load_base(llama, Quantization.NONE)
     assert failed.value is error
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_base_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str], name: str) -> None:
+    with pytest.raises(OSError, match=r"Errno 5|os error"):
+        model.load_base(unreadable(name), Quantization.NONE)
+
+
+def test_base_in_a_quantization_that_no_worker_has_is_the_users_to_mend(llama: str, tmp_path: Path) -> None:
+    for path in Path(llama).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingFailed, match="compressed-tensors") as failed:
+        model.load_base(str(tmp_path), Quantization.NF4)
+    assert failed.value.code == "unsupported_base_model"
+    assert isinstance(failed.value.__cause__, ImportError)
 
 
 @pytest.mark.parametrize("spoiled", ["config.json", "model.safetensors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,8 @@ def test_folder_without_a_text_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed) as failed:
         recipe.architecture(str(tmp_path))
     assert failed.value.code == "unsupported_base_model"
+
+
+def test_config_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str]) -> None:
+    with pytest.raises(OSError, match="Errno 5"):
+        recipe.architecture(unreadable("config.json"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from shared.errors import TrainingFailed
@@ -146,6 +149,31 @@ def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: W
         run(task, tmp_path, learning_rate=1e30)
     assert failed.value.code == "diverged"
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("eval_every", [1, None])
+def test_divergence_that_only_an_evaluation_shows_is_said(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, eval_every: int | None
+) -> None:
+    """The last step's own loss is from before it; a score of NaN would be no JSON."""
+    task = make_task(write_rows(quotes(24)), trainer={"max_steps": 1})
+    with pytest.raises(TrainingFailed, match=r"after step 1: loss (nan|inf) on the held-out") as failed:
+        run(task, tmp_path, learning_rate=1e30, eval_every=eval_every)
+    assert failed.value.code == "diverged"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_base_with_a_weight_that_is_no_number_is_refused(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    spoiled = tmp_path / "base"
+    shutil.copytree(llama, spoiled)
+    weights = load_file(spoiled / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingFailed, match="the base model itself has loss nan") as failed:
+        run(make_task(write_rows(quotes(24)), base_dir=str(spoiled)), tmp_path)
+    assert (failed.value.code, failed.value.param) == ("unsupported_base_model", "model")
 
 
 def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
