@@ -3,17 +3,19 @@
 Owns: what a row may look like, and how bad ones are reported. The upload endpoint and the trainer read files through
 `read_rows`, so a row means the same to both. Must not tokenize: chat templates belong to the model.
 
-To add a format: one function that turns a JSON object into an `Example`, and its entry in `FORMATS`.
+To add a format: one function that turns a JSON object into an `Example`, and its entry in `FORMATS`. What kinds of file
+rows come in is `shared.tables`'s.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from shared import tables
 from shared.schemas import FileReport, RowProblem
+from shared.tables import found as _found
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_PROBLEMS = 20
@@ -66,16 +68,31 @@ class _Bad(Exception):
 
 def chat(row: dict[str, Any]) -> Chat:
     """`{"messages":[{role,content,weight?,tool_calls?}],"tools"?}`, loss on assistant turns of weight 1."""
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise _Bad("messages", f"found {_found(messages)}", "a non-empty array of {role, content} objects")
-    turns = tuple(_turn(message, f"messages[{i}]") for i, message in enumerate(messages))
-    if not any(turn.trained for turn in turns):
-        raise _Bad("messages", "no assistant message to learn from", "add one with role assistant and weight 1")
-    tools = row.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _Bad("tools", f"found {_found(tools)}", "an array of tool definitions (JSON objects)")
-    return Chat(turns, tuple(tools))
+    messages = _non_empty(row, "messages", "a non-empty array of {role, content} objects")
+    return _conversation(row, "messages", [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)])
+
+
+def sharegpt(row: dict[str, Any]) -> Chat:
+    """`{"conversations":[{from,value,weight?}],"system"?,"tools"?}`, another spelling of a chat."""
+    said = _non_empty(row, "conversations", "a non-empty array of {from, value} objects")
+    turns = [_said(part, f"conversations[{i}]") for i, part in enumerate(said)]
+    return _conversation(row, "conversations", [*_system(row), *turns])
+
+
+def instruction(row: dict[str, Any]) -> Chat:
+    """`{"instruction","input"?,"output","system"?}`, a chat of one question: the instruction, a blank line, the input.
+
+    Not Alpaca's own "Below is an instruction": whoever asks the tuned model afterwards asks by its chat template.
+    """
+    asked, given, answer = row["instruction"], row.get("input"), row.get("output")
+    if not isinstance(asked, str) or not asked:
+        raise _Bad("instruction", f"found {_found(asked)}", "a non-empty string")
+    if not isinstance(given, str | None):
+        raise _Bad("input", f"found {_found(given)}", "a string, or none")
+    if not isinstance(answer, str) or not answer:
+        raise _Bad("output", f"found {_found(answer)}", "a non-empty string")
+    question = {"role": "user", "content": f"{asked}\n\n{given}" if given else asked}
+    return Chat((*_system(row), Turn(question, False), Turn({"role": "assistant", "content": answer}, True)))
 
 
 def completion(row: dict[str, Any]) -> Completion:
@@ -95,8 +112,26 @@ def text(row: dict[str, Any]) -> Completion:
     return Completion("", row["text"])
 
 
-#: The key that marks a row's format → the function that reads it.
-FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {"messages": chat, "prompt": completion, "text": text}
+#: The key that marks a row's format → the function that reads it. The first one found counts: Alpaca's rows have a
+#: `text` beside the instruction, with both rendered into it.
+FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
+    "messages": chat,
+    "conversations": sharegpt,
+    "prompt": completion,
+    "instruction": instruction,
+    "text": text,
+}
+#: Every key that a format reads; the columns of a table.
+KEYS = (*FORMATS, "tools", "system", "completion", "input", "output")
+#: ShareGPT's names → ours.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
 def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Example | RowError]]:
@@ -105,15 +140,11 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
     The first good row decides the file's format. An empty file yields one RowError at line 1.
     """
     marker: str | None = None
-    seen = False
-    for line, raw in _lines(stream, max_row_bytes):
-        if raw is not None and not raw.strip():
-            continue
-        seen = True
+    line = 0
+    for line, row in tables.read(stream, columns=KEYS, max_row_bytes=max_row_bytes):
         try:
-            if raw is None:
-                raise _Bad("", f"the line is longer than {max_row_bytes:,} bytes", "split the row or shorten it")
-            row = _object(raw)
+            if isinstance(row, tables.Unreadable):
+                raise _Bad("", row.message, row.hint)
             found = _marker(row)
             if marker is not None and found != marker:
                 raise _Bad(found, f"a {found!r} row in a file of {marker!r} rows", "keep one format in a file")
@@ -123,8 +154,8 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
         else:
             marker = found
             yield line, example
-    if not seen:
-        yield 1, RowError(1, "", "the file is empty", "one JSON object a line, such as " + _SAMPLE)
+    if not line:
+        yield 1, RowError(1, "", "the file is empty", tables.ONE_OBJECT)
 
 
 def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
@@ -152,48 +183,48 @@ def describe(report: FileReport) -> str:
     return f"{report.bad_rows} bad row{'s' * (report.bad_rows != 1)}: {shown}" + (f"; and {more} more" if more else "")
 
 
-_SAMPLE = '{"messages":[{"role":"user","content":"…"},{"role":"assistant","content":"…"}]}'
-
-
-def _lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, bytes), or None for a line over `limit`, of which no more than `limit` bytes are ever held."""
-    number = 0
-    while raw := stream.readline(limit + 1):
-        number += 1
-        if len(raw) <= limit or raw.endswith(b"\n"):
-            yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            continue
-        while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-            pass
-        yield number, None
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Bad("", f"byte {error.start + 1} of the line is not UTF-8", "save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise _Bad(
-            "", f"not JSON at column {error.colno}: {error.msg}", "one JSON object a line, such as " + _SAMPLE
-        ) from None
-    except ValueError as error:
-        raise _Bad("", f"not JSON that we can hold: {error}", "numbers of at most 4,300 digits") from None
-    except RecursionError:
-        raise _Bad("", "the JSON is nested too deeply", "one flat JSON object a line, such as " + _SAMPLE) from None
-    if not isinstance(row, dict):
-        raise _Bad("", f"found {_found(row)}", "one JSON object a line, such as " + _SAMPLE)
-    if b"\\ud" in raw.lower() and not _is_unicode(row):
-        raise _Bad("", "found half of a surrogate pair (\\ud8xx alone)", "whole characters")
-    return row
-
-
 def _marker(row: dict[str, Any]) -> str:
     for key in FORMATS:
         if key in row:
             return key
     keys = ", ".join(_found(key) for key in sorted(row)[:6]) or "none"
-    raise _Bad("", f"found keys {keys}", 'one of "messages"; "prompt" and "completion"; "text"')
+    allowed = '"messages"; "prompt" and "completion"; "instruction" and "output"; "conversations"; "text"'
+    raise _Bad("", f"found keys {keys}", f"one of {allowed}")
+
+
+def _non_empty(row: dict[str, Any], key: str, hint: str) -> list[Any]:
+    if not isinstance(row[key], list) or not row[key]:
+        raise _Bad(key, f"found {_found(row[key])}", hint)
+    return list(row[key])
+
+
+def _conversation(row: dict[str, Any], key: str, turns: list[Turn]) -> Chat:
+    if not any(turn.trained for turn in turns):
+        raise _Bad(key, "no assistant message to learn from", "add one with role assistant and weight 1")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _Bad("tools", f"found {_found(tools)}", "an array of tool definitions (JSON objects)")
+    return Chat(tuple(turns), tuple(tools))
+
+
+def _system(row: dict[str, Any]) -> list[Turn]:
+    """The system message that some write beside the conversation."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise _Bad("system", f"found {_found(system)}", "a string, or none")
+    return [Turn({"role": "system", "content": system}, False)] if system else []
+
+
+def _said(part: Any, where: str) -> Turn:
+    if not isinstance(part, dict):
+        raise _Bad(where, f"found {_found(part)}", "an object with from and value")
+    speaker, value = part.get("from"), part.get("value")
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise _Bad(f"{where}.from", f"found {_found(speaker)}", "one of " + ", ".join(SPEAKERS))
+    if not isinstance(value, str):
+        raise _Bad(f"{where}.value", f"found {_found(value)}", "a string")
+    weight = {"weight": part["weight"]} if "weight" in part else {}
+    return _turn({"role": SPEAKERS[speaker], "content": value} | weight, where)
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -221,17 +252,3 @@ def _joined(parts: list[Any], where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise _Bad(f"{where}.content[{i}]", f"found {_found(part)}", 'text parts: {"type":"text","text":"…"}')
     return "".join(part["text"] for part in parts)
-
-
-def _is_unicode(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _found(value: Any) -> str:
-    """A value as it is shown in a message: JSON, so that control characters are escaped."""
-    shown = json.dumps(value, ensure_ascii=False)
-    return "nothing" if value is None else shown if len(shown) <= 40 else shown[:39] + "…"

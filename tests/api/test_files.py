@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from openai.types import FileObject
 
@@ -39,6 +42,9 @@ def test_a_file_goes_up_and_comes_down(client: openai.OpenAI, quotes: bytes) -> 
         (b"", "line 1: the file is empty"),
         ('{"text":"Café"}'.encode("latin-1"), "is not UTF-8"),
         (os.urandom(4096), "bad row"),
+        (b"text,id\nx,1\ny\n", "line 3: found 1 fields for 2 columns"),
+        (b"PAR1" + os.urandom(4096), "line 1: the Parquet file is broken"),
+        (b"PK\x03\x04", "line 1: the file is a ZIP archive or a spreadsheet (allowed: JSON lines"),
     ],
 )
 def test_a_broken_file_is_kept_and_its_rows_are_told(client: openai.OpenAI, body: bytes, said: str) -> None:
@@ -48,6 +54,20 @@ def test_a_broken_file_is_kept_and_its_rows_are_told(client: openai.OpenAI, body
     assert "allowed" in (file.status_details or "")
     problem = extra(file)["report"]["problems"][0]
     assert set(problem) == {"line", "field", "message", "hint"}
+
+
+def test_csv_and_parquet_go_up(client: openai.OpenAI) -> None:
+    table = io.BytesIO()
+    pq.write_table(pa.table({"instruction": ["Say it"] * 3, "output": ["hello"] * 3}), table)
+    for name, body, form in (
+        ("pairs.csv", 'prompt,completion\n"a\nb",c\nd,e\nf,g\n'.encode("utf-8-sig"), "completion"),
+        ("alpaca.parquet", table.getvalue(), "chat"),
+        ("misnamed.jsonl", b"text\nx\ny\nz\n", "text"),
+    ):
+        file = client.files.create(file=(name, body), purpose="fine-tune")
+        assert file.status == "processed", file.status_details
+        assert extra(file)["report"] == {"rows": 3, "bad_rows": 0, "format": form, "problems": []}
+        assert client.files.content(file.id).read() == body
 
 
 def test_pages_reach_every_file_once(client: openai.OpenAI) -> None:

@@ -8,16 +8,34 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shared.formats import FORMATS, MAX_PROBLEMS, Chat, Completion, RowError, Turn, check_file, describe, read_rows
+from shared.formats import (
+    FORMATS,
+    KEYS,
+    MAX_PROBLEMS,
+    Chat,
+    Completion,
+    RowError,
+    Turn,
+    check_file,
+    describe,
+    read_rows,
+)
 
 LIMIT = 5000
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello"}
 PARTS = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+HUMAN = {"from": "human", "value": "hi"}
+GPT = {"from": "gpt", "value": "hello"}
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+
+
+def asked(question: str, *, system: str | None = None) -> Chat:
+    """A chat of one question, answered with hello."""
+    before = [Turn({"role": "system", "content": system}, False)] if system else []
+    return Chat((*before, Turn({"role": "user", "content": question}, False), Turn(BOT, True)))
+
 
 GOOD = [
     ({"messages": [USER, BOT]}, Chat((Turn(USER, False), Turn(BOT, True)))),
@@ -34,12 +52,24 @@ GOOD = [
     ({"prompt": "2+2=", "completion": "4"}, Completion("2+2=", "4")),
     ({"prompt": "", "completion": "4"}, Completion("", "4")),
     ({"text": "Quote by ADA: “…”"}, Completion("", "Quote by ADA: “…”")),
+    ({"instruction": "Say", "output": "hello"}, asked("Say")),
+    ({"instruction": "Say", "input": "", "output": "hello", "text": "Below is …"}, asked("Say")),
+    ({"instruction": "Say", "input": None, "output": "hello"}, asked("Say")),
+    ({"instruction": "Say", "input": "it", "output": "hello"}, asked("Say\n\nit")),
+    ({"instruction": "Say", "output": "hello", "system": "Be brief"}, asked("Say", system="Be brief")),
+    ({"conversations": [HUMAN, GPT]}, asked("hi")),
+    ({"conversations": [{"from": "system", "value": "Be brief"}, HUMAN, GPT]}, asked("hi", system="Be brief")),
+    ({"conversations": [HUMAN, GPT], "system": "Be brief"}, asked("hi", system="Be brief")),
+    ({"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]}, asked("hi")),
+    ({"conversations": [HUMAN, GPT | {"weight": 0}, {"from": "tool", "value": "4"}, GPT], "tools": [{}]},
+     Chat((Turn(USER, False), Turn(BOT, False), Turn({"role": "tool", "content": "4"}, False), Turn(BOT, True)),
+          ({},))),
 ]  # fmt: skip
 
 BAD = [
     ('{"messages": [', "", "not JSON at column"),
     ("[1, 2]", "", "found [1, 2]"),
-    ('"text"', "", 'found "text"'),
+    ('"hello"', "", r'the file begins with "\"hello\""'),
     ("{}", "", "found keys none"),
     ('{"question": 1}', "", 'found keys "question"'),
     ('{"te\\u0000xt": 1}', "", r'found keys "te\u0000xt"'),
@@ -62,6 +92,18 @@ BAD = [
     ('{"prompt": 1, "completion": "x"}', "prompt", "found 1"),
     ('{"text": ""}', "text", 'found ""'),
     ('{"text": null}', "text", "found nothing"),
+    ('{"instruction": ""}', "instruction", 'found ""'),
+    ('{"instruction": "x", "input": 7, "output": "y"}', "input", "found 7"),
+    ('{"instruction": "x"}', "output", "found nothing"),
+    ('{"instruction": "x", "output": ["y"]}', "output", 'found ["y"]'),
+    ('{"instruction": "x", "output": "y", "system": 1}', "system", "found 1"),
+    ('{"conversations": {}}', "conversations", "found {}"),
+    ('{"conversations": ["hi"]}', "conversations[0]", 'found "hi"'),
+    ('{"conversations": [{"from": "bot", "value": "x"}]}', "conversations[0].from", 'found "bot"'),
+    ('{"conversations": [{"from": ["gpt"], "value": "x"}]}', "conversations[0].from", 'found ["gpt"]'),
+    ('{"conversations": [{"from": "gpt"}]}', "conversations[0].value", "found nothing"),
+    ('{"conversations": [{"from": "gpt", "value": "x", "weight": 2}]}', "conversations[0].weight", "found 2"),
+    ('{"conversations": [{"from": "human", "value": "x"}]}', "conversations", "no assistant message"),
     ("[" * 2000 + "]" * 2000, "", "nested too deeply"),
 ]
 
@@ -73,6 +115,7 @@ def test_a_good_row(row: dict[str, Any], example: Chat | Completion) -> None:
 
 def test_every_format_has_a_good_row() -> None:
     assert {next(key for key in FORMATS if key in row) for row, _ in GOOD} == set(FORMATS)
+    assert {key for row, _ in GOOD for key in row} == set(KEYS)
 
 
 @pytest.mark.parametrize(("line", "field", "message"), BAD)
@@ -124,14 +167,6 @@ def test_a_line_that_is_too_long_is_skipped_in_constant_memory() -> None:
     assert "longer than 5,000 bytes" in str(rows[0][1])
     assert rows[1][1] == Completion("", "y")
     assert peak < 1_000_000
-
-
-@given(st.lists(st.binary(max_size=60), max_size=8))
-def test_no_bytes_break_the_reader(lines: list[bytes]) -> None:
-    body = b"\n".join(lines)
-    for number, row in read_rows(io.BytesIO(body), max_row_bytes=40):
-        assert 1 <= number <= body.count(b"\n") + 1
-        assert isinstance(row, Chat | Completion | RowError)
 
 
 def test_the_report_counts_all_and_shows_the_first() -> None:
