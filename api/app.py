@@ -18,7 +18,7 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.routes import files, health, jobs, models
+from api.routes import estimate, files, health, jobs, models
 from shared.errors import Conflict, InvalidRequest, MillinerError, TooLarge
 from shared.ids import new_id
 from shared.queue import Bell
@@ -32,7 +32,7 @@ FORM_SLACK = 64 * 1024
 def create_app() -> FastAPI:
     """A fresh application on this process's settings."""
     app = FastAPI(title="Milliner", version="0.1.0", lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for noun in (files, jobs, models, health):
+    for noun in (files, jobs, estimate, models, health):
         app.include_router(noun.router)
     app.add_exception_handler(MillinerError, _milliner_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

@@ -1,7 +1,7 @@
 """The `milliner` command: its names, its options, and what each one prints.
 
-Owns: one function per command. What is more than a call and a print lives beside: connect, submit, follow, download,
-show. The stack's own commands come from `deploy.local`.
+Owns: one function per command. What is more than a call and a print lives beside: connect, submit, estimate, follow,
+download, show. The stack's own commands come from `deploy.local`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from client import download, show, submit
+from client import download, estimate, show, submit
 from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
@@ -250,6 +250,45 @@ def submit_job(
         _follow(client, wire.id, as_json)
     else:
         _print(wire, f"{wire.id} is sent; watch it with: milliner show {wire.id} --follow", as_json)
+
+
+@app.command("estimate")
+def estimate_job(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Base model; see: milliner models")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="A dataset, or the id of an uploaded one.")
+    ] = None,
+    *,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", show_default="auto")] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="How the frozen base is held.", show_default="nf4")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows at a time.", show_default="auto")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda")] = None,
+    device_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What there is, such as 24GB.")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a job fits, how long it takes, and what would make it fit; exit 1 if it does not."""
+    answer = estimate.ask(
+        connect(data),
+        file,
+        model=model,
+        lora={"r": r},
+        quantization=quantization,
+        trainer={"max_length": max_length, "micro_batch": micro_batch},
+        hyperparameters={"n_epochs": epochs},
+        device=device,
+        device_memory_bytes=estimate.bytes_of(device_memory) if device_memory else None,
+    )
+    if as_json:
+        show.print_json(answer.model_dump(mode="json"))
+    else:
+        show.console().print(estimate.verdict(answer))
+    if answer.fits is False:
+        raise typer.Exit(1)
 
 
 @app.command("ls")

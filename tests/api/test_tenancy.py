@@ -23,6 +23,7 @@ COLLECTIONS = {
     ("POST", "/v1/files"),
     ("GET", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/fine_tuning/estimate"),
     ("GET", "/v1/models"),
 }
 OBJECTS = {
@@ -80,6 +81,12 @@ def test_a_strangers_job_cannot_use_our_file(stranger: openai.OpenAI, dataset: F
             model="SmolLM2-135M-Instruct", training_file=own.id, validation_file=dataset.id
         )
     stranger.files.delete(own.id)
+
+
+def test_a_strangers_estimate_cannot_use_our_file(stranger: openai.OpenAI, dataset: FileObject) -> None:
+    body = {"model": "SmolLM2-135M-Instruct", "training_file": dataset.id}
+    with pytest.raises(openai.NotFoundError, match="no file"):
+        stranger.post("/fine_tuning/estimate", cast_to=httpx.Response, body=body)
 
 
 def test_every_session_commits_before_the_answer() -> None:

@@ -146,6 +146,18 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Do
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
+def test_an_estimate_leaves_nothing(stack: Record, rows: Path) -> None:
+    files = milliner(stack, "files", "--json").json()["data"]
+    asked = milliner(stack, "estimate", MODEL, rows, "--r", "8", "--device-memory", "24GB")
+    assert asked.returncode == 0, asked.stderr
+    assert "fits into 24.0 GB" in asked.stdout
+    assert milliner(stack, "estimate", MODEL, rows, "--json").json()["tokens_source"] == "file_size"
+    tight = milliner(stack, "estimate", MODEL, "--device-memory", "500MB")
+    assert tight.returncode == 1
+    assert "does not fit into 500.0 MB" in tight.stdout
+    assert milliner(stack, "files", "--json").json()["data"] == files
+
+
 def test_bad_rows_are_named_and_not_kept(stack: Record, tmp_path: Path) -> None:
     good = json.dumps({"prompt": "a", "completion": "b"})
     broken = dataset(tmp_path / "torn.jsonl", [*[good] * 6, '{"prompt": ', good])

@@ -1,0 +1,274 @@
+"""Will it fit: peak memory and time of a LoRA run, by arithmetic on a base's architecture, before any GPU is held.
+
+Owns: the memory model, the FLOP of a token, and the one change that makes a run fit. Pure: no torch, no file, no clock.
+The model is of our own trainer on one device; tests/shared/test_fit.py holds it against allocations that were measured
+and against published figures. Bytes are bytes, GB are 1e9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from shared.architecture import Architecture, Linear
+from shared.errors import InvalidRequest
+from shared.schemas import Quantization, Wire
+
+#: Compute, and whatever of the base is not quantized, is bf16; the adapter, its gradient and AdamW's two moments fp32.
+COMPUTE_BYTES = 2
+ADAPTER_BYTES = 16
+#: NF4 with double quantization, as bitsandbytes stores it: 4 bits an element, an 8-bit scale a block of 64, an fp32
+#: scale a 256 of those, and for each matrix two code books (16 and 256 fp32) and an offset. 0.5159 bytes an element.
+NF4_BLOCK, NF4_SCALES = 64, 256
+NF4_BOOKS = 4 * (16 + 256 + 1)
+#: Logits in 16 bits and fp32, their log-softmax and its gradient.
+LOGIT_BYTES = 16
+#: A packed row is at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
+PACK_LENGTH = 128
+#: Blocks that come and go leave gaps.
+FRAGMENTATION = 0.05
+
+SHORTEST_ROW = 64
+FEWEST_BITS = (Quantization.NONE, Quantization.INT8, Quantization.NF4)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the trainer does on a kind of device, and what the device costs and gives.
+
+    `context_bytes` are there before anything is loaded. `chunk_bytes` of fp32 logits are held at once (`CHUNK_BYTES` of
+    worker/trainer/methods/sft.py). `flops` are sustained in 16-bit training, a second.
+    """
+
+    context_bytes: int
+    chunk_bytes: int
+    flops: float
+    described: str
+
+
+Kind = Literal["cuda", "cpu"]
+DEVICES: dict[Kind, Device] = {
+    # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
+    "cuda": Device(500_000_000, 256 * 1024**2, 0.4 * 312e12, "two fifths of an A100's peak"),
+    # An interpreter with torch and transformers; SmolLM2 at 613 tokens/s on two cores is 0.36 TFLOP/s.
+    "cpu": Device(700_000_000, 16 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What memory and time depend on, with nothing left at "auto". `max_length` is the tokens of the longest row."""
+
+    quantization: Quantization
+    r: int
+    micro_batch: int
+    max_length: int
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    use_dora: bool = False
+    dropout: float = 0.0
+    packing: bool = True
+    checkpointing: bool = True
+    device: Kind = "cuda"
+
+    @property
+    def row(self) -> int:
+        return max(self.max_length, PACK_LENGTH) if self.packing else self.max_length
+
+    @property
+    def tokens(self) -> int:
+        """Of a forward pass."""
+        return self.micro_batch * self.row
+
+
+class ParameterCount(Wire):
+    """`linear` is what quantization packs; `embedding` includes an untied head; `trained` is the adapter's, in fp32."""
+
+    total: int
+    linear: int
+    embedding: int
+    other: int
+    trained: int
+
+
+class Memory(Wire):
+    """Bytes at the moment of the peak; they add up to `total`. `head` is 0 where the peak is inside a layer.
+
+    `overhead` is the device's context and fragmentation; what torch says it has allocated is the rest.
+    """
+
+    weights: int
+    adapter: int
+    activations: int
+    head: int
+    dequantized: int
+    overhead: int
+    total: int
+
+
+class Change(Wire):
+    """A setting that, changed alone, makes a run fit, and the peak that it leads to."""
+
+    param: str
+    value: int | bool | Quantization
+    total: int
+
+
+def parameters(base: Architecture, setup: Setup) -> ParameterCount:
+    """Counts of the base as it is loaded, and of what is trained. Raises InvalidRequest: a target that is not there."""
+    return ParameterCount(
+        total=base.total,
+        linear=base.linear,
+        embedding=base.embedding + base.head,
+        other=base.other + base.classifier,
+        trained=trained(base, setup),
+    )
+
+
+def trained(base: Architecture, setup: Setup) -> int:
+    """Parameters of the adapter (Hu et al. 2021; DoRA's magnitudes: Liu et al. 2024), and of a classifier's head."""
+    adapted = targets(base, setup)
+    lora = sum(setup.r * (linear.inputs + linear.outputs) for linear in adapted)
+    magnitudes = sum(linear.outputs for linear in adapted) if setup.use_dora else 0
+    return lora + magnitudes + base.classifier
+
+
+def targets(base: Architecture, setup: Setup) -> list[Linear]:
+    """The matrices that bear an adapter: a name means every module whose path ends in it, as in peft."""
+    if isinstance(setup.target_modules, str):
+        return list(base.linears)
+    for target in setup.target_modules:
+        if not any(_names(target, linear) for linear in base.linears):
+            names = sorted({linear.path.rpartition(".")[2] for linear in base.linears})
+            raise InvalidRequest(
+                f'target_modules: {target!r} names no linear module of this base; allowed: "all-linear", or some of '
+                f"{', '.join(names)}",
+                param="lora.target_modules",
+                code="invalid_lora",
+            )
+    return [linear for linear in base.linears if any(_names(target, linear) for target in setup.target_modules)]
+
+
+def weights(base: Architecture, quantization: Quantization, *, element_bytes: int = COMPUTE_BYTES) -> int:
+    """Bytes of the resident base; `element_bytes` for all that is not quantized."""
+    rest = base.total - base.linear
+    return sum(_matrix(linear, quantization, element_bytes) for linear in base.linears) + element_bytes * rest
+
+
+def memory(base: Architecture, setup: Setup) -> Memory:
+    """The peak of one micro-batch's forward and backward; the optimizer's step comes when the activations are gone."""
+    adapter = ADAPTER_BYTES * trained(base, setup)
+    activations, head = _moving(base, setup)
+    quantized = setup.quantization is not Quantization.NONE
+    dequantized = COMPUTE_BYTES * max(linear.elements for linear in base.linears) if quantized else 0
+    overhead = DEVICES[setup.device].context_bytes + round(FRAGMENTATION * (activations + head + dequantized))
+    base_bytes = weights(base, setup.quantization)
+    return Memory(
+        weights=base_bytes,
+        adapter=adapter,
+        activations=activations,
+        head=head,
+        dequantized=dequantized,
+        overhead=overhead,
+        total=base_bytes + adapter + activations + head + dequantized + overhead,
+    )
+
+
+def flop_per_token(base: Architecture, setup: Setup) -> int:
+    """FLOP of a token's forward and backward, each token trained on.
+
+    A frozen matrix costs 2 a parameter forward and 2 for the gradient of its input; a trained one 2 more for its own;
+    checkpointing the forward again, but for the head. Attention's two products cost 4 a pair and unit of width forward
+    and twice that backward; half of the pairs are masked in a causal model.
+    """
+    again = 2 if setup.checkpointing else 0
+    head = base.vocabulary * base.hidden if base.causal else 0
+    pairs = base.layers * base.query * setup.row // (2 if base.causal else 1)
+    matrices = (4 + again) * base.linear + (6 + again) * trained(base, setup) + 4 * head
+    return matrices + (12 + 2 * again) * pairs
+
+
+def change(base: Architecture, setup: Setup, device_bytes: int) -> Change | None:
+    """The first single setting that makes it fit, changed no more than it must be; None if none does.
+
+    What costs least comes first: rows at a time, checkpointing (half as much time again), length (cut rows), bits.
+    """
+    for param, value, narrower in _narrower(setup):
+        total = memory(base, narrower).total
+        if total <= device_bytes:
+            return Change(param=param, value=value, total=total)
+    return None
+
+
+def smallest(base: Architecture, setup: Setup) -> int:
+    """The peak with all of these settings at their least: on less memory, this base cannot be trained at this rank."""
+    least = replace(
+        setup,
+        micro_batch=1,
+        checkpointing=True,
+        max_length=min(setup.max_length, SHORTEST_ROW),
+        quantization=Quantization.NF4,
+    )
+    return memory(base, least).total
+
+
+def _narrower(setup: Setup) -> Iterator[tuple[str, int | bool | Quantization, Setup]]:
+    """Every single change that takes less memory, in the order of `change`, the smallest step first."""
+    for i in range(1, setup.micro_batch.bit_length()):
+        rows = setup.micro_batch >> i
+        yield "trainer.micro_batch", rows, replace(setup, micro_batch=rows)
+    if not setup.checkpointing:
+        yield "gradient_checkpointing", True, replace(setup, checkpointing=True)
+    for length in range((setup.max_length - 1) // SHORTEST_ROW * SHORTEST_ROW, 0, -SHORTEST_ROW):
+        yield "trainer.max_length", length, replace(setup, max_length=length)
+    for quantization in FEWEST_BITS[FEWEST_BITS.index(setup.quantization) + 1 :]:
+        yield "quantization", quantization, replace(setup, quantization=quantization)
+
+
+def _moving(base: Architecture, setup: Setup) -> tuple[int, int]:
+    """Activations and the head's share of them, at whichever moment is the worst.
+
+    That is either inside the last layer, where its gradients (12 hidden + 6 feed-forward bytes a token, and 2 a score
+    that is kept, as counted in the allocator) join what it stored; or in the head, above layers that hold all they
+    stored, or with checkpointing nothing but their inputs.
+    """
+    tokens, h = setup.tokens, base.hidden
+    layer = _stored(base, setup)
+    gradients = 12 * h + 6 * base.feed_forward + (2 * base.heads * setup.row if base.scores else 0)
+    chunk = max(1, DEVICES[setup.device].chunk_bytes // (4 * base.vocabulary))
+    logits = LOGIT_BYTES * base.vocabulary * min(tokens, chunk)
+    head = tokens * 8 * h + (logits if base.causal else 0)
+    # The adapter is cast to 16 bits once a forward.
+    casts = COMPUTE_BYTES * trained(base, setup)
+    if setup.checkpointing:
+        kept, inside = tokens * base.layers * COMPUTE_BYTES * h, tokens * (layer + gradients)
+    else:
+        kept, inside = tokens * base.layers * layer, tokens * gradients
+    return (kept + casts + inside, 0) if inside >= head else (kept + casts, head)
+
+
+def _stored(base: Architecture, setup: Setup) -> int:
+    """Bytes that one layer keeps of one token for its backward, the adapter's included."""
+    adapted = targets(base, setup)
+    inputs, outputs = (
+        sum(sizes) // base.layers for sizes in zip(*((x.inputs, x.outputs) for x in adapted), strict=True)
+    )
+    lora = COMPUTE_BYTES * setup.r * len(adapted) // base.layers
+    # A dropped-out copy of the input and its mask; DoRA's base output, scaled and as it was.
+    dropout = 4 * inputs if setup.dropout else 0
+    dora = 4 * outputs if setup.use_dora else 0
+    return base.stored + base.scores * base.heads * setup.row + lora + dropout + dora
+
+
+def _matrix(linear: Linear, quantization: Quantization, element_bytes: int) -> int:
+    if quantization is Quantization.NF4:
+        blocks = math.ceil(linear.elements / NF4_BLOCK)
+        return math.ceil(linear.elements / 2) + blocks + 4 * math.ceil(blocks / NF4_SCALES) + NF4_BOOKS
+    if quantization is Quantization.INT8:
+        return linear.elements + 4 * linear.outputs
+    return element_bytes * linear.elements
+
+
+def _names(target: str, linear: Linear) -> bool:
+    return f".{linear.path}".endswith(f".{target}")

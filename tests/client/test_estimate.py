@@ -1,0 +1,51 @@
+"""Sizes as people write them, and the verdict as they read it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from client.estimate import bytes_of, verdict
+from shared.errors import InvalidRequest
+from shared.estimate import Data, EstimateCreate, estimate
+
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5g", 15 * 10**8), ("800mb", 8 * 10**8), ("123", 123)],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert bytes_of(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", "1e9"])
+def test_what_is_no_size_is_told_what_is(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="allowed: a number with GB"):
+        bytes_of(text)
+
+
+def drawn(data: Data | None = None, **fields: Any) -> str:
+    answer = estimate(EstimateCreate.model_validate({"model": "gpt2"} | fields), GPT2, data)
+    out = io.StringIO()
+    Console(file=out, width=160, markup=False, highlight=False).print(verdict(answer))
+    return out.getvalue()
+
+
+def test_the_table_adds_up_to_a_verdict() -> None:
+    text = drawn(Data(1000, 90_000, 400, "plan"), device_memory_bytes=24 * 10**9)
+    for said in ("the frozen base", "nf4, r 16, 5 x 400 tokens, checkpointed", "fits into 24.0 GB"):
+        assert said in text
+    for said in ("2,359,296 of 126,799,104 parameters trained", "for 2 x 90,000 tokens", "assumed: 124.8 TFLOP/s"):
+        assert said in text
+
+
+def test_what_does_not_fit_is_told_what_would() -> None:
+    text = drawn(trainer={"micro_batch": 64}, device_memory_bytes=6 * 10**9)
+    assert "does not fit into 6.0 GB; trainer.micro_batch = 32 would: 4.0 GB" in text
+    assert "no single change is enough; with all of them it takes 781.9 MB" in drawn(device_memory_bytes=10**8)
+    assert "say --device-memory 24GB" in drawn()

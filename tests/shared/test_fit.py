@@ -1,0 +1,265 @@
+"""Memory and time against what was published, what bitsandbytes stores, and what the allocator gave to the trainer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from shared import architecture, fit
+from shared.architecture import Linear
+from shared.errors import InvalidRequest
+from shared.schemas import Quantization
+from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
+from worker.trainer import recipe
+from worker.trainer.batches import Batch
+from worker.trainer.methods import sft
+
+LLAMA_8B = architecture.read(REAL["Llama-3.1-8B"][1])
+SMOL = architecture.read(REAL["SmolLM2-135M"][1])
+GB, GIB = 1e9, 2**30
+
+
+# ---------------------------------------------------------------- what was published
+
+
+@pytest.mark.parametrize(
+    ("quantization", "element_bytes", "gigabytes"),
+    [
+        (Quantization.NONE, 4, 32.1),
+        (Quantization.NONE, 2, 16.1),
+        (Quantization.INT8, 2, 9.08),
+        (Quantization.NF4, 2, 5.70),
+    ],
+)
+def test_weights_of_llama_8b(quantization: Quantization, element_bytes: int, gigabytes: float) -> None:
+    found = fit.weights(LLAMA_8B, quantization, element_bytes=element_bytes)
+    assert found / GB == pytest.approx(gigabytes, rel=0.004)
+
+
+def test_adapter_of_llama_8b() -> None:
+    setup = setup_of(r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert fit.trained(LLAMA_8B, setup) == 27_262_976
+    assert 4 * fit.trained(LLAMA_8B, setup) / 1e6 == pytest.approx(109.05, abs=0.01)
+    assert fit.memory(LLAMA_8B, setup).adapter == 16 * 27_262_976
+
+
+def test_peak_of_torchtune() -> None:
+    """QLoRA of Llama-3.1-8B at 2 x 2048: 7.4 GiB in torchtune's README, with adapters in bf16 and layers compiled.
+
+    A compiled layer holds no gradients between its products; ours is eager and does.
+    """
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    setup = setup_of(r=8, micro_batch=2, max_length=2048, target_modules=targets)
+    peak = fit.memory(LLAMA_8B, setup)
+    allocated = peak.total - peak.overhead - peak.adapter // 2
+    in_flight = setup.tokens * (12 * LLAMA_8B.hidden + 6 * LLAMA_8B.feed_forward)
+    assert (allocated - in_flight) / GIB == pytest.approx(7.4, rel=0.01)
+    assert allocated / GIB == pytest.approx(7.4, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("base", "length", "checkpointing", "tokens_per_second", "peak_flops", "share"),
+    [(LLAMA_8B, 4096, False, 12_473, 989e12, 0.42), (SMOL, 256, False, 613, 1.04e12, 0.35)],
+    ids=["H100 (NeMo AutoModel)", "two cores"],
+)
+def test_speeds_are_a_sane_share_of_the_machine(
+    base: Any, length: int, checkpointing: bool, tokens_per_second: int, peak_flops: float, share: float
+) -> None:
+    setup = setup_of(r=16, max_length=length, checkpointing=checkpointing)
+    assert fit.flop_per_token(base, setup) * tokens_per_second / peak_flops == pytest.approx(share, abs=0.01)
+
+
+def test_the_floor_is_four_flop_a_parameter() -> None:
+    exact = fit.flop_per_token(SMOL, setup_of(r=1, max_length=8, packing=False, checkpointing=False))
+    assert exact / (4 * SMOL.total) == pytest.approx(1, abs=0.02)
+    recomputed = fit.flop_per_token(LLAMA_8B, setup_of(max_length=2048))
+    once = fit.flop_per_token(LLAMA_8B, setup_of(max_length=2048, checkpointing=False))
+    assert recomputed / once == pytest.approx(1.46, abs=0.01)
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 128), (64, 65), (576, 1536)])
+def test_nf4_is_counted_as_bitsandbytes_stores_it(inputs: int, outputs: int) -> None:
+    module = Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    state = module.weight.quant_state
+    held = [module.weight, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
+    assert stored(Quantization.NF4, inputs, outputs) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def test_int8_is_counted_as_bitsandbytes_stores_it() -> None:
+    weight = Linear8bitLt(96, 128, bias=False, has_fp16_weights=False).to("cpu").weight
+    held = [weight, weight.SCB]
+    assert stored(Quantization.INT8, 96, 128) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def stored(quantization: Quantization, inputs: int, outputs: int) -> int:
+    with_it, without = (
+        architecture.Architecture("llama", 1, 8, 8, 1, 8, 8, None, True, linears, 64, 0, 0, 8, 0, 0)
+        for linears in ((Linear("x", inputs, outputs),), ())
+    )
+    return fit.weights(with_it, quantization) - fit.weights(without, quantization)
+
+
+# ---------------------------------------------------------------- what the allocator gave
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 448, "head_dim": 32, "num_hidden_layers": 3}
+NO_DROPOUT = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+GPT2 = {"vocab_size": 100, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_inner": 448, "n_positions": 512}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", LLAMA | WIDE),
+        ("llama", LLAMA | WIDE | {"vocab_size": 4000}),
+        ("qwen3", LLAMA | WIDE),
+        ("gemma2", LLAMA | WIDE),
+        ("gemma3_text", LLAMA | WIDE),
+        ("gpt2", GPT2 | NO_DROPOUT),
+    ],
+    ids=["llama", "llama-head", "qwen3", "gemma2", "gemma3", "gpt2"],
+)
+def test_the_peak_is_what_the_trainers_loss_allocates(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, config: dict[str, Any], checkpointing: bool
+) -> None:
+    base = architecture.read({"model_type": model_type} | config)
+    chunk = fit.DEVICES["cpu"].chunk_bytes
+    monkeypatch.setitem(sft.CHUNK_BYTES, "cpu", chunk)
+    setup = setup_of(
+        quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
+    )
+    peak = fit.memory(base, setup)
+    assert allocated(model_type, config, setup) == pytest.approx(peak.activations + peak.head, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta-v3"])
+def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
+    """Without dropout, which on a CPU keeps the scores that a GPU's kernel does not."""
+    model_type, config = TINY[name]
+    config = config | {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "position_buckets": 128}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512}
+    base = architecture.read({"model_type": model_type} | config)
+    setup = setup_of(
+        quantization=Quantization.NONE, r=8, micro_batch=4, max_length=256, checkpointing=checkpointing, device="cpu"
+    )
+    peak = fit.memory(base, setup)
+    assert allocated(model_type, config, setup) == pytest.approx(peak.activations + peak.head, rel=0.15)
+
+
+def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup) -> int:
+    """Peak bytes that forward and backward of one packed micro-batch take, above base and adapter."""
+    torch.manual_seed(0)
+    encoder = model_type in ENCODERS
+    kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
+    model = kind.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    lora = LoraConfig(
+        task_type="SEQ_CLS" if encoder else "CAUSAL_LM",
+        r=setup.r,
+        target_modules="all-linear",
+        fan_in_fan_out=model_type == "gpt2",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if setup.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        get_peft_model(model, lora).train()
+    ids = torch.randint(3, 90, (setup.micro_batch, setup.row))
+    positions = torch.arange(setup.row).expand(setup.micro_batch, -1)
+    layout = sft.Layout(packing=True, chunked=model_type != "gemma2", micro_batch=setup.micro_batch, pad=0)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if encoder:
+                loss = model(input_ids=ids, labels=torch.zeros(setup.micro_batch, dtype=torch.long)).loss
+            else:
+                loss = sft.loss(model, Batch(ids, positions, ids.clone(), None), layout).sum
+        torch.autograd.backward(loss)
+
+    step()  # From here on the gradients are there, and count as the adapter's.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    held = most = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += change
+        most = max(most, held)
+    return most
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+@pytest.mark.parametrize(
+    ("fields", "room", "param", "value"),
+    [
+        ({"micro_batch": 8, "max_length": 2048}, 12 * GIB, "trainer.micro_batch", 4),
+        ({"micro_batch": 8, "max_length": 2048}, 9 * GIB, "trainer.micro_batch", 1),
+        ({"max_length": 2048, "checkpointing": False}, 12 * GIB, "gradient_checkpointing", True),
+        ({"max_length": 8192}, 11 * GIB, "trainer.max_length", 7296),
+        ({"quantization": Quantization.NONE, "max_length": 512}, 12 * GIB, "quantization", Quantization.INT8),
+        ({"quantization": Quantization.NONE, "max_length": 512}, 9 * GIB, "quantization", Quantization.NF4),
+    ],
+)
+def test_the_cheapest_change_that_fits(fields: dict[str, Any], room: int, param: str, value: object) -> None:
+    setup = setup_of(r=16, **fields)
+    assert fit.memory(LLAMA_8B, setup).total > room
+    change = fit.change(LLAMA_8B, setup, room)
+    assert change is not None
+    assert (change.param, change.value) == (param, value)
+    assert change.total <= room
+
+
+def test_where_no_single_change_is_enough() -> None:
+    setup = setup_of(quantization=Quantization.NONE, r=16, micro_batch=8, max_length=4096)
+    assert fit.change(LLAMA_8B, setup, 10 * GIB) is None
+    least = fit.smallest(LLAMA_8B, setup)
+    assert 6 * GIB < least < 10 * GIB
+    assert fit.change(LLAMA_8B, setup_of(r=16), fit.smallest(LLAMA_8B, setup_of(r=16)) - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        ({"r": 8}, {"r": 64}),
+        ({"quantization": Quantization.NF4}, {"quantization": Quantization.INT8}),
+        ({"quantization": Quantization.INT8}, {"quantization": Quantization.NONE}),
+        ({"micro_batch": 1}, {"micro_batch": 2}),
+        ({"max_length": 512}, {"max_length": 1024}),
+        ({"checkpointing": True}, {"checkpointing": False}),
+        ({"use_dora": False}, {"use_dora": True}),
+        ({"dropout": 0.0}, {"dropout": 0.1}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": "all-linear"}),
+        ({"packing": False, "max_length": 64}, {"packing": True, "max_length": 64}),
+    ],
+)
+def test_more_takes_more(narrow: dict[str, Any], wide: dict[str, Any]) -> None:
+    base = {"r": 16, "max_length": 4096}
+    less, more = (fit.memory(LLAMA_8B, setup_of(**base | fields)) for fields in (narrow, wide))
+    assert less.total < more.total
+    for memory in (less, more):
+        parts = memory.model_dump()
+        assert parts.pop("total") == sum(parts.values())
+
+
+def test_a_target_that_is_not_there_is_told_what_is() -> None:
+    with pytest.raises(InvalidRequest, match=r"'c_attn' names no .* some of down_proj, gate_proj, k_proj"):
+        fit.memory(LLAMA_8B, setup_of(target_modules=["q_proj", "c_attn"]))
+
+
+def test_the_trainers_constants_are_the_models() -> None:
+    assert fit.PACK_LENGTH == recipe.PACK_LENGTH
+    assert {kind: device.chunk_bytes for kind, device in fit.DEVICES.items()} == sft.CHUNK_BYTES
