@@ -12,7 +12,7 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from functools import partial
@@ -26,7 +26,7 @@ from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.ids import fine_tuned_name, new_id
-from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobMetric, Tenant
+from shared.models import Adapter, File, Job, JobMetric, Tenant
 from shared.protocol import (
     CheckpointSaved,
     Done,
@@ -38,12 +38,11 @@ from shared.protocol import (
     Prepared,
     Stop,
     Stopped,
-    Task,
     Train,
     Working,
 )
 from shared.queue import Queue, ring
-from shared.schemas import Desired, Hyperparameters, JobCreate, JobError, Metrics, Phase, Plan, Recipe, State
+from shared.schemas import Desired, JobCreate, JobError, Metrics, Phase, Plan, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from worker import cache
@@ -51,6 +50,7 @@ from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
 from worker.session import Died, Ended, TrainerSession
+from worker.staging import stage
 from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
@@ -125,7 +125,15 @@ class Attempt:
         try:
             self.request = JobCreate.model_validate(self.job.request)
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
-            command = self.stage()
+            command = stage(
+                self.job,
+                self.request,
+                self.queue,
+                work_dir=self.work_dir,
+                held=self.held,
+                patience=self.patience,
+                tell=self.tell,
+            )
             reach(Point.AFTER_STAGE)
             self.talk(command, slot)
         except Leave as leave:
@@ -170,78 +178,6 @@ class Attempt:
         finally:
             self.lease.guard(None)
             session.close()
-
-    # ------------------------------------------------------------ staging
-
-    def stage(self) -> Prepare | Train:
-        """Bring dataset, base and the last good checkpoint to this machine; say what the trainer shall do."""
-        with_weights = self.queue is Queue.TRAIN
-        base, training, validation = self.patience.do(self._inputs)
-        base_dir, in_use = self.patience.do(lambda: self._base(base, with_weights=with_weights))
-        self.held.push(in_use)
-        task = Task(
-            base_dir=str(base_dir),
-            base_name=base.public_id,
-            base_revision=base.revision,
-            training_file=str(self.patience.do(lambda: self._fetched(training))),
-            validation_file=str(self.patience.do(lambda: self._fetched(validation))) if validation else None,
-            hyperparameters=self.request.hyperparameters or Hyperparameters(),
-            lora=self.request.lora,
-            quantization=self.request.quantization,
-            trainer=self.request.trainer,
-            seed=self.job.seed,
-            torch_threads=self.settings.torch_threads,
-            max_row_bytes=self.settings.max_row_bytes,
-            silence_seconds=(self.settings.lease_seconds - self.settings.fence_seconds) / 2,
-        )
-        if self.queue is Queue.PREPARE:
-            return Prepare(job=self.job.id, task=task)
-        recipe: Recipe = Plan.model_validate(self.job.plan).recipe
-        resume = self.last_checkpoint()
-        return Train(
-            job=self.job.id,
-            task=task,
-            recipe=recipe,
-            work_dir=str(self.work_dir),
-            resume_from=str(resume) if resume else None,
-            memory_halvings=self.job.memory_halvings,
-        )
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose every hash is right; a broken one is told of and the one before it taken."""
-        for checkpoint in self.patience.do(self._checkpoints):
-            folder = self.work_dir / f"resume-{checkpoint.step}"
-            fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=self.patience.tick)
-            try:
-                self.patience.do(fetch)
-            except storage.Corrupt as broken:
-                self.tell("warn", f"Checkpoint of step {checkpoint.step} is broken, going one back: {broken}")
-                continue
-            self.tell("info", f"Resuming from the checkpoint of step {checkpoint.step}")
-            return folder
-        return None
-
-    def _inputs(self) -> tuple[BaseModel, File, File | None]:
-        with session_scope() as session:
-            base = session.get_one(BaseModel, self.job.base_model)
-            training = session.get_one(File, self.job.training_file)
-            validation = session.get_one(File, self.job.validation_file) if self.job.validation_file else None
-            return base, training, validation
-
-    def _checkpoints(self) -> Sequence[Checkpoint]:
-        with session_scope() as session:
-            return attempts.latest_checkpoints(session, self.job.id)
-
-    def _base(self, base: BaseModel, *, with_weights: bool) -> tuple[Path, ExitStack]:
-        """Its folder, and what keeps it safe from eviction."""
-        with ExitStack() as stack:
-            folder = stack.enter_context(cache.base_model(base, with_weights=with_weights, tick=self.patience.tick))
-            return folder, stack.pop_all()
-
-    def _fetched(self, file: File) -> Path:
-        path = self.work_dir / file.id
-        storage.fetch(file.key, path, file.sha256, tick=self.patience.tick)
-        return path
 
     # ------------------------------------------------------------ listening
 

@@ -1,0 +1,101 @@
+"""Bringing to this machine what an attempt needs: its dataset, the base model, the last good checkpoint.
+
+Owns: what a trainer is told of a job. Everything that comes from the bucket is checked against the hash on its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from shared import attempts, storage
+from shared.db import session_scope
+from shared.models import BaseModel, Checkpoint, File, Job
+from shared.protocol import Prepare, Task, Train
+from shared.queue import Queue
+from shared.schemas import Hyperparameters, JobCreate, Plan, Recipe
+from shared.settings import get_settings
+from worker import cache
+from worker.patience import Patience
+
+Tell = Callable[[str, str], None]
+
+
+def stage(
+    job: Job, request: JobCreate, queue: Queue, *, work_dir: Path, held: ExitStack, patience: Patience, tell: Tell
+) -> Prepare | Train:
+    """The command for a trainer, with all that it names in place. `held` keeps the base safe from eviction."""
+    settings = get_settings()
+    base, training, validation = patience.do(lambda: _inputs(job))
+    base_dir, in_use = patience.do(lambda: _base(base, with_weights=queue is Queue.TRAIN, tick=patience.tick))
+    held.push(in_use)
+    task = Task(
+        base_dir=str(base_dir),
+        base_name=base.public_id,
+        base_revision=base.revision,
+        training_file=str(_fetched(training, work_dir, patience)),
+        validation_file=str(_fetched(validation, work_dir, patience)) if validation else None,
+        hyperparameters=request.hyperparameters or Hyperparameters(),
+        lora=request.lora,
+        quantization=request.quantization,
+        trainer=request.trainer,
+        seed=job.seed,
+        torch_threads=settings.torch_threads,
+        max_row_bytes=settings.max_row_bytes,
+        silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
+    )
+    if queue is Queue.PREPARE:
+        return Prepare(job=job.id, task=task)
+    recipe: Recipe = Plan.model_validate(job.plan).recipe
+    resume = _last_checkpoint(job, work_dir, patience, tell)
+    return Train(
+        job=job.id,
+        task=task,
+        recipe=recipe,
+        work_dir=str(work_dir),
+        resume_from=str(resume) if resume else None,
+        memory_halvings=job.memory_halvings,
+    )
+
+
+def _inputs(job: Job) -> tuple[BaseModel, File, File | None]:
+    with session_scope() as session:
+        base = session.get_one(BaseModel, job.base_model)
+        training = session.get_one(File, job.training_file)
+        validation = session.get_one(File, job.validation_file) if job.validation_file else None
+        return base, training, validation
+
+
+def _base(base: BaseModel, *, with_weights: bool, tick: Callable[[], None]) -> tuple[Path, ExitStack]:
+    """Its folder, and what keeps it safe from eviction."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(cache.base_model(base, with_weights=with_weights, tick=tick))
+        return folder, stack.pop_all()
+
+
+def _fetched(file: File, work_dir: Path, patience: Patience) -> Path:
+    path = work_dir / file.id
+    patience.do(lambda: storage.fetch(file.key, path, file.sha256, tick=patience.tick))
+    return path
+
+
+def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -> Path | None:
+    """The newest checkpoint whose every hash is right; a broken one is told of and the one before it taken."""
+    for checkpoint in patience.do(lambda: _checkpoints(job)):
+        folder = work_dir / f"resume-{checkpoint.step}"
+        fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=patience.tick)
+        try:
+            patience.do(fetch)
+        except storage.Corrupt as broken:
+            tell("warn", f"Checkpoint of step {checkpoint.step} is broken, going one back: {broken}")
+            continue
+        tell("info", f"Resuming from the checkpoint of step {checkpoint.step}")
+        return folder
+    return None
+
+
+def _checkpoints(job: Job) -> Sequence[Checkpoint]:
+    with session_scope() as session:
+        return attempts.latest_checkpoints(session, job.id)
