@@ -63,7 +63,7 @@ def test_restarts_of_postgres_restart_no_trainer(
     """Stopped and started as an operator would, while long jobs train and short ones are submitted."""
     chance, mains, outages = random.Random(6), ours.look().mains, list[float]()
     told = words(own_servers, "received fast shutdown request")
-    jobs = ours.submit(5, step_ms=size(50, 200), max_steps=size(300, 6000), save_every=size(50, 500))
+    jobs = ours.submit(5, step_ms=size(50, 200), max_steps=size(300, 4200), save_every=size(50, 500))
     until(lambda: all(map(ours.said, jobs)), "the long jobs train")
     for _ in range(size(3, 27)):
         with ThreadPoolExecutor() as pool:
