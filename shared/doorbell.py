@@ -18,7 +18,7 @@ from shared.telemetry import log
 class Channel(redis.Channel):
     def _brpop_read(self, **options: Any) -> bool:
         try:
-            return bool(super()._brpop_read(**options))  # type: ignore[misc]
+            return bool(super()._brpop_read(**options))  # type: ignore[misc]  # missing from kombu's types
         except (ValueError, RecursionError) as error:
             log.warning("ring.garbled", error=repr(error)[:200])
             return True

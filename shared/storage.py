@@ -211,9 +211,11 @@ def listing(prefix: str) -> Iterator[Listed]:
 def delete_many(keys: Sequence[str]) -> None:
     """Delete objects, a thousand a request; absent is fine."""
     for start in range(0, len(keys), DELETE_LIMIT):
-        batch = [{"Key": key} for key in keys[start : start + DELETE_LIMIT]]
+        batch = keys[start : start + DELETE_LIMIT]
         with _translated():
-            answer = client().delete_objects(Bucket=_bucket(), Delete={"Objects": batch, "Quiet": True})  # type: ignore[typeddict-item]
+            answer = client().delete_objects(
+                Bucket=_bucket(), Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True}
+            )
         for refused in answer.get("Errors", []):
             raise Unavailable(f"object storage: {refused['Key']} was not deleted: {refused['Message']}; try again")
 

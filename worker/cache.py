@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from shared import storage
+from shared import disk, storage
 from shared.models import BaseModel
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
@@ -120,14 +120,10 @@ def _fetch(base: BaseModel, folder: Path, *, with_weights: bool, tick: Callable[
     log.info("base.fetching", base=base.name, bytes=size)
     try:
         storage.fetch_folder(base.prefix, wanted, partial, tick=tick)
-        for path in [*partial.rglob("*"), partial]:
-            tick()
-            _sync(path)
-        partial.rename(folder)
+        disk.publish(partial, folder, tick=tick)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(folder.parent)
 
 
 def _make_room(wanted: int) -> None:
@@ -165,7 +161,7 @@ def _evict(folder: Path) -> None:
     """Take the name away first, on the disk too: a kill in the middle must not leave half a base that looks whole."""
     partial = _partial_of(folder)
     folder.rename(partial)
-    _sync(folder.parent)
+    disk.sync(folder.parent)
     shutil.rmtree(partial)
 
 
@@ -175,14 +171,6 @@ def _free() -> int:
 
 def _models() -> Path:
     return get_settings().cache_dir / "models"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

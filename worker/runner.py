@@ -246,8 +246,11 @@ class Attempt:
         reach(Point.BEFORE_CHECKPOINT_UPLOAD)
         files = self.patience.do(lambda: storage.put_folder(prefix, folder))
         reach(Point.AFTER_CHECKPOINT_UPLOAD)
-        saved = {"step": event.step, "prefix": prefix, "files": files, "metrics": event.metrics}
-        self.guarded(lambda s: attempts.checkpointed(s, self.job.id, epoch, **saved))  # type: ignore[arg-type]
+        self.guarded(
+            lambda s: attempts.checkpointed(
+                s, self.job.id, epoch, step=event.step, prefix=prefix, files=files, metrics=event.metrics
+            )
+        )
         log.info("checkpoint.saved", step=event.step)
         reach(Point.AFTER_CHECKPOINT_ROW)
         shutil.rmtree(folder)

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -158,8 +159,7 @@ class Fleet:
         """Until the API answers and every worker listens to the broker."""
         until(lambda: services.api_ready(self.base_url), "the API is ready")
         for name in self._slots:
-            broker = self.env[name]["MILLINER_REDIS_URL"]
-            until(lambda n=name, b=broker: services.worker_listens(self.main(n), b), f"{name} listens")  # type: ignore[misc]
+            until(partial(self._listens, name), f"{name} listens")
 
     def relaunch(self, name: str, **settings: str) -> None:
         """Kill a program and start it with more settings, which stay."""
@@ -193,6 +193,10 @@ class Fleet:
         pids = {slot.pid for slot in slots}
         born = [(pid, parent, self._attempt_of(pid)) for pid, parent in parent_of.items() if parent in pids]
         return Seen(mains, slots, [Trainer(pid, parent, *attempt) for pid, parent, attempt in born if attempt])
+
+    def training(self) -> list[Trainer]:
+        """The trainers that have begun a step; those that read datasets never do."""
+        return [trainer for trainer in self.look().trainers if self.steps_of(trainer)]
 
     def steps_of(self, trainer: Trainer) -> int:
         """How many steps it has begun."""
@@ -343,6 +347,9 @@ class Fleet:
                     if dead and self.reviving and name not in self.held_down:
                         self.crew.kill(name)  # what is left of its group
                         self.launch(name)
+
+    def _listens(self, name: str) -> bool:
+        return services.worker_listens(self.main(name), self.env[name]["MILLINER_REDIS_URL"])
 
     def _attempt_of(self, pid: int) -> tuple[str, int] | None:
         try:

@@ -190,7 +190,7 @@ class Servers:
         servers.remove_sockets(self.ports)
 
 
-def until(holds: Callable[[], bool], what: str, *, seconds: float = START_PATIENCE) -> None:
+def until(holds: Callable[[], object], what: str, *, seconds: float = START_PATIENCE) -> None:
     """Wait until it holds; AssertionError that says what did not."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -10,7 +10,6 @@ import os
 import signal
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
 import openai
 import pytest
@@ -20,7 +19,7 @@ from shared.faults import Action, Point
 from shared.queue import Queue
 from tests.chaos import slot
 from tests.chaos.fleet import Fleet, now
-from tests.chaos.servers import Servers, until
+from tests.chaos.servers import Servers, state_of, until
 
 API = [Point.AFTER_FILE_PUT, Point.BEFORE_SUBMIT_COMMIT, Point.AFTER_SUBMIT_COMMIT]
 SWEEPER = [Point.BEFORE_RECLAIM_COMMIT, Point.AFTER_RECLAIM, Point.AFTER_RERING]
@@ -181,11 +180,3 @@ def lapse(ours: Fleet) -> None:
     until(lambda: all(state_of(pid) in "TZX" for pid in witnessed), "trainers without a supervisor stand still")
     past = "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1s'"
     ours.sql(f"{past} WHERE lease_owner IS NOT NULL RETURNING id")
-
-
-def state_of(pid: int | None) -> str:
-    """One letter, as in proc_pid_stat(5); X once it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "X"

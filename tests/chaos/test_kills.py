@@ -126,7 +126,7 @@ def jobs_coming(fleet: Fleet, chance: random.Random, *, at_once: int, step_ms: i
     feeder = Thread(target=feed, name="feeder")
     feeder.start()
     try:
-        until(lambda: any(map(fleet.steps_of, fleet.look().trainers)), "a job trains")
+        until(fleet.training, "a job trains")
         yield
     finally:
         over.set()
@@ -165,7 +165,7 @@ def one_drain(fleet: Fleet, name: str, chance: random.Random) -> float:
     def trains() -> bool:
         seen = fleet.look()
         mine = {slot.pid for slot in seen.slots if slot.program == name}
-        return any(trainer.slot in mine and fleet.steps_of(trainer) > 0 for trainer in seen.trainers)
+        return any(trainer.slot in mine for trainer in fleet.training())
 
     until(trains, f"{name} trains")
     time.sleep(chance.uniform(0, 1))

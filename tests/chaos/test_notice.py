@@ -14,7 +14,7 @@ def test_a_spot_notice_drains_the_worker(fleet: Callable[..., Fleet], servers: S
     ours.relaunch("train-0", MILLINER_NOTICE_COMMAND=f"test -e {notice}", MILLINER_NOTICE_SECONDS="0.2")
     ours.wait_ready()
     ours.submit(2, max_steps=150, save_every=1000, step_ms=30)
-    until(lambda: len(ours.look().trainers) == 2 and all(map(ours.steps_of, ours.look().trainers)), "both train")
+    until(lambda: len(ours.training()) == 2, "both train")
     ours.held_down.add("train-0")
     notice.touch()
     assert ours.crew.process("train-0").wait(25) == 0

@@ -125,7 +125,7 @@ def test_an_outage_longer_than_the_lease_freezes_and_restarts_nothing(
     seconds = size(1.6 * LEASE, 60.0)
     jobs = ours.submit(4, step_ms=50, max_steps=220)
     until(lambda: all(map(ours.said, jobs)), "the jobs train")
-    trainers = [trainer for trainer in ours.look().trainers if trainer.job in jobs]
+    trainers = ours.training()
     assert len(trainers) == len(jobs)
     with down(own_servers):
         began = time.monotonic()

@@ -23,7 +23,6 @@ from shared.schemas import Metrics, State
 from worker import session as trainer
 from worker.runner import run_next
 
-ROW = b'{"text": "a hat"}\n'
 Attempt = Callable[..., Job]
 
 

@@ -6,7 +6,6 @@ the rest to JSON: a checkpoint travels through a bucket, and loading one must ne
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
+from shared import disk
 from shared.schemas import Metrics, Recipe, Score
 from worker.trainer.model import trainable
 
@@ -148,23 +148,12 @@ def whole(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
         if folder.exists():
             shutil.rmtree(folder)
-        partial.rename(folder)
+        disk.publish(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _optimizer_tensors(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Tensors:
