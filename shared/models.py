@@ -205,8 +205,32 @@ class Checkpoint(Base):
     deleted_at: Mapped[datetime | None]
 
 
+class Preview(Base):
+    """Rows of a dataset as a base's tokenizer sees them: asked for by a request that waits, answered by a worker.
+
+    No lease: whoever takes it and dies is followed by another, and all that is lost is time.
+    """
+
+    __tablename__ = "previews"
+    __table_args__ = (Index("ix_previews_waiting", "created_at", postgresql_where=text("finished_at IS NULL")),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    request: Mapped[dict[str, Any]]
+    result: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    taken_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
 class Adapter(Base):
-    """The published result of one job, known to clients as `name`."""
+    """The published result of one job, known to clients as `name`.
+
+    `proof` is what was shown of the published files before the job succeeded; `signed_by` the public key, base64.
+    """
 
     __tablename__ = "adapters"
 
@@ -217,5 +241,7 @@ class Adapter(Base):
     prefix: Mapped[str]
     files: Mapped[list[Any]]
     bytes: Mapped[int]
+    proof: Mapped[dict[str, Any] | None]
+    signed_by: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     deleted_at: Mapped[datetime | None]

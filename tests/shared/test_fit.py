@@ -19,6 +19,7 @@ from shared.schemas import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
 from worker.trainer import recipe
 from worker.trainer.batches import Batch
+from worker.trainer.likelihood import CHUNK_BYTES, Layout
 from worker.trainer.methods import sft
 
 LLAMA_8B = architecture.read(REAL["Llama-3.1-8B"][1])
@@ -135,7 +136,7 @@ def test_the_peak_is_what_the_trainers_loss_allocates(
 ) -> None:
     base = architecture.read({"model_type": model_type} | config)
     chunk = fit.DEVICES["cpu"].chunk_bytes
-    monkeypatch.setitem(sft.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk)
     setup = setup_of(
         quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
     )
@@ -178,14 +179,16 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup) -> int:
         get_peft_model(model, lora).train()
     ids = torch.randint(3, 90, (setup.micro_batch, setup.row))
     positions = torch.arange(setup.row).expand(setup.micro_batch, -1)
-    layout = sft.Layout(packing=True, chunked=model_type != "gemma2", micro_batch=setup.micro_batch, pad=0)
+    layout = Layout(packing=True, chunked=model_type != "gemma2", micro_batch=setup.micro_batch, pad=0)
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if encoder:
                 loss = model(input_ids=ids, labels=torch.zeros(setup.micro_batch, dtype=torch.long)).loss
             else:
-                loss = sft.loss(model, Batch(ids, positions, ids.clone(), None), layout).sum
+                loss = sft.loss(
+                    model, Batch(ids, positions, ids.clone(), None, lines=(1,), lengths=(ids.numel(),)), layout
+                ).sum
         torch.autograd.backward(loss)
 
     step()  # From here on the gradients are there, and count as the adapter's.
@@ -262,4 +265,4 @@ def test_a_target_that_is_not_there_is_told_what_is() -> None:
 
 def test_the_trainers_constants_are_the_models() -> None:
     assert fit.PACK_LENGTH == recipe.PACK_LENGTH
-    assert {kind: device.chunk_bytes for kind, device in fit.DEVICES.items()} == sft.CHUNK_BYTES
+    assert {kind: device.chunk_bytes for kind, device in fit.DEVICES.items()} == CHUNK_BYTES

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,21 +25,25 @@ IGNORED = -100
 class Batch:
     """All (rows, length) int64. `targets[r, t]` is the token that position t predicts, or IGNORED.
 
-    `attention_mask` is None for packed rows and required for padded ones.
+    `attention_mask` is None for packed rows and required for padded ones. The documents of the batch, row by row, come
+    from the dataset's `lines` and have `lengths` trained tokens each.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     targets: torch.Tensor
     attention_mask: torch.Tensor | None
+    lines: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
         mask = self.attention_mask
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.targets.to(device),
-            None if mask is None else mask.to(device),
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            targets=self.targets.to(device),
+            attention_mask=None if mask is None else mask.to(device),
         )
 
 
@@ -98,4 +102,12 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
                 attention_mask[r, start:end] = 1
             start = end
         position_ids[r, start:] = torch.arange(length - start)
-    return Batch(input_ids, position_ids, targets, attention_mask)
+    documents = [example for row in rows for example in row]
+    return Batch(
+        input_ids,
+        position_ids,
+        targets,
+        attention_mask,
+        lines=tuple(example.line for example in documents),
+        lengths=tuple(example.trained_tokens for example in documents),
+    )

@@ -15,6 +15,7 @@ from peft import PeftModel
 from shared.schemas import Score
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Encoded
+from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 
@@ -29,7 +30,7 @@ def score(
     rows: Sequence[Encoded],
     *,
     adapter: bool,
-    layout: sft.Layout,
+    layout: Layout,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Mean loss and token accuracy over the trained tokens of `rows`. Raises Interrupted once `stopping` says so."""

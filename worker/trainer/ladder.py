@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from worker.trainer.methods.sft import Layout
+from worker.trainer.likelihood import Layout
 from worker.trainer.recipe import PACK_LENGTH
 
 

@@ -12,7 +12,7 @@ import torch
 
 from worker.trainer.batches import Batch, collate
 from worker.trainer.encoding import Encoded
-from worker.trainer.methods import sft
+from worker.trainer.likelihood import Layout, backbone, head, own_logits
 from worker.trainer.model import Base
 
 #: Relative error of the head's logits, over all tokens.
@@ -28,7 +28,7 @@ TRIED_TOKENS = 256
 
 def layout(
     base: Base, rows: Sequence[Encoded], *, packing: bool, micro_batch: int, pad: int
-) -> tuple[sft.Layout, list[str]]:
+) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
     tried = [_cut(row) for row in rows[:TRIED_ROWS]]
     warnings = []
@@ -41,16 +41,16 @@ def layout(
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
-    return sft.Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad), warnings
+    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad), warnings
 
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:
     batch = _batch(base, [row], packing=False)
     try:
-        ours = sft.head(base.model)(sft.backbone(base.model, batch))
+        ours = head(base.model)(backbone(base.model, batch))
     except (AttributeError, TypeError):
         return False
-    return _error(ours, sft.own_logits(base.model, batch)) < TOLERANCE
+    return _error(ours, own_logits(base.model, batch)) < TOLERANCE
 
 
 def _packing_is_exact(base: Base, rows: Sequence[Encoded]) -> bool:
@@ -59,12 +59,12 @@ def _packing_is_exact(base: Base, rows: Sequence[Encoded]) -> bool:
     The first question is asked of one shape, so that its answer is exact: a leak may be smaller than rounding is.
     """
     first, *others = rows if len(rows) > 1 else [*rows, *rows]
-    packed = sft.own_logits(base.model, _batch(base, [first, *others], packing=True))[0, len(first) :]
-    alone = torch.cat([sft.own_logits(base.model, _batch(base, [row], packing=False))[0] for row in others])
+    packed = own_logits(base.model, _batch(base, [first, *others], packing=True))[0, len(first) :]
+    alone = torch.cat([own_logits(base.model, _batch(base, [row], packing=False))[0] for row in others])
     if getattr(base.model, "is_loaded_in_8bit", False):
         return _error(packed, alone) < TOLERANCE_INT8
     stranger = Encoded(first.line, first.ids[::-1] // 2, first.trained)
-    beside = sft.own_logits(base.model, _batch(base, [stranger, *others], packing=True))[0, len(first) :]
+    beside = own_logits(base.model, _batch(base, [stranger, *others], packing=True))[0, len(first) :]
     errors = (packed - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
     return torch.equal(packed, beside) and float(errors.max()) < TOLERANCES[base.compute_dtype]
 

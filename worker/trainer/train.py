@@ -32,6 +32,7 @@ from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
+from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
@@ -56,7 +57,7 @@ class Run:
     base: Base
     adapted: PeftModel
     optimizer: torch.optim.Optimizer
-    rungs: list[sft.Layout]
+    rungs: list[Layout]
     state: RunState
     best: Tensors | None
     saved_step: int
@@ -68,7 +69,7 @@ class Run:
         return self.command.recipe
 
     @property
-    def layout(self) -> sft.Layout:
+    def layout(self) -> Layout:
         return self.rungs[self.state.memory_halvings]
 
     def say(self, message: str, level: str = "info") -> None:
@@ -116,7 +117,7 @@ def _start(
     rows: Rows,
     base: Base,
     adapted: PeftModel,
-    layout: sft.Layout,
+    layout: Layout,
     *,
     emit: Emit,
     stopping: Callable[[], bool],

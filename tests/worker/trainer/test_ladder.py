@@ -17,12 +17,13 @@ from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Tas
 from tests.tiny import tiny_tokenizer
 from worker.trainer import checkpoint, ladder, model
 from worker.trainer.batches import Batch
+from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.recipe import PACK_LENGTH
 
 from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 
-WIDEST = sft.Layout(packing=True, chunked=True, micro_batch=5, pad=2)
+WIDEST = Layout(packing=True, chunked=True, micro_batch=5, pad=2)
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ class Failing:
         self.calls = 0
         ordinary = sft.loss
 
-        def loss(base: Any, batch: Batch, layout: sft.Layout) -> sft.Loss:
+        def loss(base: Any, batch: Batch, layout: Layout) -> sft.Loss:
             self.calls += torch.is_grad_enabled()
             found = ordinary(base, batch, layout)
             if when(batch):

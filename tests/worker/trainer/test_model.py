@@ -18,11 +18,12 @@ from shared.schemas import Quantization
 from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.encoding import Encoder
+from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of
 
-LAYOUT = sft.Layout(packing=True, chunked=True, micro_batch=4, pad=2)
+LAYOUT = Layout(packing=True, chunked=True, micro_batch=4, pad=2)
 
 
 @pytest.mark.parametrize("folder", ["llama", "gpt2"])

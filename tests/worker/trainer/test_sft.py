@@ -26,6 +26,7 @@ from shared.schemas import Quantization
 from worker.trainer import data, model, selftest
 from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.likelihood import CHUNK_BYTES, Layout, likelihood
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
 
@@ -44,11 +45,11 @@ def examples(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> li
     return data.load(make_task(write_rows(quotes(9))), encoder).train
 
 
-def layout(*, packing: bool = True, chunked: bool = True, micro_batch: int = 8) -> sft.Layout:
-    return sft.Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=2)
+def layout(*, packing: bool = True, chunked: bool = True, micro_batch: int = 8) -> Layout:
+    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=2)
 
 
-def gradients(base: Base, examples: list[Encoded], found: sft.Layout) -> tuple[float, list[torch.Tensor]]:
+def gradients(base: Base, examples: list[Encoded], found: Layout) -> tuple[float, list[torch.Tensor]]:
     parameters = [p for p in base.model.parameters() if p.requires_grad]
     base.model.zero_grad()
     total, tokens = 0.0, trained_tokens(examples)
@@ -63,7 +64,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
     base: Base, examples: list[Encoded], make_task: MakeTask, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of 1, 3 or all, packed or padded, the head in chunks of five tokens or whole."""
-    monkeypatch.setitem(sft.CHUNK_BYTES, "cpu", 5 * 4 * 320)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
     adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(9)))))
     for name, parameter in model.trainable(adapted).items():
         if "lora_B" in name:
@@ -91,6 +92,24 @@ def test_loss_and_accuracy_are_those_of_torch(base: Base, examples: list[Encoded
         found = sft.loss(base.model, batch, layout(packing=False))
     assert found.sum.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert (int(found.correct), found.tokens) == (int(hits.sum()), trained_tokens(examples))
+
+
+def test_each_document_keeps_its_own_likelihood(base: Base, examples: list[Encoded]) -> None:
+    """Whichever documents it shares a row with, and wherever a chunk of the head ends."""
+    wanted = {line: pair for e in examples for line, *pair in by_line(base, [e], layout(packing=False))}
+    assert sorted(wanted) == [e.line for e in examples]
+    for packing in (True, False):
+        for line, nats, hits in by_line(base, examples, layout(packing=packing)):
+            assert [nats, hits] == [pytest.approx(wanted[line][0], rel=1e-4), wanted[line][1]]
+
+
+def by_line(base: Base, examples: list[Encoded], found: Layout) -> list[tuple[int, float, int]]:
+    """(line, nats, hits) of each document."""
+    base.model.eval()
+    with torch.no_grad():
+        [batch] = batches(examples, packing=found.packing, micro_batch=99, pad=found.pad)
+        each = likelihood(base.model, batch, found)
+    return list(zip(batch.lines, each.nats.tolist(), each.hits.tolist(), strict=True))
 
 
 def test_packed_is_solo(base: Base, examples: list[Encoded]) -> None:

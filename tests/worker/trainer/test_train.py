@@ -21,6 +21,7 @@ from shared.schemas import Report
 from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer import train as loop
 from worker.trainer.encoding import Encoder
+from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.train import train
 
@@ -278,7 +279,7 @@ def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: W
     task = make_task(write_rows(quotes(4)))
     base = model.load_base(llama, task.quantization)
     adapted = model.put_on(base, recipe_of(task))
-    layout = sft.Layout(packing=True, chunked=True, micro_batch=1, pad=2)
+    layout = Layout(packing=True, chunked=True, micro_batch=1, pad=2)
     with pytest.raises(evaluate.Interrupted):
         evaluate.score(
             base, adapted, data.load(task, encoder).train, adapter=True, layout=layout, stopping=lambda: True

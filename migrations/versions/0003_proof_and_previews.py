@@ -1,0 +1,47 @@
+"""What was proven of an adapter and who signed it; previews of datasets.
+
+Revision ID: 0003
+Revises: 0002
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("adapters", sa.Column("proof", postgresql.JSONB(none_as_null=True), nullable=True))
+    op.add_column("adapters", sa.Column("signed_by", sa.Text(), nullable=True))
+    op.create_table(
+        "previews",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("tenant_id", sa.Text(), nullable=False),
+        sa.Column("base_model", sa.Text(), nullable=False),
+        sa.Column("training_file", sa.Text(), nullable=False),
+        sa.Column("request", postgresql.JSONB(none_as_null=True), nullable=False),
+        sa.Column("result", postgresql.JSONB(none_as_null=True), nullable=True),
+        sa.Column("error", postgresql.JSONB(none_as_null=True), nullable=True),
+        sa.Column(
+            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.Column("taken_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
+        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_previews_tenant_id_tenants"),
+        sa.ForeignKeyConstraint(["base_model"], ["base_models.name"], name="fk_previews_base_model_base_models"),
+        sa.ForeignKeyConstraint(["training_file"], ["files.id"], name="fk_previews_training_file_files"),
+        sa.PrimaryKeyConstraint("id", name="pk_previews"),
+    )
+    op.create_index("ix_previews_waiting", "previews", ["created_at"], postgresql_where=sa.text("finished_at IS NULL"))
+
+
+def downgrade() -> None:
+    op.drop_table("previews")
+    op.drop_column("adapters", "signed_by")
+    op.drop_column("adapters", "proof")

@@ -1,0 +1,149 @@
+"""What a model gives to the trained tokens, document by document, without ever holding all logits.
+
+Owns: the forward pass and the chunked head. Must not know what a method makes of it (`methods/`).
+
+Logits are what fills memory (16 bytes × vocabulary a token, 2 MB for Llama 3). The backbone runs alone; the head sees
+only the trained positions, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken at
+once, while its logits exist. The head is frozen, so nothing else is needed, and backward computes no logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from worker.trainer.batches import IGNORED, Batch
+
+#: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
+#: kernel after each use, and a chunk that stays in the cache is 3 % faster.
+CHUNK_BYTES = {"cpu": 16 * 1024**2, "cuda": 256 * 1024**2}
+
+#: (tokens, hidden) → fp32 logits (tokens, vocabulary)
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone."""
+
+    packing: bool
+    chunked: bool
+    micro_batch: int
+    pad: int
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """Of each document of a batch, over its trained tokens: `nats`, the summed negative log-likelihood (documents,),
+    fp32 and differentiable; and `hits`, how many were argmax (documents,), int64.
+    """
+
+    nats: torch.Tensor
+    hits: torch.Tensor
+
+
+def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likelihood:
+    """One forward pass over the batch."""
+    wanted = batch.targets != IGNORED
+    states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
+    to_logits = head(model) if layout.chunked else torch.Tensor.float
+    lengths = torch.tensor(batch.lengths, device=batch.targets.device)
+    pair: tuple[torch.Tensor, torch.Tensor]
+    pair = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
+        states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model)
+    )
+    return Likelihood(*pair)
+
+
+def own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits (rows, length, vocabulary) by the model's own forward: for heads that `head` does not describe."""
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def backbone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Hidden states (rows, length, hidden) before the head."""
+    output = model.get_decoder()(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    )
+    states: torch.Tensor = output.last_hidden_state
+    return states
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The output projection with what its architecture does to logits (Gemma caps them, Cohere and Granite scale)."""
+    projection = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    multiplied = float(getattr(config, "logit_scale", None) or 1.0)
+    divided = float(getattr(config, "logits_scaling", None) or 1.0)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = projection(hidden).float()
+        if multiplied != divided:
+            scores = scores * (multiplied / divided)
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    return logits
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy over (tokens, hidden), summed by document; saves one gradient of the size of the hidden states.
+
+    `lengths` (documents,) says how many of the tokens, which come in the order of documents, are each one's.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (autograd passes no keywords)
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head, vocabulary: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wants_gradient = ctx.needs_input_grad[0]
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        hits = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
+        for start in range(0, len(hidden), size):
+            end = start + size
+            piece = hidden[start:end].detach().requires_grad_(wants_gradient)
+            with torch.set_grad_enabled(wants_gradient):
+                logits = head(piece)
+                each = functional.cross_entropy(logits, targets[start:end], reduction="none")
+                if gradient is not None:
+                    (gradient[start:end],) = torch.autograd.grad(each.sum(), piece)
+            nats[start:end] = each.detach()
+            hits[start:end] = logits.detach().argmax(dim=-1) == targets[start:end]
+        ctx.gradient, ctx.lengths = gradient, lengths
+        hits_by_document = _by_document(hits, lengths).long()
+        ctx.mark_non_differentiable(hits_by_document)
+        return _by_document(nats, lengths), hits_by_document
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_nats: torch.Tensor, grad_hits: Any
+    ) -> tuple[torch.Tensor | None, None, None, None, None]:
+        if ctx.gradient is None:
+            return None, None, None, None, None
+        weights = grad_nats.repeat_interleave(ctx.lengths).to(ctx.gradient.dtype)
+        return ctx.gradient * weights[:, None], None, None, None, None
+
+
+def _by_document(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums (documents,) of values (tokens,): one thread a document, so that a GPU adds in the same order each time."""
+    return torch.segment_reduce(values, "sum", lengths=lengths)
