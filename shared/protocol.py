@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from shared.schemas import Hyperparameters, Lora, Metrics, Phase, Plan, Quantization, Recipe, Report, TrainerParams
+from shared.schemas import Lora, Method, Metrics, Phase, Plan, Quantization, Recipe, Report, TrainerParams
 
 
 class Task(BaseModel):
@@ -21,7 +21,7 @@ class Task(BaseModel):
     base_revision: str
     training_file: str
     validation_file: str | None
-    hyperparameters: Hyperparameters
+    method: Method
     lora: Lora
     quantization: Quantization
     trainer: TrainerParams
