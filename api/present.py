@@ -20,6 +20,7 @@ from shared.schemas import (
     Phase,
     Plan,
     Progress,
+    Proof,
     Report,
     State,
     Supervised,
@@ -149,7 +150,11 @@ def adapter_model_out(adapter: Adapter, owner: str) -> ModelOut:
 
 def _adapter_out(adapter: Adapter) -> AdapterOut:
     return AdapterOut(
-        uri=storage.uri(adapter.prefix), bytes=adapter.bytes, files=_artifacts(adapter.prefix, adapter.files)
+        uri=storage.uri(adapter.prefix),
+        bytes=adapter.bytes,
+        files=_artifacts(adapter.prefix, adapter.files),
+        proof=Proof.model_validate(adapter.proof) if adapter.proof else None,
+        signed_by=adapter.signed_by,
     )
 
 

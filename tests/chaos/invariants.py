@@ -308,6 +308,7 @@ def _folder(bucket: Bucket, folder: Folder) -> Iterator[str]:
     strays = bucket.keys(folder.prefix) - {folder.prefix + path for path in files}
     if strays:
         yield f"has objects that no row names: {sorted(strays)}"
+    files.pop("manifest.json.sig", None)
     manifest = bucket.objects.get(folder.prefix + "manifest.json")
     if files.pop("manifest.json", None) is None:
         yield "has no manifest"
