@@ -21,7 +21,9 @@ import billiard
 from celery.signals import setup_logging, worker_init, worker_process_init, worker_shutting_down
 
 from shared import storage
+from shared.manifest import private_key
 from shared.queue import Queue, celery_app
+from shared.settings import get_settings
 from shared.telemetry import bind, configure
 from worker import cache, garbage, notice, sweeper
 from worker.runner import Outcome, run_next
@@ -83,6 +85,8 @@ def _logging(**_: Any) -> None:
 @worker_init.connect
 def _before_the_slots(**_: Any) -> None:
     storage.client()  # a second of reading boto's models, which every slot then inherits; no connection yet
+    if (path := get_settings().signing_key_file) is not None:
+        private_key(path)  # a key that is none should end the worker now, and not its first job in the end
 
 
 @worker_process_init.connect
