@@ -369,10 +369,12 @@ def pull(job_id: JobId, folder: Folder, data: Data = None, as_json: AsJson = Fal
     if job.adapter is None:
         raise Conflict(f"{job_id} has no adapter: it is {job.status}; see: milliner show {job_id}", code="no_adapter")
     _pull(job.adapter.files, folder)
+    signed_by = verify.signer(folder)
     if as_json:
         show.print_json(job.adapter.model_dump(mode="json"))
     else:
-        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked")
+        signed = f"signed by {signed_by}" if signed_by else "not signed"
+        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}")
 
 
 @app.command("verify")

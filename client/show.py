@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.schemas import Event, File, Job, JobError, Model, Plan, Report, State
+from shared.schemas import Event, File, Job, JobError, Model, Plan, Proof, Report, State
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -118,6 +118,9 @@ def outcome(item: Job) -> RenderableType:
         adapter = facts()
         adapter.add_row("adapter", f"{item.adapter.uri} ({size(item.adapter.bytes)})")
         adapter.add_row("name", item.fine_tuned_model or "")
+        if item.adapter.proof:
+            adapter.add_row("proof", proof(item.adapter.proof))
+        adapter.add_row("signed by", item.adapter.signed_by or "nobody")
         adapter.add_row("fetch it", f"milliner pull {item.id} DIR")
         parts.append(adapter)
     if item.error:
@@ -149,6 +152,16 @@ def report(item: Report) -> RenderableType:
         f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
     )
     return Group(table, Text(spent))
+
+
+def proof(item: Proof) -> str:
+    """What was seen of the published files, in a line."""
+    vllm = f"vLLM: --max-lora-rank {item.vllm.max_lora_rank}" if item.vllm.servable else "not for vLLM"
+    reasons = f" ({'; '.join(item.vllm.reasons)})" if item.vllm.reasons else ""
+    return (
+        f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "
+        f"(off by {max(item.base_deviation, item.tuned_deviation):.1g}); {vllm}{reasons}"
+    )
 
 
 def failure(error: JobError) -> Text:

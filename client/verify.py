@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from client.download import Corrupt
 from client.show import facts
 from shared import manifest
 from shared.errors import InvalidRequest
@@ -68,6 +69,14 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
         missing=missing,
         unlisted=unlisted,
     )
+
+
+def signer(folder: Path) -> str | None:
+    """Who signed a folder whose hashes were checked; None: nobody. Raises Corrupt for a signature that is not valid."""
+    text, seal = _manifest(folder)
+    if _signature(folder, text, seal.signed_by, None) is Signature.BROKEN:
+        raise Corrupt(f"{folder / SIGNATURE} is no valid signature of {MANIFEST}; do not use these files")
+    return seal.signed_by
 
 
 def verdict(item: Verdict) -> RenderableType:

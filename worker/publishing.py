@@ -29,13 +29,13 @@ COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_
 
 
 class Damaged(Exception):
-    """The bucket does not give back what was put there, although it was put there twice."""
+    """A file cannot be had again as it was made: from the bucket, although put there twice, nor from the disk."""
 
 
 def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, epoch: int, patience: Patience) -> None:
     """Download into `folder` what was uploaded from `source`, every hash checked. Raises `Damaged`.
 
-    A file that comes back wrong is uploaded once more, and must then come back right.
+    A file that comes back wrong is uploaded once more, if it is still right here, and must then come back right.
     """
     for file in files:
         key, path = prefix + file["path"], file["path"]
@@ -44,6 +44,8 @@ def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, e
             patience.do(fetch)
         except storage.Corrupt as damaged:
             log.warning("published.damaged", key=key, error=str(damaged))
+            if storage.sha256_of(source / path) != file["sha256"]:
+                raise Damaged(f"{path} has changed on the disk since it was uploaded") from damaged
             patience.do(partial(storage.put_file, key, source / path, file["sha256"], epoch=epoch))
             try:
                 patience.do(fetch)

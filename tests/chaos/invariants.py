@@ -202,6 +202,8 @@ def _ending(one: Told) -> Iterator[str]:
     job, succeeded, failed = one.job, one.job["state"] == "succeeded", one.job["state"] == "failed"
     if (one.adapter is not None) != succeeded:
         yield f"is {job['state']} and has {'an' if one.adapter else 'no'} adapter"
+    if one.adapter is not None and not one.adapter["proof"]:
+        yield "has an adapter that was not proven"
     if (one.result is not None) != succeeded:
         yield f"is {job['state']} and has {'a' if one.result else 'no'} result file"
     if (job["report"] is not None) != succeeded:
