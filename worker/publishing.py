@@ -10,6 +10,7 @@ import csv
 import io
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import select
 
@@ -30,6 +31,15 @@ COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_
 
 class Damaged(Exception):
     """A file cannot be had again as it was made: from the bucket, although put there twice, nor from the disk."""
+
+
+class Result(NamedTuple):
+    """A result file that lies in the bucket."""
+
+    id: str
+    key: str
+    bytes: int
+    sha256: str
 
 
 def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, epoch: int, patience: Patience) -> None:
@@ -70,21 +80,26 @@ def seal(
     return sealed, signed_by
 
 
-def put_result(job: Job, *, patience: Patience) -> File:
-    """OpenAI's result file, one line a step, into the bucket; returns the row that makes it real."""
+def put_result(job: Job, *, patience: Patience) -> Result:
+    """OpenAI's result file, one line a step, into the bucket."""
     table = patience.do(lambda: _result_csv(job.id))
     file_id = new_id("file-")
     key = f"files/{job.tenant_id}/{file_id}"
     patience.do(lambda: storage.put_bytes(key, table, content_type="text/csv"))
+    return Result(file_id, key, len(table), storage.sha256_of_bytes(table))
+
+
+def result_row(job: Job, result: Result) -> File:
+    """What makes it real; a new one for each try to commit it."""
     return File(
-        id=file_id,
+        id=result.id,
         tenant_id=job.tenant_id,
         filename="step_metrics.csv",
         purpose="fine-tune-results",
         status="processed",
-        bytes=len(table),
-        sha256=storage.sha256_of_bytes(table),
-        key=key,
+        bytes=result.bytes,
+        sha256=result.sha256,
+        key=result.key,
     )
 
 

@@ -55,6 +55,7 @@ RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
+GoodWord = Done | Verified | None
 T = TypeVar("T")
 
 
@@ -151,10 +152,10 @@ class Attempt:
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
-    def talk(self, command: Prepare | Train | Verify, slot: int) -> Done | Verified | None:
+    def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
         """Start a trainer, tell it what to do, and listen until it has had its last word; it is gone on return.
 
-        What good word it had is returned; any other end has been dealt with.
+        Returns what there is to go on from; any other end has been dealt with.
         """
         self.lease.hold()
         session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
@@ -185,9 +186,7 @@ class Attempt:
 
     # ------------------------------------------------------------ listening
 
-    def listen(  # noqa: PLR0912 (one branch an event)
-        self, session: TrainerSession, *, saves: bool
-    ) -> Done | Verified | None:
+    def listen(self, session: TrainerSession, *, saves: bool) -> GoodWord:  # noqa: PLR0912 (one branch an event)
         """Obey the lease and the user, and take in events until one of them is the last.
 
         A trainer that `saves` is asked to stop and given time; of any other nothing would be kept.
@@ -292,7 +291,7 @@ class Attempt:
         reach(Point.AFTER_ADAPTER_UPLOAD)
         verified = self.prove(trained, done, prefix, files, slot)
         if verified is None:
-            return
+            return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
         reach(Point.AFTER_PROOF)
         self.enter(Phase.PUBLISHING)
         result = publishing.put_result(job, patience=self.patience)
@@ -316,7 +315,8 @@ class Attempt:
                 proof=proof,
                 signed_by=signed_by,
             )
-            return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=result)
+            file = publishing.result_row(job, result)
+            return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 
         state = self.guarded(finish)
         log.info("job.finished", state=state)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 # Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
@@ -210,13 +211,8 @@ class Session:
     def _verify(self, command: Verify) -> None:
         from worker.trainer.verify import verify  # noqa: PLC0415 (import cost)
 
-        verified = verify(
-            command,
-            lambda: self._base(command.task.base_dir, command.recipe.quantization),
-            stopping=lambda: self._is_stopping(command.job),
-            tick=lambda: self.tick(command.job),
-        )
-        self.emit(verified)
+        stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
+        self.emit(verify(command, stopping=stopping, tick=tick))
 
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""

@@ -37,14 +37,11 @@ TRIED_ROWS = 2
 TRIED_TOKENS = 256
 
 
-def verify(
-    command: Verify,
-    load_base: Callable[[], Base],
-    *,
-    stopping: Callable[[], bool],
-    tick: Callable[[], None] = lambda: None,
-) -> Verified:
-    """Raises TrainingFailed with the code of what does not hold first, and Interrupted once `stopping` says so."""
+def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], None]) -> Verified:
+    """Raises TrainingFailed with the code of what does not hold first, and Interrupted once `stopping` says so.
+
+    The base is loaded for this alone, and is not used again: the one that a job was trained on is what is in doubt.
+    """
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
@@ -54,21 +51,18 @@ def verify(
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
-    base = load_base()
+    base = model.load_base(task.base_dir, recipe.quantization)
     layout, _ = selftest.layout(
         base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     adapted = _put_on(base, folder, tensors)
-    try:
-        difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
-        off, on = (
-            evaluate.score(base, adapted, rows.heldout, adapter=adapter, layout=layout, stopping=stopping)
-            for adapter in (False, True)
-        )
-    finally:
-        model.take_off(adapted)
+    difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
+    off, on = (
+        evaluate.score(base, adapted, rows.heldout, adapter=adapter, layout=layout, stopping=stopping)
+        for adapter in (False, True)
+    )
     proof = Proof(
         base=off,
         tuned=on,
