@@ -19,6 +19,7 @@ from shared.schemas import (
     Phase,
     Plan,
     Progress,
+    Proof,
     Recipe,
     Report,
     State,
@@ -147,7 +148,11 @@ def _resolved(recipe: Recipe) -> Method:
 
 def _adapter_out(adapter: Adapter) -> AdapterOut:
     return AdapterOut(
-        uri=storage.uri(adapter.prefix), bytes=adapter.bytes, files=_artifacts(adapter.prefix, adapter.files)
+        uri=storage.uri(adapter.prefix),
+        bytes=adapter.bytes,
+        files=_artifacts(adapter.prefix, adapter.files),
+        proof=Proof.model_validate(adapter.proof) if adapter.proof else None,
+        signed_by=adapter.signed_by,
     )
 
 

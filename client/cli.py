@@ -18,7 +18,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from client import download, estimate, show, submit
+from client import download, estimate, show, submit, verify
 from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
@@ -377,10 +377,30 @@ def pull(job_id: JobId, folder: Folder, data: Data = None, as_json: AsJson = Fal
     if job.adapter is None:
         raise Conflict(f"{job_id} has no adapter: it is {job.status}; see: milliner show {job_id}", code="no_adapter")
     _pull(job.adapter.files, folder)
+    signed_by = verify.signer(folder)
     if as_json:
         show.print_json(job.adapter.model_dump(mode="json"))
     else:
-        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked")
+        signed = f"signed by {signed_by}" if signed_by else "not signed"
+        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}")
+
+
+@app.command("verify")
+def verify_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter.", exists=True, file_okay=False)],
+    key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Public key that must have signed it.", dir_okay=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an adapter's hashes and signature, without a server; exit 1 if anything is not as published."""
+    found = verify.verify(folder, key)
+    if as_json:
+        show.print_json(found.model_dump(mode="json"))
+    else:
+        show.console().print(verify.verdict(found))
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------- what several commands do

@@ -15,11 +15,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import httpx2
 
 from shared.errors import InvalidRequest, MillinerError, Unavailable
+from shared.manifest import MANIFEST, SIGNATURE
 from shared.schemas import Artifact
 
 CHUNK = 1024 * 1024
-MANIFEST = "manifest.json"
-
 _ATTEMPTS = 3
 _TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 
@@ -117,7 +116,7 @@ def _stream(http: httpx2.Client, file: Artifact, partial: Path, on_bytes: Callab
 
 def _check_manifest(path: Path, files: Iterable[Artifact]) -> None:
     """The manifest was written with the files, the list came from the API: both must say the same."""
-    listed = {(file.path, file.bytes, file.sha256) for file in files if file.path != MANIFEST}
+    listed = {(file.path, file.bytes, file.sha256) for file in files if file.path not in {MANIFEST, SIGNATURE}}
     try:
         written = {(entry["path"], entry["bytes"], entry["sha256"]) for entry in json.loads(path.read_bytes())["files"]}
     except (ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.schemas import Event, File, Job, JobError, Model, Plan, Report, State
+from shared.schemas import Event, File, Job, JobError, Model, Plan, Proof, Report, State
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -89,7 +89,7 @@ def problems(file: File) -> RenderableType:
 
 def job(item: Job) -> RenderableType:
     """All that there is to say about a job, top to bottom as it happened."""
-    grid = _grid()
+    grid = facts()
     grid.add_row("job", item.id)
     grid.add_row("status", status(item))
     if item.reason:
@@ -115,9 +115,12 @@ def outcome(item: Job) -> RenderableType:
     if item.report:
         parts += [Text("\nresult", style="bold"), report(item.report)]
     if item.adapter:
-        adapter = _grid()
+        adapter = facts()
         adapter.add_row("adapter", f"{item.adapter.uri} ({size(item.adapter.bytes)})")
         adapter.add_row("name", item.fine_tuned_model or "")
+        if item.adapter.proof:
+            adapter.add_row("proof", proof(item.adapter.proof))
+        adapter.add_row("signed by", item.adapter.signed_by or "nobody")
         adapter.add_row("fetch it", f"milliner pull {item.id} DIR")
         parts.append(adapter)
     if item.error:
@@ -127,7 +130,7 @@ def outcome(item: Job) -> RenderableType:
 
 def plan(item: Plan) -> RenderableType:
     """What training will do, in numbers that were counted."""
-    recipe, grid = item.recipe, _grid()
+    recipe, grid = item.recipe, facts()
     held = f", {item.heldout_rows:,} of them held out" if item.heldout_rows else ""
     grid.add_row("rows", f"{item.rows:,}{held}")
     grid.add_row("tokens", f"{item.tokens:,}, {item.trained_tokens:,} trained an epoch; longest {item.longest_row:,}")
@@ -151,6 +154,16 @@ def report(item: Report) -> RenderableType:
         f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
     )
     return Group(table, Text(spent))
+
+
+def proof(item: Proof) -> str:
+    """What was seen of the published files, in a line."""
+    vllm = f"vLLM: --max-lora-rank {item.vllm.max_lora_rank}" if item.vllm.servable else "not for vLLM"
+    reasons = f" ({'; '.join(item.vllm.reasons)})" if item.vllm.reasons else ""
+    return (
+        f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "
+        f"(off by {max(item.base_deviation, item.tuned_deviation):.1g}); {vllm}{reasons}"
+    )
 
 
 def failure(error: JobError) -> Text:
@@ -206,18 +219,19 @@ def size(number: int | None) -> str:
     return f"{number} B"
 
 
+def facts() -> Table:
+    """Facts in two columns: what, and its value."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
 
 
 def _when(stamp: int) -> str:

@@ -78,12 +78,24 @@ class Unavailable(MillinerError):
 
 
 class TrainingFailed(MillinerError):
-    """A job that cannot go on, for a reason its user can mend: bad data, a bad setting, a base that does not fit."""
+    """A job that cannot go on, for a reason its user can mend: bad data, a bad setting, a base that does not fit.
+
+    `retryable` marks the few that another attempt may mend by itself.
+    """
 
     status = 422
     type = "invalid_request_error"
     code = "training_failed"
 
-    def __init__(self, message: str, *, code: str, hint: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        hint: str | None = None,
+        param: str | None = None,
+        retryable: bool = False,
+    ) -> None:
         super().__init__(message, param=param, code=code)
         self.hint = hint
+        self.retryable = retryable

@@ -10,7 +10,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from shared.schemas import Lora, Method, Metrics, Phase, Plan, Quantization, Recipe, Report, TrainerParams
+from shared.schemas import (
+    Lora,
+    Method,
+    Metrics,
+    Phase,
+    Plan,
+    Proof,
+    Quantization,
+    Recipe,
+    Report,
+    TrainerParams,
+)
 
 
 class Task(BaseModel):
@@ -19,6 +30,7 @@ class Task(BaseModel):
     base_dir: str
     base_name: str
     base_revision: str
+    base_license: str | None = None
     training_file: str
     validation_file: str | None
     method: Method
@@ -55,6 +67,21 @@ class Train(BaseModel):
     memory_halvings: int = 0
 
 
+class Verify(BaseModel):
+    """Prove the adapter that was fetched back into `adapter_dir`; answer `verified` or `failed`.
+
+    For a process that has trained nothing. The adapter must reproduce `report`, which was made at `memory_halvings`.
+    """
+
+    op: Literal["verify"] = "verify"
+    job: str
+    task: Task
+    recipe: Recipe
+    adapter_dir: str
+    report: Report
+    memory_halvings: int = 0
+
+
 class Alive(BaseModel):
     """The supervisor runs and holds the lease. A child that has not heard this for `silence_seconds` freezes itself."""
 
@@ -69,7 +96,7 @@ class Stop(BaseModel):
     job: str
 
 
-Command = Annotated[Prepare | Train | Stop | Alive, Field(discriminator="op")]
+Command = Annotated[Prepare | Train | Verify | Stop | Alive, Field(discriminator="op")]
 
 
 class PhaseEntered(BaseModel):
@@ -117,12 +144,25 @@ class CheckpointSaved(BaseModel):
 
 
 class Done(BaseModel):
-    """The adapter folder at `path` is complete, `report.json` and `metrics.jsonl` included."""
+    """The adapter folder at `path` is complete, `report.json` and `metrics.jsonl` included.
+
+    `memory_halvings` is how narrow the micro-batch had become when the report was made.
+    """
 
     event: Literal["done"] = "done"
     job: str
     path: str
     report: Report
+    memory_halvings: int = 0
+
+
+class Verified(BaseModel):
+    """The adapter stands its proof. `versions` are those of the packages that it was made and read with."""
+
+    event: Literal["verified"] = "verified"
+    job: str
+    proof: Proof
+    versions: dict[str, str]
 
 
 class Stopped(BaseModel):
@@ -150,7 +190,7 @@ class Failed(BaseModel):
 
 
 TrainerEvent = Annotated[
-    PhaseEntered | Notice | Working | Prepared | Measured | CheckpointSaved | Done | Stopped | Failed,
+    PhaseEntered | Notice | Working | Prepared | Measured | CheckpointSaved | Done | Verified | Stopped | Failed,
     Field(discriminator="event"),
 ]
 

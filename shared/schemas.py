@@ -307,6 +307,32 @@ class Report(Wire):
     peak_memory_bytes: int
 
 
+class Servable(Wire):
+    """Whether vLLM takes the adapter, by the limits in its source; the least that `--max-lora-rank` must say."""
+
+    servable: bool
+    max_lora_rank: int | None
+    reasons: list[str]
+
+
+class Proof(Wire):
+    """What a clean process saw of the published files, on the report's held-out rows.
+
+    `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance` nats. `max_logit_difference` is
+    the largest that the adapter makes on a row.
+    """
+
+    base: Score
+    tuned: Score
+    base_deviation: float
+    tuned_deviation: float
+    tolerance: float
+    max_logit_difference: float
+    tensors: int
+    tokenizer_sha256: str
+    vllm: Servable
+
+
 class Metrics(Wire):
     """One optimizer step, or an evaluation at that step. Losses in nats per trained token, of DPO per pair."""
 
@@ -392,9 +418,13 @@ class Artifact(Wire):
 
 
 class AdapterOut(Wire):
+    """`signed_by` is the public key (Ed25519, base64) that the manifest's signature is by, if it has one."""
+
     uri: str
     bytes: int
     files: list[Artifact]
+    proof: Proof | None = None
+    signed_by: str | None = None
 
 
 class Job(Wire):

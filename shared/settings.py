@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     trainer_command: str | None = Field(
         None, description="Command that starts a trainer; unset means `python -m worker.trainer.main`."
     )
+    signing_key_file: Path | None = Field(
+        None, description="PEM of the Ed25519 key that signs published adapters; unset leaves them unsigned."
+    )
 
     cache_dir: Path = Field(
         Path.home() / ".cache" / "milliner", description="Base models by hash, and the work directories of attempts."

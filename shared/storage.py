@@ -92,14 +92,25 @@ def put_folder(prefix: str, folder: Path, *, epoch: int | None = None) -> list[E
 
     With `epoch`, each put is fenced (see `put_bytes`): raises `Fenced` once a later epoch has written there.
     """
+    entries = put_files(prefix, folder, epoch=epoch)
+    manifest = json.dumps({"files": entries}, indent=1).encode()
+    return [*entries, put_named(prefix, MANIFEST, manifest, content_type="application/json", epoch=epoch)]
+
+
+def put_files(prefix: str, folder: Path, *, epoch: int | None = None) -> list[Entry]:
+    """Store every file of a folder; whoever calls this puts a manifest after them."""
     entries: list[Entry] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         entry = Entry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
         put_file(f"{prefix}{entry['path']}", path, entry["sha256"], epoch=epoch)
         entries.append(entry)
-    manifest = json.dumps({"files": entries}, indent=1).encode()
-    put_bytes(prefix + MANIFEST, manifest, content_type="application/json", epoch=epoch)
-    return [*entries, Entry(path=MANIFEST, bytes=len(manifest), sha256=sha256_of_bytes(manifest))]
+    return entries
+
+
+def put_named(prefix: str, path: str, data: bytes, *, content_type: str, epoch: int | None = None) -> Entry:
+    """Store a small object as one file of a folder, and return its entry."""
+    put_bytes(prefix + path, data, content_type=content_type, epoch=epoch)
+    return Entry(path=path, bytes=len(data), sha256=sha256_of_bytes(data))
 
 
 def put_bytes(

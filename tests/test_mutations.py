@@ -70,6 +70,12 @@ MUTANTS = {
     "a resume that does not look at the manifest": Mutant(
         "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
     ),
+    "a proof that compares nothing": Mutant(
+        "worker/trainer/verify.py",
+        "    check(proof, command.report)\n",
+        "",
+        "tests/worker/trainer/test_verify.py",
+    ),
     "a lease that does not freeze its trainer": Mutant(
         "worker/lease.py", "if late and not session.frozen:", "if False:", LEASE
     ),

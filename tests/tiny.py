@@ -45,8 +45,8 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tiny_llama(folder: Path) -> None:
-    torch.manual_seed(0)
+def tiny_llama(folder: Path, *, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,

@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from random import random
 from threading import Event, Thread
@@ -21,7 +22,10 @@ import billiard
 from celery.signals import setup_logging, worker_init, worker_process_init, worker_shutting_down
 
 from shared import storage
+from shared.errors import InvalidRequest
+from shared.manifest import private_key
 from shared.queue import Queue, celery_app
+from shared.settings import get_settings
 from shared.telemetry import bind, configure
 from worker import cache, garbage, notice, sweeper
 from worker.runner import Outcome, run_next
@@ -83,6 +87,11 @@ def _logging(**_: Any) -> None:
 @worker_init.connect
 def _before_the_slots(**_: Any) -> None:
     storage.client()  # a second of reading boto's models, which every slot then inherits; no connection yet
+    if (path := get_settings().signing_key_file) is not None:
+        try:
+            private_key(path)
+        except InvalidRequest as error:  # now, and not when the first job is trained; Celery lets nothing else through
+            sys.exit(f"MILLINER_SIGNING_KEY_FILE: {error.message}")
 
 
 @worker_process_init.connect

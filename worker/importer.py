@@ -58,6 +58,10 @@ def add_model(
     name: str, source: str, *, public_id: str | None = None, license_id: str | None = None, revision: str | None = None
 ) -> BaseModel:
     """Import `source` as `name`; `Conflict` if other bytes already bear that name, `InvalidRequest` if it is unfit."""
+    if (public_id or name).startswith(("/", ".", "~")):
+        raise InvalidRequest(
+            f"{public_id or name!r} is a path; adapters name their base by a public id, such as org/name"
+        )
     with tempfile.TemporaryDirectory(prefix="milliner-import-") as scratch:
         if source.startswith("hf://"):
             repo, folder, revision = _from_hub(source, Path(scratch))

@@ -8,8 +8,6 @@ two effects is a named crash point (shared/faults.py).
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 import time
 from collections.abc import Callable
@@ -19,14 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import select
-
 from shared import attempts, jobs, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
-from shared.ids import fine_tuned_name, new_id
-from shared.models import Adapter, File, Job, JobMetric, Tenant
+from shared.ids import fine_tuned_name
+from shared.models import Adapter, Job, Tenant
 from shared.protocol import (
     CheckpointSaved,
     Done,
@@ -39,13 +35,15 @@ from shared.protocol import (
     Stop,
     Stopped,
     Train,
+    Verified,
+    Verify,
     Working,
 )
 from shared.queue import Queue, ring
 from shared.schemas import Desired, JobCreate, JobError, Metrics, Phase, Plan, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
-from worker import cache
+from worker import cache, publishing
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
@@ -57,6 +55,7 @@ RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
+GoodWord = Done | Verified | None
 T = TypeVar("T")
 
 
@@ -135,7 +134,9 @@ class Attempt:
                 tell=self.tell,
             )
             reach(Point.AFTER_STAGE)
-            self.talk(command, slot)
+            done = self.talk(command, slot)
+            if isinstance(command, Train) and isinstance(done, Done):
+                self.publish(command, done, slot)
         except Leave as leave:
             self.release(leave)
         except Lost:
@@ -151,8 +152,11 @@ class Attempt:
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
-    def talk(self, command: Prepare | Train, slot: int) -> None:
-        """Start a trainer, tell it what to do, and listen until it has had its last word."""
+    def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
+        """Start a trainer, tell it what to do, and listen until it has had its last word; it is gone on return.
+
+        Returns what there is to go on from; any other end has been dealt with.
+        """
         self.lease.hold()
         session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
         log.info("trainer.started", pid=session.pid)
@@ -161,35 +165,39 @@ class Attempt:
         try:
             self.lease.hold()
             session.send(command)
-            self.listen(session)
+            return self.listen(session, saves=isinstance(command, Train))
         except Ended as end:
             session.kill()  # before the job is given up: one that is stuck lives
             self.lease.check()
             if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
                 self.flush()
                 self.guarded(lambda s: attempts.shrunk(s, self.job.id, self.lease.epoch))
-                return
+                return None
             code = "trainer_stuck" if isinstance(end, Stuck) else "trainer_crashed"
             hint = "the last log lines tell more"
             if isinstance(end, Died) and end.signal == "SIGKILL":
                 hint += "; a smaller trainer.micro_batch or trainer.max_length needs less memory"
             lines = session.last_log_lines()
             self.crash(JobError(code=code, message=str(end), hint=hint, last_log_lines=lines))
+            return None
         finally:
             self.lease.guard(None)
             session.close()
 
     # ------------------------------------------------------------ listening
 
-    def listen(self, session: TrainerSession) -> None:  # noqa: PLR0912 (one branch an event)
-        """Obey the lease and the user, and take in events until one of them is the last."""
+    def listen(self, session: TrainerSession, *, saves: bool) -> GoodWord:  # noqa: PLR0912 (one branch an event)
+        """Obey the lease and the user, and take in events until one of them is the last.
+
+        A trainer that `saves` is asked to stop and given time; of any other nothing would be kept.
+        """
         asked = False
         while True:
             self.lease.check()
             if self.lease.desired is Desired.CANCEL:
                 raise Leave
-            if self.queue is Queue.PREPARE and self.patience.is_asked_to_leave():
-                raise Leave  # nothing to save
+            if not saves and self.patience.is_asked_to_leave():
+                raise Leave
             if not asked and self.patience.is_asked_to_leave():
                 log.info("trainer.asked_to_stop")
                 session.send(Stop(job=self.job.id))
@@ -219,16 +227,16 @@ class Attempt:
                     self.keep(event)
                 case Prepared(plan=plan):
                     self.plan(plan)
-                    return
-                case Done():
-                    self.publish(event)
-                    return
+                    return None
+                case Done() | Verified():
+                    self.flush()
+                    return event
                 case Stopped(step=step):
                     log.info("trainer.stopped", step=step)
                     raise Leave
                 case Failed():
                     self.fail(event, session)
-                    return
+                    return None
 
     def flush(self) -> None:
         """Write the steps since the last time, at most once a second."""
@@ -273,50 +281,79 @@ class Attempt:
         if state is State.QUEUED:
             ring(Queue.TRAIN)  # unheard, the sweeper rings again
 
-    def publish(self, event: Done) -> None:
-        """Adapter and result file to S3, then one transaction that makes the job `succeeded`."""
-        self.flush()
+    def publish(self, trained: Train, done: Done, slot: int) -> None:
+        """Adapter up, back again and proven; its manifest; then one transaction that makes the job `succeeded`."""
         job, epoch = self.job, self.lease.epoch
-        self.enter(Phase.PUBLISHING)
+        self.enter(Phase.VERIFYING)
         reach(Point.BEFORE_PUBLISH)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
-        files = self.patience.do(lambda: storage.put_folder(prefix, Path(event.path), epoch=epoch))
+        files = self.patience.do(lambda: storage.put_files(prefix, Path(done.path), epoch=epoch))
         reach(Point.AFTER_ADAPTER_UPLOAD)
-        table = self.patience.do(self._result_csv)
-        file_id = new_id("file-")
-        key = f"files/{job.tenant_id}/{file_id}"
-        self.patience.do(lambda: storage.put_bytes(key, table, content_type="text/csv"))
+        verified = self.prove(trained, done, prefix, files, slot)
+        if verified is None:
+            return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
+        reach(Point.AFTER_PROOF)
+        self.enter(Phase.PUBLISHING)
+        result = publishing.put_result(job, patience=self.patience)
         reach(Point.AFTER_RESULT_UPLOAD)
+        name = self.patience.do(self._name)
+        sealed, signed_by = publishing.seal(
+            prefix, files, job, name=name, verified=verified, epoch=epoch, patience=self.patience
+        )
+        reach(Point.AFTER_MANIFEST)
+        proof = verified.proof.model_dump(mode="json")
 
         def finish(session: Any) -> State | None:
-            tenant = session.get_one(Tenant, job.tenant_id)
             adapter = Adapter(
                 job_id=job.id,
                 tenant_id=job.tenant_id,
-                name=fine_tuned_name(job.base_model, tenant.name, self.request.suffix, job.id),
+                name=name,
                 base_model=job.base_model,
                 prefix=prefix,
-                files=files,
-                bytes=sum(file["bytes"] for file in files),
+                files=sealed,
+                bytes=sum(file["bytes"] for file in sealed),
+                proof=proof,
+                signed_by=signed_by,
             )
-            result = File(
-                id=file_id,
-                tenant_id=job.tenant_id,
-                filename="step_metrics.csv",
-                purpose="fine-tune-results",
-                status="processed",
-                bytes=len(table),
-                sha256=storage.sha256_of_bytes(table),
-                key=key,
-            )
-            return attempts.succeeded(session, job.id, epoch, report=event.report, adapter=adapter, result_file=result)
+            file = publishing.result_row(job, result)
+            return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 
         state = self.guarded(finish)
         log.info("job.finished", state=state)
         reach(Point.AFTER_FINISH)
         if state is not State.SUCCEEDED:
             self.patience.do(lambda: storage.delete_prefix(prefix))
-            self.patience.do(lambda: storage.delete(key))
+            self.patience.do(lambda: storage.delete(result.key))
+
+    def prove(self, trained: Train, done: Done, prefix: str, files: list[storage.Entry], slot: int) -> Verified | None:
+        """The published bytes, as anybody would get them, before a process that has trained nothing.
+
+        None, with the job ended or given back, where they do not stand.
+        """
+        folder = self.work_dir / "published"
+        try:
+            publishing.fetch_back(
+                prefix, files, Path(done.path), folder, epoch=self.lease.epoch, patience=self.patience
+            )
+        except publishing.Damaged as damaged:
+            hint = "the bucket changes what is put there: check it, and what lies between"
+            self.crash(JobError(code="adapter_corrupt", message=str(damaged), hint=hint))
+            return None
+        command = Verify(
+            job=self.job.id,
+            task=trained.task,
+            recipe=trained.recipe,
+            adapter_dir=str(folder),
+            report=done.report,
+            memory_halvings=done.memory_halvings,
+        )
+        said = self.talk(command, slot)
+        return said if isinstance(said, Verified) else None
+
+    def _name(self) -> str:
+        with session_scope() as session:
+            tenant = session.get_one(Tenant, self.job.tenant_id)
+        return fine_tuned_name(self.job.base_model, tenant.name, self.request.suffix, self.job.id)
 
     def fail(self, event: Failed, session: TrainerSession) -> None:
         """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""
@@ -398,19 +435,6 @@ class Attempt:
                 attempts.note(session, self.job.id, self.lease.epoch, level="warn", message=message)
         except Unavailable:
             log.warning("complaint.unheard", message=message)
-
-    def _result_csv(self) -> bytes:
-        """OpenAI's result file: one line a step."""
-        with session_scope() as session:
-            steps = session.scalars(
-                select(JobMetric).where(JobMetric.job_id == self.job.id).order_by(JobMetric.step)
-            ).all()
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
-        names = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
-        writer.writerows([row.step, *(row.values.get(name, "") for name in names)] for row in steps)
-        return out.getvalue().encode()
 
     def guarded(self, write: Callable[[Any], T]) -> T:
         """Run a guarded write in a transaction of its own; a refused one means that the lease is gone."""

@@ -35,6 +35,7 @@ def stage(
         base_dir=str(base_dir),
         base_name=base.public_id,
         base_revision=base.revision,
+        base_license=base.license,
         training_file=str(_fetched(training, work_dir, patience)),
         validation_file=str(_fetched(validation, work_dir, patience)) if validation else None,
         method=request.method,

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pydantic import BaseModel
 
 from shared.errors import Conflict
@@ -171,6 +173,16 @@ class Folder:
     def keep_secrets(self, value: Secrets) -> None:
         _save(self._secrets, value)
 
+    def signing_key(self) -> Path:
+        """The key that signs adapters, made once; its public half lies beside it, for `milliner verify --key`."""
+        path = self.root / "signing.pem"
+        if not path.exists():
+            key = Ed25519PrivateKey.generate()
+            public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            _write(self.root / "signing.pub", public)
+            _write(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        return path
+
     def ports(self, *, api: int | None = None) -> Ports:
         """The ports of the last run, each replaced if it has been taken since; `api` overrides that one.
 
@@ -214,9 +226,13 @@ def _load(kind: type[Saved], path: Path) -> Saved:
 
 def _save(path: Path, value: BaseModel) -> None:
     """Replace the file in one step: a reader sees the old one or the new one."""
-    fresh = path.with_suffix(".new")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write(value.model_dump_json(indent=2) + "\n")
+    _write(path, value.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    fresh = path.with_name(f"{path.name}.new")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        out.write(data)
     fresh.replace(path)
 
 

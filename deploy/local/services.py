@@ -51,7 +51,8 @@ def environment(folder: Folder, *, database_url: str, redis_url: str, s3: S3) ->
         "MILLINER_CACHE_DIR": str(folder.cache),
         "MILLINER_DATA": str(folder.root),
     }
-    return {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"} | inherited | settings | local
+    defaults = {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "MILLINER_SIGNING_KEY_FILE": str(folder.signing_key())}
+    return defaults | inherited | settings | local
 
 
 # ---------------------------------------------------------------- programs

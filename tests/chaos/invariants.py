@@ -202,6 +202,8 @@ def _ending(one: Told) -> Iterator[str]:
     job, succeeded, failed = one.job, one.job["state"] == "succeeded", one.job["state"] == "failed"
     if (one.adapter is not None) != succeeded:
         yield f"is {job['state']} and has {'an' if one.adapter else 'no'} adapter"
+    if one.adapter is not None and not one.adapter["proof"]:
+        yield "has an adapter that was not proven"
     if (one.result is not None) != succeeded:
         yield f"is {job['state']} and has {'a' if one.result else 'no'} result file"
     if (job["report"] is not None) != succeeded:
@@ -308,6 +310,7 @@ def _folder(bucket: Bucket, folder: Folder) -> Iterator[str]:
     strays = bucket.keys(folder.prefix) - {folder.prefix + path for path in files}
     if strays:
         yield f"has objects that no row names: {sorted(strays)}"
+    files.pop("manifest.json.sig", None)
     manifest = bucket.objects.get(folder.prefix + "manifest.json")
     if files.pop("manifest.json", None) is None:
         yield "has no manifest"

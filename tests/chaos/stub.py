@@ -57,7 +57,7 @@ def main() -> int:
             _silence = command["task"]["silence_seconds"]
             threading.Thread(target=_watch, args=(_silence,), daemon=True).start()
         try:
-            _prepare(command) if command["op"] == "prepare" else _train(command)
+            {"prepare": _prepare, "train": _train, "verify": _verify}[command["op"]](command)
         except OSError as error:
             _emit("failed", command["job"], code="disk_full", message=str(error), retryable=True)
     return 0
@@ -104,7 +104,7 @@ def _boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-# ---------------------------------------------------------------- the two commands
+# ---------------------------------------------------------------- the three commands
 
 
 def _prepare(command: dict[str, Any]) -> None:
@@ -197,10 +197,31 @@ def _loop(command: dict[str, Any], step: int, digest: str) -> tuple[int, int, st
         step += 1
         digest = _next(digest, step)
         _emit("metrics", job, metrics=_metrics(step, recipe))
-        if step % recipe["save_every"] == 0:
+        if step % recipe["save_every"] == 0 or step == recipe["total_steps"]:
             _save(job, Path(command["work_dir"]), step, digest, recipe)
             saved = step
     return step, saved, digest
+
+
+def _verify(command: dict[str, Any]) -> None:
+    """The published adapter must be the end of the chain."""
+    job, recipe, folder = command["job"], command["recipe"], Path(command["adapter_dir"])
+    if (folder / ADAPTER).read_bytes() != expected(job, recipe["seed"], command["report"]["steps"]):
+        message = "the published adapter is not the chain's end"
+        _emit("failed", job, code="adapter_not_reproducible", message=message, retryable=False)
+        return
+    proof = {
+        "base": SCORE,
+        "tuned": SCORE | {"loss": 0.5},
+        "base_deviation": 0.0,
+        "tuned_deviation": 0.0,
+        "tolerance": 0.0,
+        "max_logit_difference": 1.0,
+        "tensors": 1,
+        "tokenizer_sha256": hashlib.sha256(b"").hexdigest(),
+        "vllm": {"servable": False, "max_lora_rank": None, "reasons": ["it is a chain of hashes"]},
+    }
+    _emit("verified", job, proof=proof, versions={"stub": "1"})
 
 
 # ---------------------------------------------------------------- files and events

@@ -181,6 +181,7 @@ IN_ROWS = [
     (r"has no metrics of \[6, 7\] of 6 steps", "UPDATE job_metrics SET step = 7 WHERE step = 6"),
     (r"\(adapter\) lies at elsewhere/, expected", "UPDATE adapters SET prefix = 'elsewhere/'"),
     (r"\(adapter\) has a manifest that lists other files", "UPDATE adapters SET files = files - 0"),
+    ("has an adapter that was not proven", "UPDATE adapters SET proof = NULL"),
     (r"\(adapter\) has no manifest", "UPDATE adapters SET files = files - -1"),
     (r"\(checkpoint 6\) has a manifest that lists other", f"UPDATE checkpoints SET files = files - 0 {NEWEST}"),
     (r"\(checkpoint 6\) has no manifest", f"UPDATE checkpoints SET files = files - -1 {NEWEST}"),
@@ -395,7 +396,7 @@ def publish(bind: Engine, last: Job, weights: Path) -> str:
     storage.put_bytes(key, table)
     adapter = Adapter(
         job_id=last.id, tenant_id=last.tenant_id, name="ft:tiny", base_model="tiny", prefix=prefix, files=files,
-        bytes=sum(file["bytes"] for file in files),
+        bytes=sum(file["bytes"] for file in files), proof={"tensors": 1},
     )  # fmt: skip
     file = File(
         id=result, tenant_id=last.tenant_id, filename="step_metrics.csv", purpose="fine-tune-results",

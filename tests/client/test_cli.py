@@ -111,7 +111,8 @@ def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
 
 def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: Path) -> None:
     job = finished.json()
-    assert milliner(stack, "pull", job["id"], tmp_path / "hat").returncode == 0
+    pulled = milliner(stack, "pull", job["id"], tmp_path / "hat")
+    assert f"every hash checked, signed by {job['adapter']['signed_by']}" in pulled.stdout, pulled.stderr
     assert {path.name for path in (tmp_path / "hat").iterdir()} >= {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -119,6 +120,14 @@ def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: 
     }
     again = milliner(stack, "pull", job["id"], tmp_path / "hat", "--json").json()
     assert again["uri"] == job["adapter"]["uri"]
+    verified = milliner(stack, "verify", tmp_path / "hat", "--key", Path(stack.data, "signing.pub"), "--json").json()
+    assert (verified["ok"], verified["signature"], verified["job"]) == (True, "trusted", job["id"])
+    assert "read back and loaded anew" in milliner(stack, "show", job["id"]).stdout
+    (tmp_path / "hat" / "manifest.json.sig").write_bytes(bytes(64))
+    (tmp_path / "hat" / "README.md").write_text("A better adapter.")
+    spoiled = milliner(stack, "verify", tmp_path / "hat")
+    assert spoiled.returncode == 1
+    assert "README.md: its bytes are not those that were published" in spoiled.stdout
 
 
 def test_the_result_file_can_be_read(stack: Record, finished: Done) -> None:

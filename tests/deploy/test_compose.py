@@ -78,6 +78,12 @@ def test_workers_run_as_they_do_in_the_local_stack(queue: str) -> None:
     assert interpolated()["services"][queue]["stop_grace_period"] == f"{program.grace:.0f}s"
 
 
+def test_only_train_holds_the_key_that_signs() -> None:
+    holding = {name: s["environment"] for name, s in interpolated()["services"].items() if "secrets" in s}
+    assert list(holding) == ["train"]
+    assert holding["train"]["MILLINER_SIGNING_KEY_FILE"] == "/run/secrets/signing_key"
+
+
 def test_only_train_reserves_gpus() -> None:
     reserving = [name for name, service in interpolated()["services"].items() if "deploy" in service]
     assert reserving == ["train"]

@@ -19,7 +19,7 @@ import pytest
 
 from deploy.local.folder import Record
 from shared.errors import InvalidRequest
-from worker.importer import check_folder, count_parameters
+from worker.importer import add_model, check_folder, count_parameters
 
 
 def test_a_folder_becomes_a_base_model(client: openai.OpenAI, tiny: str, llama: str) -> None:
@@ -59,6 +59,11 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidRequest, match=r"no config\.json"):
         check_folder(tmp_path / "empty")
+
+
+def test_a_path_is_no_public_id(llama: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"'/srv/llama' is a path; .* such as org/name"):
+        add_model("llama", llama, public_id="/srv/llama")
 
 
 def test_what_could_run_code_is_never_mirrored(llama: str, tmp_path: Path) -> None:

@@ -61,8 +61,14 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
         "adapter_config.json",
         "report.json",
         "metrics.jsonl",
+        "README.md",
         "manifest.json",
+        "manifest.json.sig",
     }
+    proof = extra["adapter"]["proof"]
+    assert (proof["base"], proof["tuned"]) == (extra["report"]["base"], extra["report"]["tuned"])
+    assert proof["max_logit_difference"] > 0
+    assert extra["adapter"]["signed_by"]
     table = client.files.content(job.result_files[0]).text.splitlines()
     assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [line.split(",")[0] for line in table[1:]] == ["1", "2", "3", "4", "5", "6"]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.protocol import Task
 from shared.schemas import Metrics, Recipe, Report
-from worker.trainer import checkpoint
+from worker.trainer import card, checkpoint
 
 
 def write(
@@ -28,7 +28,7 @@ def write(
     report: Report,
     metrics: list[Metrics],
 ) -> None:
-    """Everything of the adapter folder but what the supervisor adds (manifest, model card)."""
+    """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
         tokenizer.save_pretrained(partial)
@@ -37,6 +37,7 @@ def write(
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
 
 
 def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 # Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
@@ -36,6 +37,7 @@ from shared.protocol import (
     Stop,
     Train,
     TrainerEvent,
+    Verify,
     Working,
 )
 from shared.schemas import Phase, Quantization
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from worker.trainer.model import Base
 
 PR_SET_PDEATHSIG = 1
+
+#: What the session answers one after the other.
+Work = Prepare | Train | Verify
 
 #: A child that has said nothing for so many seconds, and gets somewhere, says that.
 WORKING_EVERY = 5.0
@@ -93,7 +98,7 @@ class Session:
     """The pipe's two ends and the base that is resident."""
 
     def __init__(self, pipe: BinaryIO) -> None:
-        self.commands: queue.SimpleQueue[Prepare | Train | None] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._pipe = pipe
         self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
@@ -152,16 +157,24 @@ class Session:
         if time.monotonic() - self._emitted_at >= WORKING_EVERY:
             self.emit(Working(job=job))
 
-    def serve(self, command: Prepare | Train) -> None:
+    def serve(self, command: Work) -> None:
         """Answer one command; no exception of a job ends the session."""
         self._step = None
         if command.task.silence_seconds is not None and self._silence is None:
             self._silence = command.task.silence_seconds
             threading.Thread(target=self.watch, args=(self._silence,), name="watch", daemon=True).start()
         try:
-            self._prepare(command) if isinstance(command, Prepare) else self._train(command)
+            match command:
+                case Prepare():
+                    self._prepare(command)
+                case Train():
+                    self._train(command)
+                case Verify():
+                    self._verify(command)
         except TrainingFailed as error:
-            self._fail(command, error.code, error.message, hint=error.hint, param=error.param)
+            self._fail(
+                command, error.code, error.message, hint=error.hint, param=error.param, retryable=error.retryable
+            )
         except Exception as error:
             traceback.print_exc()
             if is_out_of_memory(error):
@@ -195,6 +208,12 @@ class Session:
             tick=lambda: self.tick(command.job),
         )
 
+    def _verify(self, command: Verify) -> None:
+        from worker.trainer.verify import verify  # noqa: PLC0415 (import cost)
+
+        stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
+        self.emit(verify(command, stopping=stopping, tick=tick))
+
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""
         self.fence()
@@ -212,7 +231,7 @@ class Session:
 
     def _fail(
         self,
-        command: Prepare | Train,
+        command: Work,
         code: str,
         message: str,
         *,

@@ -151,7 +151,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
             report=report,
             metrics=run.state.metrics,
         )
-        run.emit(Done(job=job, path=str(folder), report=report))
+        run.emit(Done(job=job, path=str(folder), report=report, memory_halvings=run.state.memory_halvings))
     except evaluate.Interrupted:
         _save(run)
         run.emit(Stopped(job=job, step=run.state.step))
@@ -169,9 +169,11 @@ def _loop(run: Run) -> Score:
             _evaluate(run)
         if run.stopping():
             raise evaluate.Interrupted
-        if run.state.step % run.recipe.save_every == 0 or time.monotonic() - run.save_tried_at >= SAVE_SECONDS:
-            _save(run)
-        if run.state.step >= run.recipe.total_steps or _patience_is_spent(run):
+        trained = run.state.step >= run.recipe.total_steps or _patience_is_spent(run)
+        overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
+        if trained or overdue or run.state.step % run.recipe.save_every == 0:
+            _save(run)  # the last step too: what comes after it may be interrupted, and costs no step then
+        if trained:
             break
         _step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))

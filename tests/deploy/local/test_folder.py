@@ -10,6 +10,7 @@ import pytest
 
 from deploy.local.folder import Folder
 from shared.errors import Conflict
+from shared.manifest import private_key, public_key
 
 
 def mode(path: Path) -> int:
@@ -23,6 +24,15 @@ def test_secrets_are_made_once_and_kept_private(tmp_path: Path) -> None:
     assert len({first.postgres, first.valkey, first.s3_secret_key}) == 3
     assert mode(folder.root) == 0o700
     assert mode(folder.root / "secrets.json") == 0o600
+
+
+def test_the_signing_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "data").create()
+    path = folder.signing_key()
+    first = path.read_bytes()
+    assert Folder(tmp_path / "data").signing_key().read_bytes() == first
+    assert mode(path) == 0o600
+    assert private_key(path).public_key() == public_key(path.with_suffix(".pub"))
 
 
 def test_ports_are_kept_and_one_that_was_taken_is_replaced(tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def test_adapter_folder_is_public(make_task: MakeTask, write_rows: WriteRows, tm
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", "0" * 40)
     assert any(name.endswith("q_proj") for name in config["target_modules"])
-    texts = [p.read_text() for p in folder.iterdir() if p.suffix in (".json", ".jsonl", ".jinja")]
+    texts = [p.read_text() for p in folder.iterdir() if p.suffix != ".safetensors"]
     assert not any(task.base_dir in text or str(tmp_path) in text for text in texts)
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".jsonl", ".safetensors", ".jinja"}
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
 
 
 def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
@@ -216,10 +216,21 @@ def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
     task = make_task(
         write_rows(quotes(24)), lora={"dropout": 0.2}, trainer={"max_steps": 4, "save_every": 9, "eval_every": 9}
     )
-    assert run(task, tmp_path / "fast").of(CheckpointSaved) == []
+    assert [saved.step for saved in run(task, tmp_path / "fast").of(CheckpointSaved)] == [4]
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     assert [saved.step for saved in run(task, tmp_path / "slow").of(CheckpointSaved)] == [1, 2, 3, 4]
     assert adapter_bytes(tmp_path / "slow") == adapter_bytes(tmp_path / "fast")
+
+
+def test_whatever_ends_an_attempt_after_the_last_step_costs_no_step(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    task = make_task(write_rows(quotes(24)), trainer={"max_steps": 3, "save_every": 2})
+    first = run(task, tmp_path / "first")
+    again = run(task, tmp_path / "again", resume_from=first.of(CheckpointSaved)[-1].path)
+    assert again.of(Measured) == []
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "first")
+    assert again.of(Done)[0].report.tuned == first.of(Done)[0].report.tuned
 
 
 @pytest.mark.parametrize("rows", [4, 24])

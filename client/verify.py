@@ -1,0 +1,142 @@
+"""`milliner verify`: is a folder the adapter that a server has published, whole and unchanged?
+
+Owns: the check of every hash, of what is missing or not listed, and of the signature. Needs no server. Must not print.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from client.download import Corrupt
+from client.show import facts
+from shared import manifest
+from shared.errors import InvalidRequest
+from shared.manifest import MANIFEST, SIGNATURE, Manifest
+
+
+class Signature(StrEnum):
+    """What became of it. Only `trusted` says that the files come from the holder of a key that the caller named."""
+
+    TRUSTED = "trusted"
+    VALID = "valid"  # by the key that the manifest itself names, and no other was asked for
+    UNSIGNED = "unsigned"
+    BROKEN = "broken"
+
+
+class Verdict(BaseModel):
+    """What was found; `ok` is the exit code."""
+
+    ok: bool
+    job: str
+    model: str
+    base: str
+    signature: Signature
+    signed_by: str | None
+    files: int
+    changed: list[str]
+    missing: list[str]
+    unlisted: list[str]
+
+
+def verify(folder: Path, key: Path | None = None) -> Verdict:
+    """Hash everything. With `key`, a PEM file, the signature must be there and by that one.
+
+    Raises InvalidRequest: no manifest of an adapter lies there, or the key is none.
+    """
+    text, seal = _manifest(folder)
+    trusted = manifest.name_of(manifest.public_key(key)) if key is not None else None
+    signature = _signature(folder, text, seal.signed_by, trusted)
+    listed = {file.path: file for file in seal.files}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    changed = [path for path in sorted(listed.keys() & there) if _sha256(folder / path) != listed[path].sha256]
+    missing, unlisted = sorted(listed.keys() - there), sorted(there - listed.keys() - {MANIFEST, SIGNATURE})
+    signed = signature is Signature.TRUSTED if key is not None else signature is not Signature.BROKEN
+    return Verdict(
+        ok=signed and not (changed or missing or unlisted),
+        job=seal.job,
+        model=seal.model,
+        base=f"{seal.base.public_id} @ {seal.base.revision}",
+        signature=signature,
+        signed_by=seal.signed_by,
+        files=len(listed),
+        changed=changed,
+        missing=missing,
+        unlisted=unlisted,
+    )
+
+
+def signer(folder: Path) -> str | None:
+    """Who signed a folder whose hashes were checked; None: nobody. Raises Corrupt for a signature that is not valid."""
+    text, seal = _manifest(folder)
+    if _signature(folder, text, seal.signed_by, None) is Signature.BROKEN:
+        raise Corrupt(f"{folder / SIGNATURE} is no valid signature of {MANIFEST}; do not use these files")
+    return seal.signed_by
+
+
+def verdict(item: Verdict) -> RenderableType:
+    """The same for people."""
+    grid = facts()
+    grid.add_row("adapter", item.model)
+    grid.add_row("job", item.job)
+    grid.add_row("base", item.base)
+    grid.add_row("signature", Text(_words(item), style="red" if item.signature is Signature.BROKEN else ""))
+    faults = [
+        Text(f"{path}: {fault}", style="red")
+        for fault, paths in (
+            ("its bytes are not those that were published", item.changed),
+            ("is missing", item.missing),
+            ("is not of this adapter: the manifest does not list it", item.unlisted),
+        )
+        for path in paths
+    ]
+    end = Text(f"{item.files} files are as they were published", style="green") if item.ok else _refusal(item)
+    return Group(grid, *faults, end)
+
+
+def _manifest(folder: Path) -> tuple[bytes, Manifest]:
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        return text, Manifest.model_validate_json(text)
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{folder} has no {MANIFEST}; fetch an adapter with: milliner pull JOB DIR") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(
+            f"{folder / MANIFEST} is no manifest of an adapter ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        ) from error
+
+
+def _signature(folder: Path, text: bytes, signed_by: str | None, trusted: str | None) -> Signature:
+    path = folder / SIGNATURE
+    if signed_by is None and not path.exists():
+        return Signature.UNSIGNED
+    name = trusted or signed_by
+    if name is None or not path.exists() or not manifest.is_signed_by(name, path.read_bytes(), text):
+        return Signature.BROKEN
+    return Signature.TRUSTED if trusted else Signature.VALID
+
+
+def _words(item: Verdict) -> str:
+    return {
+        Signature.TRUSTED: f"by the key that you named, {item.signed_by}",
+        Signature.VALID: f"by {item.signed_by}; name the key that you trust with --key to know whose that is",
+        Signature.UNSIGNED: "none: hashes guard against damage, not against a forger",
+        Signature.BROKEN: f"not valid for this manifest (it names {item.signed_by or 'no key'})",
+    }[item.signature]
+
+
+def _refusal(item: Verdict) -> Text:
+    if item.signature is Signature.UNSIGNED and not (item.changed or item.missing or item.unlisted):
+        return Text("not verified: a key was named, and nothing is signed", style="red")
+    return Text("not verified: do not use this folder; fetch it again with: milliner pull JOB DIR", style="red")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,200 @@
+"""`milliner verify`: a folder as it was published, and each way in which it may not be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from client.cli import main
+from client.verify import Signature, verdict, verify
+from deploy.local.folder import Folder
+from shared import manifest
+from shared.errors import InvalidRequest
+from shared.manifest import HashedFile, Manifest
+from tests.client.conftest import RECIPE, SCORE
+
+FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}", "sub/tokenizer.json": b"[]"}
+PROOF = {
+    "base": SCORE,
+    "tuned": SCORE,
+    "base_deviation": 0,
+    "tuned_deviation": 0,
+    "tolerance": 0.005,
+    "max_logit_difference": 3.5,
+    "tensors": 420,
+    "tokenizer_sha256": "0" * 64,
+    "vllm": {"servable": True, "max_lora_rank": 16, "reasons": []},
+}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A stack's folder with its pair of keys."""
+    folder = Folder(tmp_path / "keys").create()
+    folder.signing_key()
+    return folder.root
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, keys: Path) -> Path:
+    return published(tmp_path / "adapter", keys)
+
+
+def published(folder: Path, keys: Path | None) -> Path:
+    """A folder as a worker leaves it in the bucket, signed unless there are no keys."""
+    for path, content in FILES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    key = manifest.private_key(keys / "signing.pem") if keys is not None else None
+    text = Manifest.model_validate(
+        {
+            "job": "ftjob-1",
+            "model": "ft:small:me::1",
+            "base": {"name": "small", "public_id": "acme/small", "revision": "1", "digest": "ab", "license": None},
+            "training_file": {"id": "file-1", "sha256": "0" * 64},
+            "validation_file": None,
+            "recipe": RECIPE,
+            "proof": PROOF,
+            "versions": {"torch": "2.13.0"},
+            "signed_by": manifest.name_of(key.public_key()) if key is not None else None,
+            "files": [
+                HashedFile(path=path, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+                for path, content in FILES.items()
+            ],
+        }
+    ).text()
+    (folder / manifest.MANIFEST).write_bytes(text)
+    if key is not None:
+        (folder / manifest.SIGNATURE).write_bytes(key.sign(text))
+    return folder
+
+
+def test_a_folder_as_published_stands(adapter: Path, keys: Path) -> None:
+    assert verify(adapter).signature is Signature.VALID
+    found = verify(adapter, keys / "signing.pub")
+    assert (found.ok, found.signature, found.files) == (True, Signature.TRUSTED, 3)
+    assert (found.job, found.base) == ("ftjob-1", "acme/small @ 1")
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    [
+        (lambda a: (a / "adapter_config.json").write_bytes(b"[]"), {"changed": ["adapter_config.json"]}),
+        (lambda a: (a / "sub/tokenizer.json").unlink(), {"missing": ["sub/tokenizer.json"]}),
+        (lambda a: (a / "sub/evil.py").write_bytes(b""), {"unlisted": ["sub/evil.py"]}),
+        (lambda a: (a / manifest.SIGNATURE).unlink(), {"signature": Signature.BROKEN}),
+        (lambda a: (a / manifest.SIGNATURE).write_bytes(bytes(64)), {"signature": Signature.BROKEN}),
+        (lambda a: (a / manifest.SIGNATURE).write_bytes(b"short"), {"signature": Signature.BROKEN}),
+        (lambda a: rewrite(a, job="ftjob-2"), {"signature": Signature.BROKEN}),
+        (lambda a: rewrite(a, signed_by=None), {"signature": Signature.BROKEN}),
+        (lambda a: rewrite(a, signed_by="no key"), {"signature": Signature.BROKEN}),
+    ],
+)
+def test_whatever_was_done_to_it_is_found(
+    adapter: Path, keys: Path, plant: Callable[[Path], object], fault: dict[str, object]
+) -> None:
+    plant(adapter)
+    for key, sound in ((None, Signature.VALID), (keys / "signing.pub", Signature.TRUSTED)):
+        found = verify(adapter, key)
+        expected = {"changed": [], "missing": [], "unlisted": [], "signature": sound} | fault
+        assert found.model_dump(include=set(expected)) == expected
+        assert not found.ok
+
+
+def test_a_forger_who_signs_anew_is_found_by_the_key_alone(tmp_path: Path, adapter: Path, keys: Path) -> None:
+    forger = Folder(tmp_path / "forger").create()
+    forger.signing_key()
+    shutil.rmtree(adapter)
+    published(adapter, forger.root)
+    assert verify(adapter).ok
+    found = verify(adapter, keys / "signing.pub")
+    assert (found.ok, found.signature) == (False, Signature.BROKEN)
+
+
+def test_an_unsigned_one_says_so_and_is_refused_where_a_key_is_named(tmp_path: Path, keys: Path) -> None:
+    bare = published(tmp_path / "bare", None)
+    found = verify(bare)
+    assert (found.ok, found.signature, found.signed_by) == (True, Signature.UNSIGNED, None)
+    assert not verify(bare, keys / "signing.pub").ok
+
+
+def test_openssl_says_the_same(adapter: Path, keys: Path) -> None:
+    """Nobody needs us to check a signature, nor to make a key."""
+    openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(keys / "signing.pub"), "-rawin"]
+    files = ["-in", str(adapter / manifest.MANIFEST), "-sigfile", str(adapter / manifest.SIGNATURE)]
+    assert b"Success" in subprocess.run([*openssl, *files], check=True, capture_output=True).stdout
+    made = keys / "made.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(made)], check=True, capture_output=True)
+    assert manifest.private_key(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"no PEM", None])
+def test_a_key_that_is_none_is_named_with_what_makes_one(adapter: Path, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "key.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidRequest, match=r"key\.pem: no public key .* openssl pkey -pubout"):
+        verify(adapter, path)
+    with pytest.raises(InvalidRequest, match=r"key\.pem: no private key .* openssl genpkey -algorithm ed25519"):
+        manifest.private_key(path)
+
+
+def test_a_key_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None:
+    private, public = tmp_path / "p256.pem", tmp_path / "p256.pub"
+    make = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", str(private)]
+    subprocess.run(make, check=True, capture_output=True)
+    subprocess.run(["openssl", "pkey", "-in", str(private), "-pubout", "-out", str(public)], check=True)
+    with pytest.raises(InvalidRequest, match="it holds a"):
+        verify(adapter, public)
+    with pytest.raises(InvalidRequest, match="it holds a"):
+        manifest.private_key(private)
+
+
+def test_a_folder_that_is_no_adapters_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="milliner pull JOB DIR"):
+        verify(tmp_path)
+    (tmp_path / manifest.MANIFEST).write_text('{"files": []}')
+    with pytest.raises(InvalidRequest, match=r"is no manifest of an adapter \(job: Field required\)"):
+        verify(tmp_path)
+
+
+def test_the_command_prints_and_exits_by_what_it_found(
+    adapter: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_(str(adapter), "--key", str(keys / "signing.pub"), "--json")
+    assert json.loads(capsys.readouterr().out)["signature"] == "trusted"
+    main_(str(adapter))
+    assert "name the key that you trust with --key" in capsys.readouterr().out
+    (adapter / "adapter_config.json").write_bytes(b"[]")
+    with pytest.raises(SystemExit) as ended:
+        main_(str(adapter))
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "adapter_config.json: its bytes are not those that were published" in said
+    assert "do not use this folder" in said
+
+
+def main_(*arguments: str) -> None:
+    """The command as typed; it ends by SystemExit even where all is well."""
+    try:
+        main(["verify", *arguments])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def rewrite(adapter: Path, **changes: object) -> None:
+    path = adapter / manifest.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+
+
+def test_every_verdict_can_be_drawn(adapter: Path) -> None:
+    found = verify(adapter)
+    for signature in Signature:
+        assert verdict(found.model_copy(update={"signature": signature, "ok": False}))

@@ -1,0 +1,210 @@
+"""Between training and "succeeded": what comes back from the bucket, and what becomes of a job that is being proven.
+
+Attempts in this process, on a real bucket and database. The trainer is a small script, so that its proof can end in
+every way; the real one's are in tests/worker/trainer/test_verify.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from deploy.local.folder import Folder
+from shared import jobs, settings, storage
+from shared.db import session_scope
+from shared.manifest import MANIFEST, SIGNATURE, Manifest, is_signed_by
+from shared.models import Adapter, Job
+from shared.queue import Queue
+from shared.schemas import Desired, State
+from tests.shared.test_jobs import REPORT
+from worker.lease import Lease, boottime
+from worker.patience import Patience
+from worker.publishing import Damaged, fetch_back
+from worker.runner import run_next
+
+PROOF = {
+    "base": REPORT.base.model_dump(), "tuned": REPORT.tuned.model_dump(), "base_deviation": 0, "tuned_deviation": 0,
+    "tolerance": 0, "max_logit_difference": 1, "tensors": 1, "tokenizer_sha256": "",
+    "vllm": {"servable": True, "max_lora_rank": 8, "reasons": []},
+}  # fmt: skip
+TRAINER = f"""
+    import json, os, pathlib, sys, time
+
+    def say(event, **fields):
+        print(json.dumps({{"event": event, "job": command["job"]}} | fields), flush=True)
+
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["op"] == "train":
+            pathlib.Path("trained.pid").write_text(str(os.getpid()))
+            folder = pathlib.Path(command["work_dir"], "adapter")
+            folder.mkdir()
+            (folder / "adapter_model.safetensors").write_bytes(b"weights")
+            say("done", path=str(folder), report={REPORT.model_dump(mode="json")!r})
+        elif command["op"] == "verify":
+            pathlib.Path(sys.argv[2]).touch()
+            if pathlib.Path("/proc", pathlib.Path("trained.pid").read_text()).exists():
+                sys.exit("the trainer still lives")
+            if pathlib.Path(command["adapter_dir"], "adapter_model.safetensors").read_bytes() != b"weights":
+                sys.exit("these are other weights")
+            if sys.argv[1] == "hang":
+                time.sleep(600)
+            elif sys.argv[1] == "die":
+                sys.exit(3)
+            elif sys.argv[1] == "stand":
+                say("verified", proof={PROOF!r}, versions={{"torch": "1"}})
+            else:
+                retryable = sys.argv[1] == "doubt"
+                say("failed", code="adapter_" + sys.argv[1], message="so it is", retryable=retryable)
+"""
+
+Attempt = Callable[..., Job]
+
+
+@pytest.fixture
+def verifying(tmp_path: Path) -> Path:
+    """There once the proof has begun."""
+    return tmp_path / "verifying"
+
+
+@pytest.fixture
+def attempt(job: str, tmp_path: Path, verifying: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """Train and prove the queued job once, its proof ending as told, and return its row."""
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent(TRAINER))
+
+    def once(how: str, *, draining: Callable[[], bool] = lambda: False, **told: str) -> Job:
+        told["TRAINER_COMMAND"] = f"{sys.executable} -S -E {script} {how} {verifying}"
+        for name, value in told.items():
+            monkeypatch.setenv(f"MILLINER_{name}", value)
+        settings.get_settings.cache_clear()
+        run_next(Queue.TRAIN, owner="here", slot=0, draining=draining)
+        return row(job)
+
+    return once
+
+
+def test_a_job_whose_adapter_stands_has_proof_and_a_signed_manifest(attempt: Attempt, tmp_path: Path) -> None:
+    keys = Folder(tmp_path / "keys").create()
+    done = attempt("stand", SIGNING_KEY_FILE=str(keys.signing_key()))
+    assert done.state == State.SUCCEEDED, done.error
+    adapter = published(done)
+    assert adapter is not None
+    assert adapter.proof == PROOF
+    assert [file["path"] for file in adapter.files] == ["adapter_model.safetensors", SIGNATURE, MANIFEST]
+    text = b"".join(storage.read(adapter.prefix + MANIFEST))
+    signature = b"".join(storage.read(adapter.prefix + SIGNATURE))
+    manifest = Manifest.model_validate_json(text)
+    assert manifest.signed_by == adapter.signed_by
+    assert is_signed_by(adapter.signed_by or "", signature, text)
+    assert (manifest.job, manifest.model, manifest.base.public_id) == (done.id, adapter.name, "org/m")
+    assert manifest.versions == {"torch": "1"}
+    assert [file.path for file in manifest.files] == ["adapter_model.safetensors"]
+
+
+def test_without_a_key_the_manifest_says_that_nobody_signed_it(attempt: Attempt) -> None:
+    done = attempt("stand")
+    adapter = published(done)
+    assert adapter is not None
+    assert adapter.signed_by is None
+    assert [file["path"] for file in adapter.files] == ["adapter_model.safetensors", MANIFEST]
+    assert json.loads(b"".join(storage.read(adapter.prefix + MANIFEST)))["signed_by"] is None
+
+
+def test_an_adapter_that_does_not_stand_fails_the_job_by_its_code(attempt: Attempt) -> None:
+    done = attempt("no_effect")
+    assert done.error is not None
+    assert (done.state, done.error["code"], done.crash_count) == (State.FAILED, "adapter_no_effect", 0)
+    assert published(done) is None
+
+
+@pytest.mark.parametrize(("how", "code"), [("doubt", "adapter_doubt"), ("die", "trainer_crashed")])
+def test_what_another_attempt_may_mend_is_a_crash(attempt: Attempt, how: str, code: str) -> None:
+    first = attempt(how, MAX_CRASHES="2")
+    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, jobs.Reason.CRASHED, 1)
+    assert published(first) is None
+    second = attempt(how)
+    assert second.error is not None
+    assert (second.state, second.reason, second.error["code"]) == (State.FAILED, jobs.Reason.POISON, code)
+
+
+def test_a_proof_that_gets_nowhere_is_stuck(attempt: Attempt) -> None:
+    done = attempt("hang", STUCK_SECONDS="0.3", MAX_CRASHES="1")
+    assert done.error is not None
+    assert (done.state, done.error["code"]) == (State.FAILED, "trainer_stuck")
+
+
+def test_a_drain_gives_the_job_back(attempt: Attempt, verifying: Path) -> None:
+    done = attempt("hang", draining=verifying.exists)
+    assert (done.state, done.reason, done.crash_count) == (State.QUEUED, jobs.Reason.PREEMPTED, 0)
+    assert published(done) is None
+
+
+@pytest.mark.parametrize(
+    ("wish", "state"), [(Desired.PAUSE, State.PAUSED), (Desired.CANCEL, State.CANCELLED)], ids=["pause", "cancel"]
+)
+def test_a_wish_is_heard_while_the_adapter_is_proven(
+    attempt: Attempt, job: str, verifying: Path, wish: Desired, state: State
+) -> None:
+    def ask_once_it_is_proven() -> bool:
+        if verifying.exists() and row(job).desired_state == Desired.RUN:
+            with session_scope() as session:
+                jobs.ask(session, row(job).tenant_id, job, wish)
+        return False
+
+    done = attempt("hang", draining=ask_once_it_is_proven, HEARTBEAT_SECONDS="0.1")
+    assert (done.state, done.crash_count) == (state, 0)
+    assert published(done) is None
+
+
+# ---------------------------------------------------------------- back from the bucket
+
+
+@pytest.mark.parametrize("there", [b"other bytes", None], ids=["changed", "lost"])
+def test_what_the_bucket_has_spoiled_is_put_there_again(as_worker: None, tmp_path: Path, there: bytes | None) -> None:
+    prefix, files, source = uploaded(tmp_path)
+    storage.delete(prefix + "b")
+    if there is not None:
+        storage.put_bytes(prefix + "b", there, epoch=1)
+    fetch_back(prefix, files, source, tmp_path / "back", epoch=1, patience=patience())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {"a": b"one", "b": b"two"}
+    assert b"".join(storage.read(prefix + "b")) == b"two"
+
+
+def test_what_is_spoiled_on_the_disk_too_is_given_up(as_worker: None, tmp_path: Path) -> None:
+    prefix, files, source = uploaded(tmp_path)
+    storage.put_bytes(prefix + "b", b"other bytes", epoch=1)
+    (source / "b").write_bytes(b"tow")
+    with pytest.raises(Damaged, match="b has changed on the disk"):
+        fetch_back(prefix, files, source, tmp_path / "back", epoch=1, patience=patience())
+
+
+def uploaded(tmp_path: Path) -> tuple[str, list[storage.Entry], Path]:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"one")
+    (source / "b").write_bytes(b"two")
+    prefix = f"adapters/{tmp_path.name}/"
+    storage.delete_prefix(prefix)
+    return prefix, storage.put_files(prefix, source, epoch=1), source
+
+
+def patience() -> Patience:
+    lease = Lease("ftjob-none", 1, boottime())
+    return Patience(lease, draining=lambda: False, complain=print, heeds_pause=True, stop_seconds=1)
+
+
+def row(job: str) -> Job:
+    with session_scope() as session:
+        return session.get_one(Job, job)
+
+
+def published(job: Job) -> Adapter | None:
+    with session_scope() as session:
+        return session.scalar(select(Adapter).where(Adapter.job_id == job.id))

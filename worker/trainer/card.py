@@ -1,0 +1,163 @@
+"""The model card of an adapter: README.md with the front matter that model hubs read.
+
+Owns: saying what was done and measured, how it was evaluated, and how to put the adapter on. Only facts of this run:
+no praise, no guess, nothing of the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.protocol import Task
+from shared.schemas import Metrics, Recipe, Report
+from worker.trainer import serving
+
+BARS = "▁▂▃▄▅▆▇█"
+POINTS = 60
+MOST_EVALUATIONS = 20
+
+_HELDOUT = {
+    "validation_file": "the rows of a validation file",
+    "training_file_carved": "rows of the training file that were held out of training",
+    "training_file": "the training rows themselves: there were too few to hold any out, so this measures memory",
+}
+
+
+def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics]) -> str:
+    """The whole card, in Markdown."""
+    sections = (
+        _front_matter(task),
+        f"# LoRA adapter for {task.base_name}\n",
+        _origin(task),
+        _result(report),
+        _curve(metrics),
+        _recipe(recipe, report),
+        _limits(report),
+        _usage(task, recipe),
+    )
+    return "\n".join(section for section in sections if section)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """At most POINTS bars, each the mean of its share of the values, from the least to the most."""
+    size = max(1, -(-len(values) // POINTS))
+    means = [sum(part) / len(part) for start in range(0, len(values), size) if (part := values[start : start + size])]
+    low, span = min(means), max(means) - min(means)
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)
+
+
+def _front_matter(task: Task) -> str:
+    lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
+    if task.base_license is not None:
+        lines.append(f"license: {task.base_license}")
+    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- lora", "- milliner", "---", ""])
+
+
+def _origin(task: Task) -> str:
+    files = {"training data": task.training_file, "validation data": task.validation_file}
+    rows = [("base", task.base_name), ("revision", task.base_revision)]
+    rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
+    return _table(("made from", ""), rows)
+
+
+def _result(report: Report) -> str:
+    rows = [
+        (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
+        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+    ]
+    table = _table(("", "loss (nats a token)", "token accuracy"), rows)
+    return (
+        f"## Result\n\n{table}\nOver {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
+        f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n"
+    )
+
+
+def _curve(metrics: Sequence[Metrics]) -> str:
+    losses = [m.train_loss for m in metrics if m.train_loss is not None]
+    if not losses:
+        return ""
+    parts = [f"## Loss\n\n`{sparkline(losses)}` training loss, {losses[0]:.3f} at first, {losses[-1]:.3f} at last\n"]
+    evaluations = [(m.step, m.full_valid_loss) for m in metrics if m.full_valid_loss is not None]
+    if evaluations:
+        every = -(-len(evaluations) // MOST_EVALUATIONS)
+        shown = [*evaluations[:-1:every], evaluations[-1]]
+        parts.append(_table(("step", "held-out loss"), [(f"{step}", f"{loss:.4f}") for step, loss in shown]))
+    return "\n".join(parts)
+
+
+def _recipe(recipe: Recipe, report: Report) -> str:
+    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
+    rows = [
+        ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
+        ("on", targets),
+        ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
+        ("base held in", recipe.quantization.value),
+        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs"),
+        ("trained tokens", f"{report.trained_tokens:,}"),
+        ("learning rate", f"{recipe.learning_rate:.3g}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
+        ("optimizer", f"AdamW, weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.max_grad_norm:g}"),
+        ("longest row", f"{recipe.max_length:,} tokens"),
+        ("seed", str(recipe.seed)),
+        ("time", f"{report.train_seconds:,.0f} s in optimizer steps"),
+    ]
+    return "## Recipe\n\n" + _table(("", ""), rows)
+
+
+def _limits(report: Report) -> str:
+    quantized = (
+        f"- The base was held in {report.quantization.value}: with other weights of it, scores differ a little.\n"
+        if report.quantization.value != "none"
+        else ""
+    )
+    return (
+        "## Limits\n\n"
+        "- It was measured by loss and token accuracy on rows like those that it was trained on, and by nothing else.\n"
+        "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
+        f"{quantized}"
+        "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
+    )
+
+
+def _usage(task: Task, recipe: Recipe) -> str:
+    commit = re.fullmatch("[0-9a-f]{40}", task.base_revision)
+    revision = f', revision="{task.base_revision}"' if commit else ""
+    return f"""## Use
+
+`DIR` is the folder of this file. With [PEFT](https://huggingface.co/docs/peft):
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{revision})
+model = PeftModel.from_pretrained(base, "DIR")
+```
+
+With [vLLM](https://docs.vllm.ai) (whether it takes this adapter is in `manifest.json`, under `proof.vllm`):
+
+```bash
+vllm serve {task.base_name} --enable-lora --max-lora-rank {serving.max_lora_rank(recipe.r)} --lora-modules hat=DIR
+```
+
+With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:
+
+```bash
+python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
+llama-cli -m base.gguf --lora hat.gguf
+```
+"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

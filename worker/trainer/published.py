@@ -1,0 +1,146 @@
+"""A published adapter's files, read as a stranger would: config, tensors, tokenizer.
+
+Owns: what can be said of them without running the model. Each thing that may be wrong has a code of its own. Must only
+read, and must not ask `adapter.py` what it meant to write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from shared.errors import TrainingFailed
+from shared.protocol import Task
+from worker.trainer.encoding import Encoder
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+#: What LoRA readers have known since the format was young. A newer key makes an older reader refuse the folder.
+KNOWN_KEYS = frozenset(
+    {
+        "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
+        "target_modules", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+        "modules_to_save",
+    }
+)  # fmt: skip
+
+Tensors = dict[str, torch.Tensor]
+
+
+def config(folder: Path, task: Task) -> dict[str, Any]:
+    """The adapter's config: minimal, and of the base that was trained on. Raises TrainingFailed if it is not."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(CONFIG, error) from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA" or not isinstance(found.get("r"), int):
+        raise _invalid("it is no LoRA's")
+    if unknown := sorted(found.keys() - KNOWN_KEYS):
+        raise _invalid(f"it has keys that older readers refuse: {', '.join(unknown)}")
+    if paths := sorted(key for key, value in found.items() if _is_local_path(value)):
+        raise _invalid(f"{', '.join(paths)} holds a path of the machine that trained it")
+    named = found.get("base_model_name_or_path"), found.get("revision")
+    if named != (task.base_name, task.base_revision):
+        raise TrainingFailed(
+            f"{CONFIG} names the base {named[0]!r} at {named[1]!r}, trained on was {task.base_name!r} at "
+            f"{task.base_revision!r}",
+            code="base_mismatch",
+            hint="this is a fault of the server: report it with the job's id",
+        )
+    return found
+
+
+def tensors(folder: Path) -> Tensors:
+    """The adapter's tensors: LoRA's alone, finite, and of some effect. Raises TrainingFailed."""
+    try:
+        found = load_file(folder / TENSORS)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise unreadable(TENSORS, error) from error
+    if foreign := sorted(name for name in found if ".lora_" not in name):
+        raise foreign_keys(foreign)
+    if broken := sorted(name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())):
+        raise TrainingFailed(
+            f"{len(broken)} of {len(found)} tensors hold NaN or infinity, {broken[0]} for one",
+            code="adapter_not_finite",
+            param="hyperparameters.learning_rate_multiplier",
+            hint="lower learning_rate_multiplier, to a third for instance",
+        )
+    if not any(bool(tensor.any()) for name, tensor in found.items() if ".lora_B" in name):
+        raise no_effect("every lora_B is zero")
+    return found
+
+
+def tokenizer_sha256(folder: Path, encoder: Encoder) -> str:
+    """The fingerprint of the folder's tokenizer, which must be the base's. Raises TrainingFailed if it is not."""
+    try:
+        found = Encoder(str(folder)).tokenizer
+    except TrainingFailed as error:
+        raise unreadable("the tokenizer", error) from error
+    ours, theirs = _parts(found), _parts(encoder.tokenizer)
+    if differing := sorted(part for part in theirs if ours[part] != theirs[part]):
+        raise TrainingFailed(
+            f"the published {' and '.join(differing)} differ from the base's: prompts would not be read as in training",
+            code="template_mismatch",
+            hint="this is a fault of the server: report it with the job's id",
+        )
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
+
+
+def unreadable(what: str, cause: Exception) -> TrainingFailed:
+    """Another attempt writes the files anew."""
+    return TrainingFailed(
+        f"the published {what} cannot be read: {cause}",
+        code="adapter_unreadable",
+        hint="the disk of the worker may be failing",
+        retryable=True,
+    )
+
+
+def foreign_keys(names: list[str]) -> TrainingFailed:
+    return TrainingFailed(
+        f"the adapter holds what is no LoRA of this base: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}",
+        code="adapter_foreign_keys",
+        hint="this is a fault of the server: report it with the job's id",
+    )
+
+
+def no_effect(found: str) -> TrainingFailed:
+    return TrainingFailed(
+        f"the adapter changes nothing: {found}",
+        code="adapter_no_effect",
+        param="hyperparameters.learning_rate_multiplier",
+        hint="train for more steps, or raise learning_rate_multiplier",
+    )
+
+
+def _invalid(found: str) -> TrainingFailed:
+    return TrainingFailed(
+        f"the published {CONFIG} is not fit for others: {found}",
+        code="adapter_config_invalid",
+        hint="this is a fault of the server: report it with the job's id",
+    )
+
+
+def _is_local_path(value: Any) -> bool:
+    """Absolute, relative by a dot, or there: a public id such as org/name is none of these."""
+    if not isinstance(value, str):
+        return False
+    return value.startswith(("/", ".", "~", "file:")) or "\\" in value
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides how a conversation becomes tokens. Truncation and padding are of whoever calls it."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {
+        "tokenizer": backend | {"truncation": None, "padding": None},
+        "chat template": tokenizer.chat_template,
+        "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }

@@ -1,0 +1,33 @@
+"""What others serve: whether vLLM would take an adapter, read from its source and not tried.
+
+Owns: the limits of vllm/config/lora.py and vllm/lora/peft_helper.py as of version 0.27. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.schemas import Servable
+
+#: What `--max-lora-rank` may be.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+WITHOUT_LORA = frozenset({"GPT2LMHeadModel"})
+
+
+def max_lora_rank(r: int) -> int | None:
+    """The least that `--max-lora-rank` must say for an adapter of rank `r`; None if it cannot say so much."""
+    return next((allowed for allowed in RANKS if allowed >= r), None)
+
+
+def vllm(config: dict[str, Any], architecture: str) -> Servable:
+    """Its verdict on an `adapter_config.json`, for a base of this class."""
+    rank = max_lora_rank(config["r"])
+    objections = {
+        f"its rank, {config['r']}, is over {RANKS[-1]}": rank is None,
+        "it is a DoRA": config.get("use_dora"),
+        "it holds whole modules (modules_to_save)": config.get("modules_to_save"),
+        "it trains biases": config.get("bias", "none") != "none",
+        f"vLLM runs no LoRA on {architecture}": architecture in WITHOUT_LORA,
+    }
+    reasons = [reason for reason, holds in objections.items() if holds]
+    return Servable(servable=not reasons, max_lora_rank=rank, reasons=reasons)

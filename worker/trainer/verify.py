@@ -1,0 +1,142 @@
+"""The proof: a published adapter is put on the base by stock PEFT, in a process that trained nothing, and measured.
+
+Owns: what must be true of the two together before a job may say "succeeded". The base's score and the adapter's must
+come out as the report says, and the two must differ. What vLLM would refuse is recorded, and fails nothing. Must only
+read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from shared.errors import TrainingFailed
+from shared.protocol import Verified, Verify
+from shared.schemas import Proof, Quantization, Report, Score
+from worker.trainer import checkpoint, data, evaluate, ladder, model, published, selftest, serving
+from worker.trainer.batches import collate
+from worker.trainer.encoding import Encoder, Row
+from worker.trainer.likelihood import own_logits
+from worker.trainer.model import Base
+from worker.trainer.prepare import usable
+
+PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+
+#: How far a loss may be off its report, as a share of it (of one nat, where it is less). The same batches on the same
+#: machine give the same bits; this is for other kernels and other company: decision 11 has the measurements.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+#: LLM.int8() picks its outlier columns over the whole batch, so that a row's loss depends on its company.
+TOLERANCE_INT8 = 2e-2
+
+TRIED_ROWS = 2
+TRIED_TOKENS = 256
+
+
+def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], None]) -> Verified:
+    """Raises TrainingFailed with the code of what does not hold first, and Interrupted once `stopping` says so.
+
+    The base is loaded for this alone, and is not used again: the one that a job was trained on is what is in doubt.
+    """
+    task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
+    if task.torch_threads > 0:
+        torch.set_num_threads(task.torch_threads)
+    config = published.config(folder, task)
+    tensors = published.tensors(folder)
+    encoder = Encoder(task.base_dir)
+    fingerprint = published.tokenizer_sha256(folder, encoder)
+    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
+    tick()
+    base = model.load_base(task.base_dir, recipe.quantization)
+    layout, _ = selftest.layout(
+        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+    )
+    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
+    adapted = _put_on(base, folder, tensors)
+    difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
+    off, on = (
+        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping)
+        for adapter in (False, True)
+    )
+    proof = Proof(
+        base=off,
+        tuned=on,
+        base_deviation=abs(off.loss - command.report.base.loss),
+        tuned_deviation=abs(on.loss - command.report.tuned.loss),
+        tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCES[base.compute_dtype],
+        max_logit_difference=difference,
+        tensors=len(tensors),
+        tokenizer_sha256=fingerprint,
+        vllm=serving.vllm(config, type(base.model).__name__),
+    )
+    check(proof, command.report)
+    return Verified(job=command.job, proof=proof, versions={package: version(package) for package in PACKAGES})
+
+
+def check(proof: Proof, report: Report) -> None:
+    """Does what was measured agree with the report? Raises TrainingFailed; `not <=` also catches NaN."""
+    if proof.max_logit_difference == 0:
+        raise published.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
+    if not _agree(proof.base, report.base, proof.tolerance):
+        raise TrainingFailed(
+            f"the base alone does not score as the report says: {_told(proof.base, report.base)}",
+            code="base_mismatch",
+            hint="the worker trained on other weights than it holds now, or its memory or accelerator is faulty",
+            retryable=True,
+        )
+    if not _agree(proof.tuned, report.tuned, proof.tolerance):
+        raise TrainingFailed(
+            f"the published adapter does not score as the report says: {_told(proof.tuned, report.tuned)}",
+            code="adapter_not_reproducible",
+            hint="the adapter was damaged when it was saved, or the worker's memory or accelerator is faulty",
+            retryable=True,
+        )
+
+
+def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
+    """As any user would; then look whether it took all of the file, and nothing but the file."""
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 still asks for a name that transformers 5 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = PeftModel.from_pretrained(base.model, folder)
+    except RuntimeError as error:
+        if "size mismatch for " not in str(error):
+            raise
+        names = [line.split()[3].rstrip(":") for line in str(error).splitlines() if "size mismatch for " in line]
+        raise published.foreign_keys(names) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise published.unreadable("adapter", error) from error
+    wanted = checkpoint.adapter_tensors(adapted).keys()
+    if foreign := sorted(tensors.keys() - wanted):
+        raise published.foreign_keys(foreign)
+    if missing := sorted(wanted - tensors.keys()):
+        raise published.unreadable(published.TENSORS, ValueError(f"{len(missing)} tensors are missing: {missing[0]}"))
+    return adapted
+
+
+def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
+    """The largest that the adapter makes, row by row through the model's own forward."""
+    largest = 0.0
+    adapted.eval()
+    with torch.no_grad(), base.precision():
+        for row in rows:
+            batch = collate([[row.documents[0].cut(TRIED_TOKENS)]], packing=False, pad=0).to(base.device)
+            tuned = own_logits(base.model, batch).float()
+            with adapted.disable_adapter():
+                plain = own_logits(base.model, batch).float()
+            largest = max(largest, float((tuned - plain).abs().max()))
+    return largest
+
+
+def _agree(found: Score, reported: Score, tolerance: float) -> bool:
+    return found.tokens == reported.tokens and abs(found.loss - reported.loss) <= tolerance * max(1.0, reported.loss)
+
+
+def _told(found: Score, reported: Score) -> str:
+    return f"loss {found.loss:.6g} over {found.tokens} tokens, reported were {reported.loss:.6g} over {reported.tokens}"
