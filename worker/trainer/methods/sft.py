@@ -16,9 +16,12 @@ from worker.trainer.likelihood import Layout, likelihood
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`sum` over the trained tokens of the batch, in nats, differentiable; `correct` of `tokens` were argmax."""
+    """`sum` over the trained tokens of the batch, in nats, differentiable; `nats` (documents,) are its parts, which are
+    not; `correct` of `tokens` were argmax.
+    """
 
     sum: torch.Tensor
+    nats: torch.Tensor
     correct: torch.Tensor
     tokens: int
 
@@ -26,4 +29,4 @@ class Loss:
 def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
     """The summed loss. Callers divide by the trained tokens of the whole optimizer step."""
     found = likelihood(model, batch, layout)
-    return Loss(found.nats.sum(), found.hits.sum(), sum(batch.lengths))
+    return Loss(found.nats.sum(), found.nats.detach(), found.hits.sum(), sum(batch.lengths))
