@@ -17,6 +17,7 @@ _SOURCES = {
     "training_file_carved": "rows held out of the training file",
     "training_file": "the training rows themselves",
 }
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 
 
 def document(item: Report) -> RenderableType:
@@ -33,15 +34,20 @@ def _sample(item: Sample) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(f"line {item.line:,}", item.prompt)
-    table.add_row("reference", item.reference)
+    table.add_row(f"line {item.line:,}", _plain(item.prompt))
+    table.add_row("reference", _plain(item.reference))
     table.add_row("base", _written(item.base))
     table.add_row("tuned", _written(item.tuned), end_section=True)
     return table
 
 
 def _written(item: Continuation) -> Text:
-    return Text.assemble(item.text, "" if item.ended else (" …", "dim"))
+    return Text.assemble(_plain(item.text), "" if item.ended else (" …", "dim"))
+
+
+def _plain(text: str) -> str:
+    """What a dataset holds or a model writes must not command the terminal: no control character but tab and newline."""
+    return text.translate(_CONTROLS)
 
 
 def _cost(item: Report) -> Table:
