@@ -46,7 +46,7 @@ def _written(item: Continuation) -> Text:
 
 
 def _plain(text: str) -> str:
-    """What a dataset holds or a model writes must not command the terminal: no control character but tab and newline."""
+    """What a dataset holds or a model writes must not command the terminal: tab and newline are all it may."""
     return text.translate(_CONTROLS)
 
 

@@ -100,8 +100,8 @@ def test_sizes_are_those_of_what_is_held(
     frozen = found.total_parameters - found.trainable_parameters
     assert frozen == base.total
     element = 2 if found.compute_dtype == "bfloat16" else 4
-    # Rotary frequencies are a buffer; of int8, bitsandbytes holds the scales twice.
-    assert found.base_bytes == pytest.approx(fit.weights(base, quantization, element_bytes=element), rel=0.03)
+    # What the arithmetic leaves out are 64 bytes of rotary frequencies.
+    assert found.base_bytes == pytest.approx(fit.weights(base, quantization, element_bytes=element), abs=64)
     assert found.base_fp32_bytes == found.full_finetuning.weights_bytes == 4 * frozen
     full = found.full_finetuning
     assert full.total_bytes == full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * frozen
