@@ -1,7 +1,7 @@
 """The `milliner` command: its names, its options, and what each one prints.
 
 Owns: one function per command. What is more than a call and a print lives beside: connect, submit, estimate, follow,
-download, show. The stack's own commands come from `deploy.local`.
+download, report, show. The stack's own commands come from `deploy.local`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from client import download, estimate, show, submit, verify
+from client import download, estimate, report, show, submit, verify
 from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
@@ -334,6 +334,18 @@ def show_job(
         show.print_json(wire)
     else:
         show.console().print(show.job(job_of(wire)))
+
+
+@app.command("report")
+def report_job(job_id: JobId, data: Data = None, as_json: AsJson = False) -> None:
+    """Say what a job learned: base against tuned, how sure that is, samples of both, what it cost."""
+    job = job_of(connect(data).fine_tuning.jobs.retrieve(job_id))
+    if job.report is None:
+        raise Conflict(f"{job_id} has no report: it is {job.status}; see: milliner show {job_id}", code="no_report")
+    if as_json:
+        show.print_json(job.report.model_dump(mode="json"))
+    else:
+        show.console().print(report.document(job.report))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.schemas import Event, File, Job, JobError, Model, Plan, Proof, Report, State
+from shared.schemas import Event, File, Job, JobError, LossChange, Model, Plan, Proof, Report, State, Verdict
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -25,6 +25,7 @@ _STYLES = {
     State.PAUSED: "yellow",
     State.RUNNING: "cyan",
 }
+_VERDICTS = {Verdict.BETTER: "green", Verdict.SAME: "yellow", Verdict.WORSE: "red", Verdict.UNKNOWN: "yellow"}
 _LEVELS = {"info": "", "warn": "yellow", "error": "red"}
 
 
@@ -113,7 +114,8 @@ def outcome(item: Job) -> RenderableType:
     """How it ended: base against tuned and where the adapter lies, or why it failed."""
     parts: list[RenderableType] = []
     if item.report:
-        parts += [Text("\nresult", style="bold"), report(item.report)]
+        more = Text(f"samples and costs: milliner report {item.id}", style="dim")
+        parts += [Text("\nresult", style="bold"), report(item.report), more]
     if item.adapter:
         adapter = facts()
         adapter.add_row("adapter", f"{item.adapter.uri} ({size(item.adapter.bytes)})")
@@ -145,15 +147,34 @@ def plan(item: Plan) -> RenderableType:
 
 
 def report(item: Report) -> RenderableType:
-    """Base against tuned on the same held-out rows."""
-    table = _table("", "held-out loss", "token accuracy", f"({item.base.tokens:,} tokens)")
-    for name, score in (("base", item.base), ("tuned", item.tuned)):
-        table.add_row(name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
+    """Base against tuned, in short; `client/report.py` has the whole."""
     spent = (
         f"{item.steps:,} steps, {item.trained_tokens:,} tokens in {duration(item.train_seconds)}; "
         f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
     )
-    return Group(table, Text(spent))
+    return Group(scores(item), verdict(item.change), Text(spent))
+
+
+def scores(item: Report) -> Table:
+    """On the same held-out rows."""
+    third = "perplexity" if item.tuned.reward_accuracy is None else "chosen gained on rejected"
+    table = _table("", "held-out loss", third, "token accuracy", f"({item.base.tokens:,} tokens)")
+    for name, score in (("base", item.base), ("tuned", item.tuned)):
+        gained = f"{score.perplexity:.4g}" if score.reward_accuracy is None else f"{score.reward_accuracy:.1%}"
+        table.add_row(name, f"{score.loss:.4f}", gained, f"{score.token_accuracy:.1%}")
+    return table
+
+
+def verdict(change: LossChange) -> Text:
+    """How it came out, by how much, and how sure that is."""
+    verb = "fell" if change.loss < 0 else "rose"
+    if change.low is None or change.high is None:
+        sure = "one row gives no interval"
+    else:
+        sure = f"95 % interval of the change {change.low:+.4f} to {change.high:+.4f}"
+        sure += ", which holds 0" if change.verdict is Verdict.SAME else ""
+    word = (change.verdict.value, f"bold {_VERDICTS[change.verdict]}")
+    return Text.assemble(word, f": the loss {verb} by {abs(change.loss):.4f} nats a token ({sure})")
 
 
 def proof(item: Proof) -> str:

@@ -174,7 +174,9 @@ def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
     facts.add_row("size", show.size(base.bytes), f"+ {show.size(job.adapter.bytes if job.adapter else None)}")
     console.print(pairs, facts)
     if job.report:
+        console.print(show.verdict(job.report.change))
         console.print(f"trained in {show.duration(job.report.train_seconds)}, {job.report.trained_tokens:,} tokens")
+        console.print(f"the whole report: {places.adapter / 'report.json'}", soft_wrap=True)
     uri = job.adapter.uri if job.adapter else ""
     console.print(f"\nThe adapter lies in {uri}\nand in {places.adapter}. These three lines load it:\n", soft_wrap=True)
     console.print(

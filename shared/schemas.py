@@ -7,6 +7,7 @@ Must not know about HTTP, tables or torch.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    computed_field,
     field_validator,
     model_validator,
 )
@@ -285,16 +287,81 @@ class Score(Wire):
     reward_accuracy: float | None = None
     reward_margin: float | None = None
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property, pydantic asks for one
+    @property
+    def perplexity(self) -> float | None:
+        """e to the loss of a token, held below what a JSON number can be; DPO's loss is of pairs and has none."""
+        return math.exp(min(self.loss, 700.0)) if self.reward_margin is None else None
+
+
+class Verdict(StrEnum):
+    """What the interval of the change says: it lies below 0, holds it, lies above; or one row gives none."""
+
+    BETTER = "better"
+    SAME = "same"
+    WORSE = "worse"
+    UNKNOWN = "unknown"
+
+
+class LossChange(Wire):
+    """Tuned loss minus base loss, in nats a token, of DPO a pair: below 0 is better.
+
+    `low` and `high` are the 95 % percentile interval of a paired bootstrap: rows are drawn with replacement `resamples`
+    times, each bringing the tokens and both losses that it has. None where a single row was held out. `caveats` say in
+    words what the interval does not know.
+    """
+
+    loss: float
+    low: float | None
+    high: float | None
+    rows: int
+    resamples: int
+    verdict: Verdict
+    caveats: list[str]
+
+
+class Continuation(Wire):
+    """What a model wrote. `ended`: it came to a stop token by itself, and was not cut."""
+
+    text: Text
+    ended: bool
+
+
+class Sample(Wire):
+    """A held-out row's prompt, continued at temperature 0; without special tokens, and long texts shortened."""
+
+    line: int
+    prompt: Text
+    reference: Text
+    base: Continuation
+    tuned: Continuation
+
+
+class FullFineTuning(Wire):
+    """What training every parameter in fp32 with AdamW would hold, by arithmetic: nobody measured it.
+
+    Activations come on top, as they do in the job's own peak.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    total_bytes: int
+
 
 class Report(Wire):
-    """Base against tuned, on the same rows, with the same weights and precision.
+    """Base against tuned, on the same rows, with the same weights and precision; and what it took.
 
     `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
-    file, or where none was carved, there are none to name.
+    file, or where none was carved, there are none to name. `base_bytes` are those of the frozen base as it was held,
+    `base_fp32_bytes` what it would be unquantized. `train_seconds` are spent in optimizer steps, over all attempts;
+    `peak_memory_bytes` is of the last attempt, with the interpreter on a CPU.
     """
 
     base: Score
     tuned: Score
+    change: LossChange
+    samples: list[Sample]
     heldout_source: Literal["validation_file", "training_file_carved", "training_file"]
     heldout_lines: list[int]
     quantization: Quantization
@@ -303,7 +370,12 @@ class Report(Wire):
     trained_tokens: int
     trainable_parameters: int
     total_parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    base_fp32_bytes: int
+    full_finetuning: FullFineTuning
     train_seconds: float
+    tokens_per_second: float
     peak_memory_bytes: int
 
 

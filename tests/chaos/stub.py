@@ -274,6 +274,9 @@ def _report(recipe: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         "base": SCORE,
         "tuned": SCORE | {"loss": 0.5},
+        "change": {"loss": -0.5, "low": None, "high": None, "rows": 1, "resamples": 0, "verdict": "unknown"}
+        | {"caveats": []},
+        "samples": [],
         "heldout_source": "training_file",
         "heldout_lines": [],
         "quantization": recipe["quantization"],
@@ -282,7 +285,12 @@ def _report(recipe: dict[str, Any], steps: int) -> dict[str, Any]:
         "trained_tokens": 10 * steps,
         "trainable_parameters": 1,
         "total_parameters": 2,
+        "adapter_bytes": 4,
+        "base_bytes": 2,
+        "base_fp32_bytes": 4,
+        "full_finetuning": {"weights_bytes": 4, "gradients_bytes": 4, "optimizer_bytes": 8, "total_bytes": 16},
         "train_seconds": 1.0,
+        "tokens_per_second": 10.0 * steps,
         "peak_memory_bytes": 1,
     }
 

@@ -52,9 +52,33 @@ PLAN = {
     "recipe": RECIPE,
 }
 SCORE = {"loss": 3.25, "token_accuracy": 0.375, "tokens": 4096}
+CHANGE = {
+    "loss": -0.75,
+    "low": -0.8125,
+    "high": -0.6875,
+    "rows": 128,
+    "resamples": 2000,
+    "verdict": "better",
+    "caveats": [],
+}
+SAMPLE = {
+    "line": 3,
+    "prompt": "Quote by [b]A[/b]:",
+    "reference": '"A hat is felt."',
+    "base": {"text": " the user has asked", "ended": False},
+    "tuned": {"text": '"A hat."', "ended": True},
+}
+FULL = {
+    "weights_bytes": 538_060_032,
+    "gradients_bytes": 538_060_032,
+    "optimizer_bytes": 1_076_120_064,
+    "total_bytes": 2_152_240_128,
+}
 REPORT = {
     "base": SCORE,
     "tuned": SCORE | {"loss": 2.5, "token_accuracy": 0.5},
+    "change": CHANGE,
+    "samples": [SAMPLE],
     "heldout_source": "training_file_carved",
     "heldout_lines": [3, 9],
     "quantization": "nf4",
@@ -63,7 +87,12 @@ REPORT = {
     "trained_tokens": 98765,
     "trainable_parameters": 4884480,
     "total_parameters": 139399488,
+    "adapter_bytes": 19_537_920,
+    "base_bytes": 112_000_000,
+    "base_fp32_bytes": 538_060_032,
+    "full_finetuning": FULL,
     "train_seconds": 200.4,
+    "tokens_per_second": 492.8,
     "peak_memory_bytes": 2_500_000_000,
 }
 JOB = {

@@ -109,6 +109,22 @@ def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
     assert [event["id"] for event in events] == sorted(event["id"] for event in events)
 
 
+def test_the_report_is_a_table_and_the_same_in_json(stack: Record, finished: Done, rows: Path) -> None:
+    job = finished.json()
+    told = milliner(stack, "report", job["id"])
+    assert told.returncode == 0, told.stderr
+    for said in (f"{job['report']['tuned']['loss']:.4f}", f"{job['report']['change']['verdict']}: the loss "):
+        assert said in told.stdout
+    assert "! measured on the training rows themselves" in told.stdout
+    samples = job["report"]["samples"]
+    assert [told.stdout.count(f"line {sample['line']} ") for sample in samples] == [1] * 4
+    assert milliner(stack, "report", job["id"], "--json").json() == job["report"]
+    planned = milliner(stack, "submit", rows, *TRAIN, "--dry-run", "--json").json()
+    refused = milliner(stack, "report", planned["id"])
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"{planned['id']} has no report: it is cancelled" in refused.stderr
+
+
 def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: Path) -> None:
     job = finished.json()
     pulled = milliner(stack, "pull", job["id"], tmp_path / "hat")

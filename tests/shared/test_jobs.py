@@ -14,7 +14,21 @@ from shared.errors import Conflict, NotFound
 from shared.jobs import MOVES, Reason
 from shared.models import Adapter, File, Job, JobEvent, JobMetric, Tenant
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, JobError, Metrics, Plan, Recipe, Report, Score, State
+from shared.schemas import (
+    TERMINAL,
+    Desired,
+    FullFineTuning,
+    JobCreate,
+    JobError,
+    LossChange,
+    Metrics,
+    Plan,
+    Recipe,
+    Report,
+    Score,
+    State,
+    Verdict,
+)
 from shared.tenants import ensure_tenant
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
@@ -398,10 +412,12 @@ PLAN = Plan(
     recipe=RECIPE,
 )  # fmt: skip
 SCORE = Score(loss=1.0, token_accuracy=0.5, tokens=1)
+CHANGE = LossChange(loss=0.0, low=None, high=None, rows=1, resamples=0, verdict=Verdict.UNKNOWN, caveats=[])
 REPORT = Report(
-    base=SCORE, tuned=SCORE, heldout_source="training_file", heldout_lines=[1], quantization="nf4",
-    compute_dtype="bfloat16", steps=1, trained_tokens=1, trainable_parameters=1, total_parameters=1, train_seconds=1,
-    peak_memory_bytes=1,
+    base=SCORE, tuned=SCORE, change=CHANGE, samples=[], heldout_source="training_file", heldout_lines=[1],
+    quantization="nf4", compute_dtype="bfloat16", steps=1, trained_tokens=1, trainable_parameters=1, total_parameters=1,
+    adapter_bytes=1, base_bytes=1, base_fp32_bytes=1, train_seconds=1, tokens_per_second=1, peak_memory_bytes=1,
+    full_finetuning=FullFineTuning(weights_bytes=1, gradients_bytes=1, optimizer_bytes=2, total_bytes=4),
 )  # fmt: skip
 
 

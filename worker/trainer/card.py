@@ -64,13 +64,17 @@ def _origin(task: Task) -> str:
 
 
 def _result(report: Report) -> str:
+    loss, gained = "loss (nats a token)", ""
+    if (share := report.tuned.reward_accuracy) is not None:
+        loss = "loss (DPO, nats a pair)"
+        gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
         for name, score in (("base", report.base), ("with this adapter", report.tuned))
     ]
-    table = _table(("", "loss (nats a token)", "token accuracy"), rows)
     return (
-        f"## Result\n\n{table}\nOver {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
+        f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
+        f"Over {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
         f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n"
     )
 
@@ -96,6 +100,7 @@ def _recipe(recipe: Recipe, report: Report) -> str:
         ("on", targets),
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
+        ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
         ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs"),
         ("trained tokens", f"{report.trained_tokens:,}"),
         ("learning rate", f"{recipe.learning_rate:.3g}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),

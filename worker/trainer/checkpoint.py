@@ -27,6 +27,7 @@ from worker.trainer.model import trainable
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+BASE = "base.safetensors"
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 
@@ -36,7 +37,8 @@ Tensors = dict[str, torch.Tensor]
 class RunState(BaseModel):
     """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
 
-    `memory_halvings` is the rung of `ladder.py` that the run has come down to.
+    `memory_halvings` is the rung of `ladder.py` that the run has come down to. `base_nats` are each held-out row's loss
+    by the base, which fp32 holds; with many rows they are too long for JSON.
     """
 
     recipe: Recipe
@@ -44,9 +46,8 @@ class RunState(BaseModel):
     trained_tokens: int = 0
     seconds: float = 0.0
     base: Score | None = None
+    base_nats: list[float] = []
     evaluation_due: bool = False
-    last_score: Score | None = None
-    last_score_step: int | None = None
     best_loss: float | None = None
     best_step: int | None = None
     worse_evaluations: int = 0
@@ -78,8 +79,9 @@ def save(
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
             save_file(best, partial / BEST)
+        save_file({"nats": torch.tensor(run.base_nats)}, partial / BASE)
         write_metrics(partial / METRICS, run.metrics)
-        stored = Stored(run=run.model_copy(update={"metrics": []}), random=_random_state())
+        stored = Stored(run=run.model_copy(update={"metrics": [], "base_nats": []}), random=_random_state())
         (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
@@ -95,6 +97,8 @@ def load(
     if stored.run.recipe != recipe:
         raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")
     stored.run.metrics = read_metrics(folder / METRICS)
+    if (base := folder / BASE).is_file():  # older checkpoints have none, and the base is scored again
+        stored.run.base_nats = load_file(base)["nats"].tolist()
     set_adapter(adapted, load_file(folder / ADAPTER))
     tensors = load_file(folder / OPTIMIZER)
     _restore_optimizer(adapted, optimizer, tensors)

@@ -1,14 +1,17 @@
 """A score on rows: forward only, with the adapter on or off.
 
-Owns: switching to evaluation and back. Must leave the model as it was: in train mode, no gradient touched, no random
-number drawn.
+Owns: switching to evaluation and back, and what each row came to, so that two scores can be compared row by row. Must
+leave the model as it was: in train mode, no gradient touched, no random number drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 
@@ -22,7 +25,18 @@ from worker.trainer.model import Base
 
 
 class Interrupted(Exception):
-    """A stop was asked for while rows were being scored or trained on."""
+    """A stop was asked for while rows were being scored, continued or trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """A score, and what it is the mean of: each row's summed loss in `nats` (rows,) and its `weights` (rows,), the
+    trained tokens, in the order that the rows were given in.
+    """
+
+    mean: Score
+    nats: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.int64]
 
 
 def score(
@@ -36,14 +50,40 @@ def score(
     stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
     """The means over `rows`, as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
-    tally = Tally()
+    return score_rows(base, adapted, rows, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
+
+
+def score_rows(
+    base: Base,
+    adapted: PeftModel,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    *,
+    adapter: bool,
+    layout: Layout,
+    stopping: Callable[[], bool] = lambda: False,
+) -> RowScores:
+    """The same, row by row."""
+    tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
+    nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
+    with forward_only(base, adapted, adapter=adapter):
+        for batch in batches(rows, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
+            if stopping():
+                raise Interrupted
+            loss = methods.loss(adapted, batch.to(base.device), layout, recipe)
+            tally.add(loss)
+            # A batch has its rows in an order of its own.
+            places = [place[line] for line in loss.lines]
+            nats[places], weights[places] = loss.sums.cpu().numpy(), loss.counts
+    return RowScores(tally.score(), nats, weights)
+
+
+@contextmanager
+def forward_only(base: Base, adapted: PeftModel, *, adapter: bool) -> Iterator[None]:
+    """The model as it answers rather than learns, with its adapter or as the base alone; in train mode afterwards."""
     adapted.eval()
     try:
         with torch.no_grad(), base.precision(), nullcontext() if adapter else adapted.disable_adapter():
-            for batch in batches(rows, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
-                if stopping():
-                    raise Interrupted
-                tally.add(methods.loss(adapted, batch.to(base.device), layout, recipe))
+            yield
     finally:
         adapted.train()
-    return tally.score()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import time
 import traceback
 from collections.abc import Callable
@@ -26,11 +25,12 @@ from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
-from shared.schemas import Metrics, Phase, Recipe, Report, Score
-from worker.trainer import adapter, checkpoint, data, evaluate, ladder, methods, model, selftest
+from shared.schemas import Metrics, Phase, Recipe, Report, Sample
+from worker.trainer import adapter, checkpoint, data, evaluate, ladder, methods, model, report, samples, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
+from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Tally
@@ -48,7 +48,10 @@ SAVE_SECONDS = 300.0
 
 @dataclass(slots=True)
 class Run:
-    """Everything that lives as long as the loop. `save_tried_at` is on the monotonic clock."""
+    """Everything that lives as long as the loop. `save_tried_at` is on the monotonic clock.
+
+    `latest` is the adapter's last score and the step it was taken at; a resumed run takes it again.
+    """
 
     command: Train
     emit: Emit
@@ -62,6 +65,7 @@ class Run:
     best: Tensors | None
     saved_step: int
     save_tried_at: float
+    latest: tuple[int, RowScores] | None = None
     disk_is_full: bool = False
 
     @property
@@ -141,27 +145,28 @@ def _finish(run: Run, encoder: Encoder) -> None:
     """Train, and leave an adapter folder; or a checkpoint, where a stop is asked for."""
     job, folder = run.command.job, Path(run.command.work_dir) / "adapter"
     try:
-        report = _report(run, _loop(run))
+        found = _report(run, encoder, _loop(run))
         adapter.write(
             folder,
             run.adapted,
             encoder.tokenizer,
             task=run.command.task,
             recipe=run.recipe,
-            report=report,
+            report=found,
             metrics=run.state.metrics,
         )
-        run.emit(Done(job=job, path=str(folder), report=report, memory_halvings=run.state.memory_halvings))
+        run.emit(Done(job=job, path=str(folder), report=found, memory_halvings=run.state.memory_halvings))
     except evaluate.Interrupted:
         _save(run)
         run.emit(Stopped(job=job, step=run.state.step))
 
 
-def _loop(run: Run) -> Score:
+def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    if run.state.base is None:
-        run.state.base = _score(run, adapter=False)
+    if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout):
+        scored = _score(run, adapter=False)
+        run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
         run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     while True:
@@ -179,12 +184,11 @@ def _loop(run: Run) -> Score:
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
-        run.state.last_score_step = None
+        run.latest = None
         run.say(f"step {run.state.best_step} scored best and is the one that is kept")
-    fresh = run.state.last_score if run.state.last_score_step == run.state.step else None
-    tuned = fresh or _score(run, adapter=True)
-    run.say(f"held-out loss {run.state.base.loss:.4f} → {tuned.loss:.4f}")
-    return tuned
+    if run.latest is not None and run.latest[0] == run.state.step:
+        return run.latest[1]
+    return _score(run, adapter=True)
 
 
 def _step(run: Run) -> None:
@@ -265,9 +269,9 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
 def _evaluate(run: Run) -> None:
     """Score the adapter so far; remember the best one where early stopping will want it."""
     state = run.state
-    score = _score(run, adapter=True)
+    scored = _score(run, adapter=True)
+    score, run.latest = scored.mean, (state.step, scored)
     state.evaluation_due = False
-    state.last_score, state.last_score_step = score, state.step
     if state.best_loss is None or score.loss < state.best_loss:
         state.best_loss, state.best_step, state.worse_evaluations = score.loss, state.step, 0
         if run.recipe.early_stopping is not None:
@@ -330,9 +334,9 @@ def _latest(state: RunState, recipe: Recipe) -> Metrics:
     return merged
 
 
-def _score(run: Run, *, adapter: bool) -> Score:
-    def act() -> Score:
-        return evaluate.score(
+def _score(run: Run, *, adapter: bool) -> RowScores:
+    def act() -> RowScores:
+        return evaluate.score_rows(
             run.base,
             run.adapted,
             run.rows.heldout,
@@ -342,13 +346,13 @@ def _score(run: Run, *, adapter: bool) -> Score:
             stopping=run.stopping,
         )
 
-    score = _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")
-    if math.isfinite(score.loss):
-        return score
+    scored = _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")
+    if math.isfinite(scored.mean.loss):
+        return scored
     if adapter:
-        raise _diverged(f"after step {run.state.step}: loss {score.loss} on the held-out rows")
+        raise _diverged(f"after step {run.state.step}: loss {scored.mean.loss} on the held-out rows")
     raise TrainingFailed(
-        f"the base model itself has loss {score.loss} on the held-out rows, so that nothing can be learned from it",
+        f"the base model itself has loss {scored.mean.loss} on the held-out rows: nothing can be learned from it",
         code="unsupported_base_model",
         param="model",
         hint="choose another base or quantization; a NaN or an overflow comes from its weights",
@@ -369,30 +373,39 @@ def _record(run: Run, metrics: Metrics) -> None:
     run.emit(Measured(job=run.command.job, metrics=metrics))
 
 
-def _report(run: Run, tuned: Score) -> Report:
-    assert run.state.base is not None
-    trainable_parameters, total_parameters = run.adapted.get_nb_trainable_parameters()
-    carved = run.rows.heldout_source == "training_file_carved"
-    return Report(
-        base=run.state.base,
-        tuned=tuned,
-        heldout_source=run.rows.heldout_source,
-        heldout_lines=[row.line for row in run.rows.heldout] if carved else [],
-        quantization=run.recipe.quantization,
-        compute_dtype="bfloat16" if run.base.compute_dtype == torch.bfloat16 else "float32",
-        steps=run.state.step,
-        trained_tokens=run.state.trained_tokens,
-        trainable_parameters=trainable_parameters,
-        total_parameters=total_parameters,
-        train_seconds=round(run.state.seconds, 3),
-        peak_memory_bytes=_peak_memory(run.base.device),
+def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
+    state = run.state
+    assert state.base is not None
+    found = report.make(
+        run.base,
+        run.adapted,
+        run.recipe,
+        run.rows,
+        before=RowScores(state.base, np.array(state.base_nats, np.float32), after.weights),
+        after=after,
+        samples=_samples(run, encoder),
+        steps=state.step,
+        trained_tokens=state.trained_tokens,
+        seconds=state.seconds,
     )
+    run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
+    return found
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _samples(run: Run, encoder: Encoder) -> list[Sample]:
+    """None, said aloud, where they cannot be written: a run that is trained and scored must not end for them."""
+    try:
+        answers = [row.documents[0] for row in run.rows.heldout]
+        return samples.compare(run.base, run.adapted, answers, encoder, layout=run.layout, stopping=run.stopping)
+    except evaluate.Interrupted:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        memory = is_out_of_memory(error)
+        reason = "out of memory while they were written" if memory else f"{type(error).__name__}: {error}"
+    ladder.free()
+    run.say(f"no samples in the report: {reason}", "warn")
+    return []
 
 
 def _say_decisions(run: Run) -> None:

@@ -18,7 +18,7 @@ import pytest
 from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
 from shared.schemas import Method, MethodName, Recipe
 from tests.tiny import tiny_gpt2
-from worker.trainer import model
+from worker.trainer import model, samples
 from worker.trainer.encoding import Encoder
 from worker.trainer.prepare import prepare
 from worker.trainer.train import train
@@ -43,6 +43,12 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def encoder(llama: str) -> Encoder:
     return Encoder(llama)
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a report quotes is looked at in test_samples.py; every other run in this process is quick about it."""
+    monkeypatch.setattr(samples, "NEW_TOKENS", 2)
 
 
 @pytest.fixture

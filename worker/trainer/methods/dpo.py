@@ -29,6 +29,7 @@ def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float) -> Lo
     gains = reference - tuned.nats
     margins = beta * (gains[0::2] - gains[1::2])
     return Loss(
+        lines=batch.lines[0::2],
         sums=-functional.logsigmoid(margins),
         counts=(1,) * len(margins),
         hits=tuned.hits[0::2],

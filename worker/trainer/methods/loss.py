@@ -11,13 +11,14 @@ from shared.schemas import Score
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Of each example of the batch, in its order.
+    """Of each example of the batch, by the dataset's `lines`.
 
     `sums` (examples,) is its loss in nats, differentiable and not yet divided by anything; `counts` is what it weighs
     in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. `margins` (examples,) are the
     reward margins of preferences, None elsewhere.
     """
 
+    lines: tuple[int, ...]
     sums: torch.Tensor
     counts: tuple[int, ...]
     hits: torch.Tensor

@@ -15,4 +15,4 @@ from worker.trainer.methods.loss import Loss
 def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
     """An example is one document, and weighs as much as it has trained tokens."""
     found = likelihood(model, batch, layout)
-    return Loss(sums=found.nats, counts=batch.lengths, hits=found.hits, tokens=batch.lengths)
+    return Loss(lines=batch.lines, sums=found.nats, counts=batch.lengths, hits=found.hits, tokens=batch.lengths)

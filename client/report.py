@@ -1,0 +1,68 @@
+"""`milliner report`: did it learn anything, in words and tables.
+
+Owns: the layout of scores, samples side by side, and cost. Must not print.
+"""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from client.show import duration, scores, size, verdict
+from shared.schemas import Continuation, Report, Sample
+
+_SOURCES = {
+    "validation_file": "the rows of the validation file",
+    "training_file_carved": "rows held out of the training file",
+    "training_file": "the training rows themselves",
+}
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
+
+
+def document(item: Report) -> RenderableType:
+    """All of it, top to bottom: scores, samples, cost."""
+    measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
+    parts: list[RenderableType] = [scores(item), verdict(item.change), measured]
+    parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
+    if item.samples:
+        parts += [Text("\nsamples at temperature 0", style="bold"), *map(_sample, item.samples)]
+    return Group(*parts, Text("\ncost", style="bold"), _cost(item))
+
+
+def _sample(item: Sample) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(f"line {item.line:,}", _plain(item.prompt))
+    table.add_row("reference", _plain(item.reference))
+    table.add_row("base", _written(item.base))
+    table.add_row("tuned", _written(item.tuned), end_section=True)
+    return table
+
+
+def _written(item: Continuation) -> Text:
+    return Text.assemble(_plain(item.text), "" if item.ended else (" …", "dim"))
+
+
+def _plain(text: str) -> str:
+    """What a dataset holds or a model writes must not command the terminal: tab and newline are all it may."""
+    return text.translate(_CONTROLS)
+
+
+def _cost(item: Report) -> Table:
+    """What this job took, beside what training every parameter would; the latter is arithmetic."""
+    full, base_parameters = item.full_finetuning, item.total_parameters - item.trainable_parameters
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "this adapter, measured", "full fine-tuning in fp32, by arithmetic"):
+        table.add_column(column, overflow="fold")
+    share = item.trainable_parameters / item.total_parameters
+    table.add_row("trained", f"{item.trainable_parameters:,} parameters ({share:.2%})", f"{base_parameters:,}")
+    table.add_row("to keep", f"{size(item.adapter_bytes)}", f"{size(full.weights_bytes)}")
+    frozen = f"{size(item.base_bytes)} in {item.quantization}"
+    table.add_row("base in memory", frozen, f"{size(item.base_fp32_bytes)}")
+    state = f"{size(full.total_bytes)} for weights, gradients and AdamW alone"
+    table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in all", state)
+    speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
+    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps: {speed}", "")
+    return table

@@ -1,0 +1,133 @@
+"""Did it learn anything: base against tuned, how sure that is, and what it took.
+
+Owns: what a Report says and the arithmetic behind it. Must not run the model: `evaluate.py` and `samples.py` do.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel
+
+from shared.fit import ADAPTER_BYTES
+from shared.schemas import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
+from worker.trainer import bootstrap, checkpoint
+from worker.trainer.data import HeldoutSource
+from worker.trainer.evaluate import RowScores
+from worker.trainer.model import Base
+from worker.trainer.prepare import Rows
+
+#: Below this many rows the interval is too narrow: of simulated ones, 82 % held the truth at 5 rows, 90 % at 20.
+FEW_ROWS = 20
+FP32_BYTES = 4
+
+
+def make(
+    base: Base,
+    adapted: PeftModel,
+    recipe: Recipe,
+    rows: Rows,
+    *,
+    before: RowScores,
+    after: RowScores,
+    samples: list[Sample],
+    steps: int,
+    trained_tokens: int,
+    seconds: float,
+) -> Report:
+    """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
+    trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
+    base_parameters = total_parameters - trainable_parameters
+    carved = rows.heldout_source == "training_file_carved"
+    return Report(
+        base=before.mean,
+        tuned=after.mean,
+        change=change(before, after, seed=recipe.seed, source=rows.heldout_source),
+        samples=samples,
+        heldout_source=rows.heldout_source,
+        heldout_lines=[row.line for row in rows.heldout] if carved else [],
+        quantization=recipe.quantization,
+        compute_dtype="bfloat16" if base.compute_dtype == torch.bfloat16 else "float32",
+        steps=steps,
+        trained_tokens=trained_tokens,
+        trainable_parameters=trainable_parameters,
+        total_parameters=total_parameters,
+        adapter_bytes=sum(tensor.nbytes for tensor in checkpoint.adapter_tensors(adapted).values()),
+        base_bytes=held_bytes(adapted),
+        base_fp32_bytes=FP32_BYTES * base_parameters,
+        full_finetuning=full_finetuning(base_parameters),
+        train_seconds=round(seconds, 3),
+        tokens_per_second=round(trained_tokens / seconds, 1) if seconds else 0.0,
+        peak_memory_bytes=_peak_memory(base.device),
+    )
+
+
+def change(before: RowScores, after: RowScores, *, seed: int, source: HeldoutSource) -> LossChange:
+    """Row by row, so that what makes a row hard for both falls out of the comparison."""
+    differences = after.nats.astype(np.float64) - before.nats
+    interval = bootstrap.interval(differences, after.weights, seed=seed)
+    low, high = interval or (None, None)
+    return LossChange(
+        loss=after.mean.loss - before.mean.loss,
+        low=low,
+        high=high,
+        rows=len(differences),
+        resamples=bootstrap.RESAMPLES if interval else 0,
+        verdict=_verdict(interval),
+        caveats=_caveats(len(differences), source),
+    )
+
+
+def full_finetuning(parameters: int) -> FullFineTuning:
+    """In fp32: a weight, its gradient and AdamW's two moments, as for the adapter's own parameters in `fit.py`."""
+    return FullFineTuning(
+        weights_bytes=FP32_BYTES * parameters,
+        gradients_bytes=FP32_BYTES * parameters,
+        optimizer_bytes=2 * FP32_BYTES * parameters,
+        total_bytes=ADAPTER_BYTES * parameters,
+    )
+
+
+def held_bytes(adapted: PeftModel) -> int:
+    """Of the frozen base: parameters and buffers as they are stored, and what quantization keeps beside them."""
+    stored: list[torch.Tensor] = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
+    stored += adapted.buffers()
+    return sum(tensor.nbytes for tensor in stored) + sum(_scales(module) for module in adapted.modules())
+
+
+def _scales(module: torch.nn.Module) -> int:
+    """Bytes of a quantized linear's scales and code books, which bitsandbytes keeps outside of its buffers."""
+    kept: Iterable[object] = ()
+    if isinstance(module, Linear4bit):
+        kept = module.weight.quant_state.as_dict().values()
+    elif isinstance(module, Linear8bitLt):
+        kept = (module.weight.SCB, module.state.SCB)
+    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
+
+
+def _verdict(interval: tuple[float, float] | None) -> Verdict:
+    if interval is None:
+        return Verdict.UNKNOWN
+    low, high = interval
+    return Verdict.BETTER if high < 0 else Verdict.WORSE if low > 0 else Verdict.SAME
+
+
+def _caveats(rows: int, source: HeldoutSource) -> list[str]:
+    caveats = []
+    if source == "training_file":
+        caveats.append("measured on the training rows themselves: it shows what was memorized, not what was learned")
+    if rows == 1:
+        caveats.append("a single row was held out, which gives no interval; send a validation file")
+    elif rows < FEW_ROWS:
+        caveats.append(f"only {rows} rows were held out: the interval is narrower than it should be")
+    return caveats
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

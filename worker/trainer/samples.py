@@ -1,0 +1,174 @@
+"""What base and tuned model write after the same prompts: held-out rows, continued greedily.
+
+Owns: which rows, where their prompts end, and a decoding loop that draws no random number and heeds no generation
+config. Must leave the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from shared.schemas import Continuation, Sample
+from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.evaluate import Interrupted, forward_only
+from worker.trainer.likelihood import Layout, head
+from worker.trainer.model import Base
+
+ROWS = 4
+NEW_TOKENS = 48
+#: Longer prompts are not continued: a CPU would be busy with them for longer than a reader's patience.
+PROMPT_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: How much of a text row is its prompt, there being none of its own.
+PREFIX_SHARE = 0.25
+#: Of a prompt its end is shown, and of a reference its beginning.
+SHOWN_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A row and where its prompt ends: `row.ids[:cut]` is the prompt, the rest the reference."""
+
+    row: Encoded
+    cut: int
+
+
+def compare(
+    base: Base,
+    adapted: PeftModel,
+    rows: Sequence[Encoded],
+    encoder: Encoder,
+    *,
+    layout: Layout,
+    stopping: Callable[[], bool] = lambda: False,
+) -> list[Sample]:
+    """A few rows, continued by base and by tuned; none, if no row has a prompt that is short enough.
+
+    Raises Interrupted once `stopping` says so, which is asked before each token, and TypeError: the base keeps no
+    cache that we know.
+    """
+    chosen = choose(rows, encoder, longest=min(PROMPT_TOKENS[base.device.type], _context(base.model) - NEW_TOKENS))
+    prompts = [one.row.ids[: one.cut].tolist() for one in chosen]
+    # A base that can bear packed rows goes by masks and positions alone, and so bears padding too.
+    together = [prompts] if layout.packing and prompts else [[prompt] for prompt in prompts]
+    plain, tuned = (
+        [
+            ids
+            for batch in together
+            for ids in continue_greedily(
+                base, adapted, batch, encoder.stops, adapter=adapter, layout=layout, stopping=stopping
+            )
+        ]
+        for adapter in (False, True)
+    )
+    return [
+        Sample(
+            line=one.row.line,
+            prompt=_end(_text(encoder, prompt)),
+            reference=_beginning(_text(encoder, one.row.ids[one.cut :].tolist())),
+            base=_continuation(encoder, by_base),
+            tuned=_continuation(encoder, by_tuned),
+        )
+        for one, prompt, by_base, by_tuned in zip(chosen, prompts, plain, tuned, strict=True)
+    ]
+
+
+def choose(rows: Sequence[Encoded], encoder: Encoder, *, longest: int) -> list[Prompted]:
+    """At most ROWS rows, their prompts different and of at most `longest` tokens, spread evenly over the file."""
+    fitting: dict[bytes, Prompted] = {}
+    for row in rows:
+        cut = prompt_length(row, bos=len(encoder.bos))
+        if cut <= longest and len(row) - cut > 1:
+            fitting.setdefault(row.ids[:cut].tobytes(), Prompted(row, cut))
+    found = list(fitting.values())
+    count = min(ROWS, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def prompt_length(row: Encoded, *, bos: int) -> int:
+    """Where the last trained turn begins. A row that is trained from its start has its first quarter for a prompt."""
+    begin = int(np.flatnonzero(np.diff(row.trained, prepend=False) & row.trained)[-1])
+    return begin if begin > bos else begin + max(1, round((len(row) - begin) * PREFIX_SHARE))
+
+
+def continue_greedily(
+    base: Base,
+    adapted: PeftModel,
+    prompts: Sequence[Sequence[int]],
+    stops: frozenset[int],
+    *,
+    adapter: bool,
+    layout: Layout,
+    stopping: Callable[[], bool] = lambda: False,
+) -> list[list[int]]:
+    """The most likely token after each prompt, and so on: NEW_TOKENS of them, or up to one of `stops`, which is kept.
+
+    Shorter prompts are padded on the left and masked, with positions that count from their own first token.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[layout.pad] * (width - len(p)) + list(p) for p in prompts], device=base.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    written: list[list[int]] = [[] for _ in prompts]
+    cache = None
+    with forward_only(base, adapted, adapter=adapter):
+        while True:
+            if stopping():
+                raise Interrupted
+            logits, cache = _last_logits(
+                base.model,
+                chunked=layout.chunked,
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+            )
+            tokens = logits.argmax(dim=-1, keepdim=True)
+            for new, token in zip(written, tokens[:, 0].tolist(), strict=True):
+                if not new or new[-1] not in stops:
+                    new.append(token)
+            if all(new[-1] in stops or len(new) == NEW_TOKENS for new in written):
+                return written
+            ids, positions = tokens, positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+
+
+def _last_logits(model: PreTrainedModel, *, chunked: bool, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """fp32 logits (rows, vocabulary) of the last position, and the cache to go on with."""
+    part = model.get_decoder() if chunked else model
+    output = part(**inputs, use_cache=True)
+    if (cache := getattr(output, "past_key_values", None)) is None:
+        raise TypeError(f"{type(model).__name__} hands back no cache of keys and values")
+    if chunked:
+        return head(model)(output.last_hidden_state[:, -1]), cache
+    return output.logits[:, -1].float(), cache
+
+
+def _context(model: PreTrainedModel) -> int:
+    """How many tokens the base attends to; where its config does not say, more than any prompt has."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+def _continuation(encoder: Encoder, ids: list[int]) -> Continuation:
+    ended = ids[-1] in encoder.stops
+    return Continuation(text=_text(encoder, ids[:-1] if ended else ids), ended=ended)
+
+
+def _text(encoder: Encoder, ids: list[int]) -> str:
+    """Without special tokens, and storable: Postgres holds no NUL, which a byte-level vocabulary can write."""
+    text = str(encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:]
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
