@@ -18,12 +18,13 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from client import download, estimate, show, submit
+from client import download, estimate, preview, show, submit
 from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
 from deploy.local.commands import AsJson, Data
 from shared.errors import Conflict, MillinerError, NotFound
+from shared.preview import MOST_ROWS
 from shared.schemas import Artifact, Model, Quantization, State
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
@@ -191,6 +192,9 @@ def submit_job(
         Quantization | None, typer.Option(help="How the frozen base is held.", show_default="nf4")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    skip_bad_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out up to N bad rows of a file.", show_default="0")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -210,6 +214,7 @@ def submit_job(
         lora={"r": r, "alpha": alpha, "dropout": dropout},
         trainer={
             "max_length": max_length,
+            "skip_bad_rows": skip_bad_rows,
             "max_steps": max_steps,
             "eval_every": eval_every,
             "save_every": save_every,
@@ -288,6 +293,33 @@ def estimate_job(
     else:
         show.console().print(estimate.verdict(answer))
     if answer.fits is False:
+        raise typer.Exit(1)
+
+
+@app.command("preview")
+def preview_rows(
+    file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A dataset, or the id of an uploaded one.")],
+    *,
+    model: Annotated[str, typer.Option(help="Base model; see: milliner models")],
+    rows: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="How many, from the first.")] = 5,
+    line: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=1, help="This row instead; may be repeated.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as tokens, and which of them are trained; nothing is kept."""
+    out, question = show.console(), {"model": model, "rows": rows}
+    question |= {"lines": line} if line else {}
+    question |= {"trainer": {"max_length": max_length}} if max_length else {}
+    with show.console(stderr=True).status(f"reading {file}"):
+        answer = preview.ask(connect(data), file, **question)
+    if as_json:
+        show.print_json(answer.model_dump(mode="json"))
+    else:
+        out.print(preview.rows(answer, colour=out.color_system is not None), soft_wrap=True)
+    if answer.problems:
         raise typer.Exit(1)
 
 

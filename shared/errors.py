@@ -75,6 +75,7 @@ class Unavailable(MillinerError):
     status = 503
     type = "server_error"
     code = "service_unavailable"
+    retry_after: int | None = None  # seconds
 
 
 class TrainingFailed(MillinerError):

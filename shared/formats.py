@@ -49,14 +49,18 @@ Example = Chat | Completion
 
 
 class RowError(Exception):
-    """A row that cannot be trained on. `field` is a JSON path such as `messages[1].role`."""
+    """A row that cannot be trained on. `field` is a JSON path such as `messages[1].role`.
 
-    def __init__(self, line: int, field: str, message: str, hint: str) -> None:
+    `ends_file` says that it stands for the rest of the file, of which nobody knows what it holds.
+    """
+
+    def __init__(self, line: int, field: str, message: str, hint: str, *, ends_file: bool = False) -> None:
         super().__init__(f"line {line}: {field}: {message}" if field else f"line {line}: {message}")
         self.line = line
         self.field = field
         self.message = message
         self.hint = hint
+        self.ends_file = ends_file
 
     def problem(self) -> RowProblem:
         return RowProblem(line=self.line, field=self.field, message=self.message, hint=self.hint)
@@ -150,7 +154,7 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
                 raise _Bad(found, f"a {found!r} row in a file of {marker!r} rows", "keep one format in a file")
             example = FORMATS[found](row)
         except _Bad as bad:
-            yield line, RowError(line, *bad.args)
+            yield line, RowError(line, *bad.args, ends_file=isinstance(row, tables.Unreadable) and row.ends_file)
         else:
             marker = found
             yield line, example
@@ -169,8 +173,13 @@ def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
                 problems.append(row.problem())
         else:
             rows += 1
-            format_ = format_ or ("chat" if isinstance(row, Chat) else "completion" if row.prompt else "text")
+            format_ = format_ or kind(row)
     return FileReport(rows=rows, bad_rows=bad, format=format_, problems=problems)
+
+
+def kind(example: Example) -> str:
+    """What a file of such rows is called."""
+    return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
 
 
 def describe(report: FileReport) -> str:

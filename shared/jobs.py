@@ -140,15 +140,10 @@ def submit(
     earlier = _earlier(session, tenant_id, digest, idempotency_key, retry_window)
     if earlier is not None:
         return earlier, False
-    base = session.get(BaseModel, request.model)
-    if base is None:
-        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
-        raise NotFound(
-            f"base model {request.model!r} not found; allowed: {names}", param="model", code="model_not_found"
-        )
-    _usable_file(session, tenant_id, request.training_file, "training_file")
+    base = get_base(session, request.model)
+    get_usable_file(session, tenant_id, request.training_file, "training_file")
     if request.validation_file is not None:
-        _usable_file(session, tenant_id, request.validation_file, "validation_file")
+        get_usable_file(session, tenant_id, request.validation_file, "validation_file")
     job = Job(
         id=new_id("ftjob-"),
         tenant_id=tenant_id,
@@ -184,6 +179,26 @@ def jobs_of(tenant_id: str) -> Select[Job]:
     """The tenant's jobs with all that the wire object shows, read afresh."""
     shown = select(Job).options(joinedload(Job.tenant), joinedload(Job.adapter)).where(Job.tenant_id == tenant_id)
     return shown.execution_options(populate_existing=True)
+
+
+def get_base(session: Session, name: str) -> BaseModel:
+    """The base model of that name."""
+    base = session.get(BaseModel, name)
+    if base is None:
+        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
+        raise NotFound(f"base model {name!r} not found; allowed: {names}", param="model", code="model_not_found")
+    return base
+
+
+def get_usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> File:
+    """The tenant's dataset, its row locked against deletion until what needs it is there."""
+    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
+    file = session.scalar(mine.with_for_update(read=True))
+    if file is None:
+        raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
+    if file.purpose != "fine-tune":
+        raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)
+    return file
 
 
 def live_file() -> ColumnElement[bool]:
@@ -328,13 +343,3 @@ def _earlier(
     recent = Job.created_at > func.clock_timestamp() - timedelta(seconds=retry_window)
     same = jobs_of(tenant_id).where(Job.request_sha256 == digest, Job.idempotency_key.is_(None), recent)
     return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
-
-
-def _usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> None:
-    """Locks the row against deletion until the job is there to need it."""
-    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
-    file = session.scalar(mine.with_for_update(read=True))
-    if file is None:
-        raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
-    if file.purpose != "fine-tune":
-        raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)

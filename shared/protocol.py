@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from shared.preview import PreviewOut
 from shared.schemas import Hyperparameters, Lora, Metrics, Phase, Plan, Quantization, Recipe, Report, TrainerParams
 
 
@@ -37,6 +38,16 @@ class Prepare(BaseModel):
     op: Literal["prepare"] = "prepare"
     job: str
     task: Task
+
+
+class Preview(BaseModel):
+    """Show the rows at `lines`, or the first `rows`, as tokens; answer `previewed` or `failed`."""
+
+    op: Literal["preview"] = "preview"
+    job: str
+    task: Task
+    rows: int
+    lines: list[int] | None = None
 
 
 class Train(BaseModel):
@@ -69,7 +80,7 @@ class Stop(BaseModel):
     job: str
 
 
-Command = Annotated[Prepare | Train | Stop | Alive, Field(discriminator="op")]
+Command = Annotated[Prepare | Preview | Train | Stop | Alive, Field(discriminator="op")]
 
 
 class PhaseEntered(BaseModel):
@@ -98,6 +109,12 @@ class Prepared(BaseModel):
     event: Literal["prepared"] = "prepared"
     job: str
     plan: Plan
+
+
+class Previewed(BaseModel):
+    event: Literal["previewed"] = "previewed"
+    job: str
+    preview: PreviewOut
 
 
 class Measured(BaseModel):
@@ -150,7 +167,7 @@ class Failed(BaseModel):
 
 
 TrainerEvent = Annotated[
-    PhaseEntered | Notice | Working | Prepared | Measured | CheckpointSaved | Done | Stopped | Failed,
+    PhaseEntered | Notice | Working | Prepared | Previewed | Measured | CheckpointSaved | Done | Stopped | Failed,
     Field(discriminator="event"),
 ]
 

@@ -137,6 +137,7 @@ class TrainerParams(Request):
     eval_every: Annotated[int, Field(ge=1)] | None = None
     save_every: Annotated[int, Field(ge=1)] | None = None
     early_stopping: Annotated[int, Field(ge=1, description="evaluations without improvement")] | None = None
+    skip_bad_rows: Annotated[int, Field(ge=0, description="rows of a file that may be bad and are left out")] = 0
 
 
 class JobCreate(Request):
@@ -211,6 +212,64 @@ class Recipe(Wire):
     seed: int
 
 
+class RowProblem(Wire):
+    """A row that cannot be trained on: where, what is wrong, and what would be right."""
+
+    line: int
+    field: str
+    message: str
+    hint: str
+
+
+class FileReport(Wire):
+    """What parsing every row of a dataset found. `problems` holds the first ones; `bad_rows` counts all."""
+
+    rows: int
+    bad_rows: int
+    format: str | None
+    problems: list[RowProblem]
+
+
+class LengthBucket(Wire):
+    """How many rows are of at most `upto` tokens, a power of two, and of more than the bucket before."""
+
+    upto: int
+    rows: int
+
+
+class Repeat(Wire):
+    """A row that is, token for token and label for label, the one of line `of`."""
+
+    line: int
+    of: int
+
+
+class DataReport(FileReport):
+    """The training file as tokens. `rows` are all that can be trained on; `bad_rows` were skipped at the user's word.
+
+    Tokens and lengths are those of whole rows, before the cut. `dropped_rows` have nothing trained left after it.
+    `stop_rows` of those that are kept end in a trained stop token, mostly `stop_token`. `duplicates` and
+    `heldout_overlap` name the first lines; the latter are held-out rows that are trained on as well.
+    """
+
+    tokens: int
+    trained_tokens: int
+    lengths: list[LengthBucket]
+    length_p50: int
+    length_p95: int
+    length_max: int
+    truncated_rows: int
+    dropped_rows: int
+    duplicate_rows: int
+    duplicates: list[Repeat]
+    heldout_overlap_rows: int
+    heldout_overlap: list[Repeat]
+    stop_rows: int
+    stop_token: str | None
+    double_bos_rows: int
+    chat_template_sha256: str | None
+
+
 class Plan(Wire):
     """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact."""
 
@@ -223,6 +282,7 @@ class Plan(Wire):
     dropped_rows: int
     warnings: list[str]
     recipe: Recipe
+    data: DataReport | None = None
 
 
 class Score(Wire):
@@ -272,24 +332,6 @@ class Metrics(Wire):
 
 
 # ---------------------------------------------------------------- responses
-
-
-class RowProblem(Wire):
-    """A row that cannot be trained on: where, what is wrong, and what would be right."""
-
-    line: int
-    field: str
-    message: str
-    hint: str
-
-
-class FileReport(Wire):
-    """What parsing every row of a dataset found. `problems` holds the first ones; `bad_rows` counts all."""
-
-    rows: int
-    bad_rows: int
-    format: str | None
-    problems: list[RowProblem]
 
 
 class File(Wire):

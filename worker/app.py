@@ -23,7 +23,7 @@ from celery.signals import setup_logging, worker_init, worker_process_init, work
 from shared import storage
 from shared.queue import Queue, celery_app
 from shared.telemetry import bind, configure
-from worker import cache, garbage, notice, sweeper
+from worker import cache, garbage, notice, preview, sweeper
 from worker.runner import Outcome, run_next
 
 app = celery_app()
@@ -57,6 +57,8 @@ def _work(queue: Queue) -> None:
     """
     setbacks = 0
     while not draining():
+        if queue is Queue.PREPARE:
+            preview.answer_waiting(draining)  # first: somebody sits and waits
         outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
         if outcome is Outcome.IDLE:
             return

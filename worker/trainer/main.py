@@ -33,6 +33,8 @@ from shared.protocol import (
     PhaseEntered,
     Prepare,
     Prepared,
+    Preview,
+    Previewed,
     Stop,
     Train,
     TrainerEvent,
@@ -93,7 +95,7 @@ class Session:
     """The pipe's two ends and the base that is resident."""
 
     def __init__(self, pipe: BinaryIO) -> None:
-        self.commands: queue.SimpleQueue[Prepare | Train | None] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Prepare | Preview | Train | None] = queue.SimpleQueue()
         self._pipe = pipe
         self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
@@ -152,14 +154,20 @@ class Session:
         if time.monotonic() - self._emitted_at >= WORKING_EVERY:
             self.emit(Working(job=job))
 
-    def serve(self, command: Prepare | Train) -> None:
+    def serve(self, command: Prepare | Preview | Train) -> None:
         """Answer one command; no exception of a job ends the session."""
         self._step = None
         if command.task.silence_seconds is not None and self._silence is None:
             self._silence = command.task.silence_seconds
             threading.Thread(target=self.watch, args=(self._silence,), name="watch", daemon=True).start()
         try:
-            self._prepare(command) if isinstance(command, Prepare) else self._train(command)
+            match command:
+                case Prepare():
+                    self._prepare(command)
+                case Preview():
+                    self._preview(command)
+                case Train():
+                    self._train(command)
         except TrainingFailed as error:
             self._fail(command, error.code, error.message, hint=error.hint, param=error.param)
         except Exception as error:
@@ -182,6 +190,12 @@ class Session:
 
         plan = prepare(command.task, tick=lambda: self.tick(command.job))
         self.emit(Prepared(job=command.job, plan=plan))
+
+    def _preview(self, command: Preview) -> None:
+        # Imported here: transformers takes seconds, and the pipe should answer at once.
+        from worker.trainer.preview import preview  # noqa: PLC0415 (import cost)
+
+        self.emit(Previewed(job=command.job, preview=preview(command, tick=lambda: self.tick(command.job))))
 
     def _train(self, command: Train) -> None:
         # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
@@ -212,7 +226,7 @@ class Session:
 
     def _fail(
         self,
-        command: Prepare | Train,
+        command: Prepare | Preview | Train,
         code: str,
         message: str,
         *,

@@ -1,0 +1,95 @@
+"""A few rows of a dataset, read, encoded and cut as training does it, and shown as text with their trained spans.
+
+Owns: what a preview shows. Reads no more of the file than it needs. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice, takewhile
+
+from shared import formats
+from shared.errors import TrainingFailed
+from shared.formats import Example, RowError
+from shared.preview import PreviewOut, PreviewRow, Segment
+from shared.protocol import Preview
+from shared.schemas import FileReport, RowProblem
+from worker.trainer import data, recipe
+from worker.trainer.encoding import Encoded, Encoder
+
+Read = Iterator[tuple[int, Example | RowError]]
+
+
+def preview(command: Preview, *, tick: Callable[[], None] = lambda: None) -> PreviewOut:
+    """Raises TrainingFailed where training would: for the base, a setting, or a file without one good row to show."""
+    task = command.task
+    base = recipe.architecture(task.base_dir)
+    encoder = Encoder(task.base_dir)
+    # A row over "auto"'s limit is cut there whatever else is in the file, and no other row is cut.
+    length = recipe.max_length(task.trainer, base, recipe.LONGEST_AUTO_ROW)
+    out = PreviewOut(format=None, max_length=length, chat_template_sha256=None, rows=[], problems=[])
+    with open(task.training_file, "rb") as stream:
+        for line, example in _picked(formats.read_rows(stream, max_row_bytes=task.max_row_bytes), command, tick):
+            row = data.encode(encoder, line, example)
+            if isinstance(row, RowError):
+                out.problems.append(row.problem())
+            else:
+                out.rows.append(_shown(row, length, encoder))
+            if not isinstance(example, RowError):
+                out.format = out.format or formats.kind(example)
+    if command.lines is not None:
+        out.problems += _absent(command.lines, out)
+    elif not out.rows:
+        report = FileReport(rows=0, bad_rows=len(out.problems), format=None, problems=out.problems)
+        raise TrainingFailed(
+            formats.describe(report),
+            code="invalid_training_file",
+            param="training_file",
+            hint="mend these lines and upload the file again",
+        )
+    if out.format == "chat":
+        out.chat_template_sha256 = encoder.template_sha256
+    return out
+
+
+def _picked(rows: Read, command: Preview, tick: Callable[[], None]) -> Read:
+    """The rows that were asked for, in the file's order."""
+    if command.lines is None:
+        yield from islice(rows, command.rows)
+        return
+    wanted, last = frozenset(command.lines), max(command.lines)
+    for line, row in takewhile(lambda pair: pair[0] <= last, rows):
+        tick()
+        if line in wanted:
+            yield line, row
+
+
+def _absent(lines: list[int], out: PreviewOut) -> list[RowProblem]:
+    there = {row.line for row in out.rows} | {problem.line for problem in out.problems}
+    return [
+        RowProblem(line=line, field="", message="no row begins at this line", hint="a line at which a row begins")
+        for line in sorted(set(lines) - there)
+    ]
+
+
+def _shown(row: Encoded, max_length: int, encoder: Encoder) -> PreviewRow:
+    cut = data.cut(row, max_length)
+    ids, trained = cut.ids.tolist(), cut.trained.tolist()
+    trained[0] = False  # predicted from nothing
+    segments, text, end = [], "", 0
+    for (is_trained, is_special), tokens in groupby(
+        range(len(ids)), key=lambda i: (trained[i], ids[i] in encoder.specials)
+    ):
+        start, end = end, end + len(list(tokens))
+        before, text = text, encoder.text(ids[:end])
+        # By difference: a tokenizer may write a token at the beginning of a text unlike one in the middle. Where the
+        # seam goes through a character, there is no difference that means anything.
+        said = text[len(before) :] if text.startswith(before) else encoder.text(ids[start:end])
+        segments.append(Segment(text=said, trained=is_trained, special=is_special, ids=ids[start:end]))
+    return PreviewRow(
+        line=row.line,
+        tokens=len(row),
+        trained_tokens=cut.trained_tokens,
+        truncated=len(cut) < len(row),
+        segments=segments,
+    )
