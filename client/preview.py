@@ -71,6 +71,7 @@ def _body(row: PreviewRow, *, colour: bool) -> Text:
     text = Text()
     for segment in row.segments:
         text.append(_seen(segment, colour=colour), style=_style(segment) if colour else "")
+    text.rstrip()  # the last newline's sign is enough
     if row.truncated:
         text.append(f" ✂ {row.tokens - sum(len(segment.ids) for segment in row.segments):,} tokens", style="yellow")
     # Two brackets back to back tell nothing.

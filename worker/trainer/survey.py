@@ -32,7 +32,7 @@ Hashes = npt.NDArray[np.uint64]
 def survey(
     dataset: Dataset, encoder: Encoder, *, max_length: int, train: Sequence[Encoded], heldout: Sequence[Encoded]
 ) -> DataReport:
-    """The training file's numbers. `train` and `heldout` are what the cut leaves; the latter is empty if it is `train`."""
+    """The training file's numbers. `train` and `heldout` are cut already; `heldout` is empty where it is `train`."""
     rows, read = dataset.train, dataset.report
     lengths = np.sort(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
     duplicates, duplicate_rows = _duplicates(rows)
