@@ -309,7 +309,7 @@ def preview_rows(
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as tokens, and which of them are trained; nothing is kept."""
+    """Show rows as tokens, and which of them are trained; exit 1 if a row cannot be trained on."""
     out, question = show.console(), {"model": model, "rows": rows}
     question |= {"lines": line} if line else {}
     question |= {"trainer": {"max_length": max_length}} if max_length else {}

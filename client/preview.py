@@ -6,8 +6,6 @@ Must not print.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,7 +13,7 @@ from openai import OpenAI
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from client.connect import file_of
+from client.upload import lent
 from shared.preview import PreviewOut, PreviewRow, Segment
 from shared.schemas import RowProblem
 
@@ -36,9 +34,8 @@ PATIENCE = 5
 
 def ask(client: OpenAI, file: str, **question: Any) -> PreviewOut:
     """The server's answer. `file` is the id of one that lies there, or a path: that is uploaded and deleted again."""
-    with ExitStack() as undo:
-        known = file.startswith("file-") and not Path(file).exists()
-        body = question | {"training_file": file if known else _upload(client, Path(file), undo)}
+    with lent(client, file) as file_id:
+        body = question | {"training_file": file_id}
         for _ in range(PATIENCE - 1):
             try:
                 return _asked(client, body)
@@ -109,11 +106,3 @@ def _asked(client: OpenAI, body: dict[str, Any]) -> PreviewOut:
     """Asked once: that nobody answers should be told at once, not after the client's own tries."""
     once = client.with_options(max_retries=0)
     return PreviewOut.model_validate(once.post("/fine_tuning/preview", cast_to=object, body=body))
-
-
-def _upload(client: OpenAI, path: Path, undo: ExitStack) -> str:
-    """A file with bad rows is kept, and those are shown with the others."""
-    with path.open("rb") as stream:
-        file = file_of(client.files.create(file=stream, purpose="fine-tune"))
-    undo.callback(client.files.delete, file.id)
-    return file.id

@@ -1,8 +1,9 @@
 """The Celery application: two tasks without arguments, and what a worker process does when it starts and stops.
 
-A ring wakes a slot; the slot claims jobs from Postgres until there are none. SIGTERM sets one byte of shared memory
-that every slot looks at: a running job checkpoints, goes back to the queue, and the slot ends. The first slot of a
-worker also collects the bucket's garbage and asks whether this machine will be taken away.
+A ring wakes a slot; the slot claims jobs from Postgres until there are none, and where it prepares, it answers previews
+first. SIGTERM sets one byte of shared memory that every slot looks at: a running job checkpoints, goes back to the
+queue, and the slot ends. The first slot of a worker also collects the bucket's garbage and asks whether this machine
+will be taken away.
 """
 
 from __future__ import annotations

@@ -67,9 +67,6 @@ def _error(found: PreviewError) -> MillinerError:
 def _too_late(waited: float, *, is_taken: bool) -> Unavailable:
     if is_taken:
         message = f"the preview is not ready after {waited:.0f} s: the file is large, or the worker busy; ask again"
-        error = Unavailable(message, code="preview_unfinished")
-    else:
-        message = f"no prepare worker answered within {waited:.0f} s: is one running, and not busy with a large file?"
-        error = Unavailable(message, code="no_prepare_worker")
-    error.retry_after = RETRY_AFTER
-    return error
+        return Unavailable(message, code="preview_unfinished", retry_after=RETRY_AFTER)
+    message = f"no prepare worker answered within {waited:.0f} s: is one running, and not busy with a large file?"
+    return Unavailable(message, code="no_prepare_worker", retry_after=RETRY_AFTER)

@@ -138,7 +138,7 @@ def test_a_preview_shows_rows_and_leaves_nothing(stack: Record, rows: Path) -> N
     files = milliner(stack, "files", "--json").json()["data"]
     shown = milliner(stack, "preview", rows, "--model", MODEL, "--rows", "2")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines()[:3] == ["line 1: 7 tokens, 3 trained", "0 + 1 =⟦ 1<|im_end|>⟧", ""]
+    assert shown.stdout.splitlines()[:3] == ["line 1: 8 tokens, 3 trained", "0 + 1 =⟦ 1<|im_end|>⟧", ""]
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 

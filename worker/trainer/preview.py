@@ -76,16 +76,13 @@ def _shown(row: Encoded, max_length: int, encoder: Encoder) -> PreviewRow:
     cut = data.cut(row, max_length)
     ids, trained = cut.ids.tolist(), cut.trained.tolist()
     trained[0] = False  # predicted from nothing
-    segments, text, end = [], "", 0
-    for (is_trained, is_special), tokens in groupby(
-        range(len(ids)), key=lambda i: (trained[i], ids[i] in encoder.specials)
+    segments: list[Segment] = []
+    for (is_trained, is_special), group in groupby(
+        zip(ids, trained, strict=True), key=lambda token: (token[1], token[0] in encoder.specials)
     ):
-        start, end = end, end + len(list(tokens))
-        before, text = text, encoder.text(ids[:end])
-        # By difference: a tokenizer may write a token at the beginning of a text unlike one in the middle. Where the
-        # seam goes through a character, there is no difference that means anything.
-        said = text[len(before) :] if text.startswith(before) else encoder.text(ids[start:end])
-        segments.append(Segment(text=said, trained=is_trained, special=is_special, ids=ids[start:end]))
+        tokens = [token for token, _ in group]
+        said = _said(encoder, segments[-1].ids if segments else [], tokens)
+        segments.append(Segment(text=said, trained=is_trained, special=is_special, ids=tokens))
     return PreviewRow(
         line=row.line,
         tokens=len(row),
@@ -93,3 +90,12 @@ def _shown(row: Encoded, max_length: int, encoder: Encoder) -> PreviewRow:
         truncated=len(cut) < len(row),
         segments=segments,
     )
+
+
+def _said(encoder: Encoder, before: list[int], tokens: list[int]) -> str:
+    """The text of tokens after others: some tokenizers write the first one of a text unlike the same in the middle.
+
+    Where the seam goes through a character, there is no difference that means anything.
+    """
+    start, whole = encoder.text(before), encoder.text(before + tokens)
+    return whole.removeprefix(start) if whole.startswith(start) else encoder.text(tokens)
