@@ -18,8 +18,8 @@ from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.routes import estimate, files, health, jobs, models
-from shared.errors import Conflict, InvalidRequest, MillinerError, TooLarge
+from api.routes import estimate, files, health, jobs, models, preview
+from shared.errors import Conflict, InvalidRequest, MillinerError, TooLarge, Unavailable
 from shared.ids import new_id
 from shared.queue import Bell
 from shared.settings import get_settings
@@ -32,7 +32,7 @@ FORM_SLACK = 64 * 1024
 def create_app() -> FastAPI:
     """A fresh application on this process's settings."""
     app = FastAPI(title="Milliner", version="0.1.0", lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for noun in (files, jobs, estimate, models, health):
+    for noun in (files, jobs, estimate, preview, models, health):
         app.include_router(noun.router)
     app.add_exception_handler(MillinerError, _milliner_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -137,7 +137,9 @@ async def _unstorable(request: Request, error: Exception) -> JSONResponse:
 
 def _answer(error: MillinerError) -> JSONResponse:
     body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    headers = {"x-should-retry": "false"} if isinstance(error, Conflict) else None
+    headers = {"x-should-retry": "false"} if isinstance(error, Conflict) else {}
+    if isinstance(error, Unavailable) and error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
     return JSONResponse({"error": body}, status_code=error.status, headers=headers)
 
 

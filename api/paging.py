@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from shared.schemas import Page, Wire
+from shared.responses import Page
+from shared.schemas import Wire
 
 Order = Literal["asc", "desc"]
 Row = TypeVar("Row")

@@ -7,28 +7,14 @@ from datetime import datetime
 
 from shared import storage
 from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobEvent
-from shared.schemas import (
-    AdapterOut,
-    Artifact,
-    Event,
-    FileReport,
-    JobCreate,
-    JobError,
-    Method,
-    Metrics,
-    Phase,
-    Plan,
-    Progress,
-    Proof,
-    Recipe,
-    Report,
-    State,
-)
-from shared.schemas import Checkpoint as CheckpointOut
-from shared.schemas import File as FileOut
-from shared.schemas import Job as JobOut
-from shared.schemas import Model as ModelOut
+from shared.responses import AdapterOut, Artifact, Event, Progress
+from shared.responses import Checkpoint as CheckpointOut
+from shared.responses import File as FileOut
+from shared.responses import Job as JobOut
+from shared.responses import Model as ModelOut
+from shared.schemas import JobCreate, Method, Phase, State
 from shared.storage import Entry
+from shared.training import FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
 
 
 def file_out(file: File) -> FileOut:

@@ -1,7 +1,7 @@
 """The `milliner` command: its names, its options, and what each one prints.
 
 Owns: one function per command. What is more than a call and a print lives beside: connect, submit, estimate, follow,
-download, report, show. The stack's own commands come from `deploy.local`.
+download, preview, report, verify, show. The stack's own commands come from `deploy.local`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import openai
 import typer
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from pydantic import BaseModel
+from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from client import download, estimate, report, show, submit, verify
+from client import download, estimate, preview, report, show, submit, verify
 from client.connect import connect, disconnect, explain, file_of, job_of
 from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
 from deploy.local.commands import AsJson, Data
 from shared.errors import Conflict, MillinerError, NotFound
-from shared.schemas import Artifact, MethodName, Model, Quantization, State
+from shared.preview import MOST_ROWS
+from shared.responses import Artifact, Model
+from shared.schemas import MethodName, Quantization, State
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if new.", file_okay=False)]
@@ -193,6 +197,9 @@ def submit_job(
         Quantization | None, typer.Option(help="How the frozen base is held.", show_default="nf4")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    skip_bad_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out up to N bad rows of a file.", show_default="0")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -218,6 +225,7 @@ def submit_job(
         lora={"r": r, "alpha": alpha, "dropout": dropout},
         trainer={
             "max_length": max_length,
+            "skip_bad_rows": skip_bad_rows,
             "max_steps": max_steps,
             "eval_every": eval_every,
             "save_every": save_every,
@@ -291,11 +299,35 @@ def estimate_job(
         device=device,
         device_memory_bytes=estimate.bytes_of(device_memory) if device_memory else None,
     )
+    _print(answer, estimate.verdict(answer), as_json)
+    if answer.fits is False:
+        raise typer.Exit(1)
+
+
+@app.command("preview")
+def preview_rows(
+    file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A dataset, or the id of an uploaded one.")],
+    *,
+    model: Annotated[str, typer.Option(help="Base model; see: milliner models")],
+    rows: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="How many, from the first.")] = 5,
+    line: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=1, help="This row instead; may be repeated.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as tokens, and which of them are trained; exit 1 if a row cannot be trained on."""
+    out, question = show.console(), {"model": model, "rows": rows}
+    question |= {"lines": line} if line else {}
+    question |= {"trainer": {"max_length": max_length}} if max_length else {}
+    with show.console(stderr=True).status(f"reading {file}"):
+        answer = preview.ask(connect(data), file, **question)
     if as_json:
         show.print_json(answer.model_dump(mode="json"))
     else:
-        show.console().print(estimate.verdict(answer))
-    if answer.fits is False:
+        out.print(preview.rows(answer, colour=out.color_system is not None), soft_wrap=True)
+    if answer.problems:
         raise typer.Exit(1)
 
 
@@ -330,10 +362,7 @@ def show_job(
         _follow(client, job_id, as_json)
         return
     wire = client.fine_tuning.jobs.retrieve(job_id)
-    if as_json:
-        show.print_json(wire)
-    else:
-        show.console().print(show.job(job_of(wire)))
+    _print(wire, show.job(job_of(wire)), as_json)
 
 
 @app.command("report")
@@ -342,10 +371,7 @@ def report_job(job_id: JobId, data: Data = None, as_json: AsJson = False) -> Non
     job = job_of(connect(data).fine_tuning.jobs.retrieve(job_id))
     if job.report is None:
         raise Conflict(f"{job_id} has no report: it is {job.status}; see: milliner show {job_id}", code="no_report")
-    if as_json:
-        show.print_json(job.report.model_dump(mode="json"))
-    else:
-        show.console().print(report.document(job.report))
+    _print(job.report, report.document(job.report), as_json)
 
 
 @app.command()
@@ -390,11 +416,8 @@ def pull(job_id: JobId, folder: Folder, data: Data = None, as_json: AsJson = Fal
         raise Conflict(f"{job_id} has no adapter: it is {job.status}; see: milliner show {job_id}", code="no_adapter")
     _pull(job.adapter.files, folder)
     signed_by = verify.signer(folder)
-    if as_json:
-        show.print_json(job.adapter.model_dump(mode="json"))
-    else:
-        signed = f"signed by {signed_by}" if signed_by else "not signed"
-        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}")
+    signed = f"signed by {signed_by}" if signed_by else "not signed"
+    _print(job.adapter, f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}", as_json)
 
 
 @app.command("verify")
@@ -407,10 +430,7 @@ def verify_folder(
 ) -> None:
     """Check an adapter's hashes and signature, without a server; exit 1 if anything is not as published."""
     found = verify.verify(folder, key)
-    if as_json:
-        show.print_json(found.model_dump(mode="json"))
-    else:
-        show.console().print(verify.verdict(found))
+    _print(found, verify.verdict(found), as_json)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -457,7 +477,7 @@ def _pairs(items: list[str] | None) -> dict[str, str] | None:
     return dict(item.split("=", 1) for item in items)
 
 
-def _print(wire: Any, text: str, as_json: bool) -> None:
+def _print(wire: BaseModel, text: RenderableType, as_json: bool) -> None:
     if as_json:
         show.print_json(wire)
     else:

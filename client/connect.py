@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from deploy.local.folder import Folder
 from shared.errors import Unavailable
-from shared.schemas import File, Job
+from shared.responses import File, Job
 from shared.settings import get_settings
 
 _opened = ExitStack()

@@ -16,7 +16,7 @@ import httpx2
 
 from shared.errors import InvalidRequest, MillinerError, Unavailable
 from shared.manifest import MANIFEST, SIGNATURE
-from shared.schemas import Artifact
+from shared.responses import Artifact
 
 CHUNK = 1024 * 1024
 _ATTEMPTS = 3

@@ -1,6 +1,6 @@
 """`milliner estimate`: the question as the API takes it, and the verdict as people read it.
 
-Owns: sizes such as 24GB, the upload that lasts for one question, the table. Must not print.
+Owns: sizes such as 24GB, and the table. Must not print.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
@@ -16,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.connect import file_of
 from client.show import duration, size
+from client.upload import lent
 from shared.errors import InvalidRequest
 from shared.estimate import Estimate
 
@@ -49,7 +48,7 @@ def ask(client: OpenAI, file: str | None, **question: Any) -> Estimate:
     body = _given(question)
     with ExitStack() as undo:
         if file is not None:
-            body["training_file"] = file if file.startswith("file-") else _upload(client, Path(file), undo)
+            body["training_file"] = undo.enter_context(lent(client, file))
         return Estimate.model_validate(client.post("/fine_tuning/estimate", cast_to=object, body=body))
 
 
@@ -86,13 +85,6 @@ def _fit(item: Estimate) -> Text:
 def _setting(item: Estimate) -> str:
     rows = f"{item.micro_batch} x {item.max_length:,} tokens"
     return f"{item.quantization}, r {item.r}, {rows}{', checkpointed' if item.gradient_checkpointing else ''}"
-
-
-def _upload(client: OpenAI, path: Path, undo: ExitStack) -> str:
-    with path.open("rb") as stream:
-        file = file_of(client.files.create(file=stream, purpose="fine-tune"))
-    undo.callback(client.files.delete, file.id)
-    return file.id
 
 
 def _given(question: Mapping[str, Any]) -> dict[str, Any]:

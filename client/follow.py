@@ -20,7 +20,8 @@ from rich.text import Text
 
 from client import show
 from client.connect import job_of
-from shared.schemas import TERMINAL, Event, Job
+from shared.responses import Event, Job
+from shared.schemas import TERMINAL
 
 INTERVAL = 1.0
 _OUTAGE_POLLS = 60

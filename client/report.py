@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.show import duration, scores, size, verdict
-from shared.schemas import Continuation, Report, Sample
+from shared.training import Continuation, Report, Sample
 
 _SOURCES = {
     "validation_file": "the rows of the validation file",

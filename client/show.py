@@ -12,11 +12,14 @@ import time
 from collections.abc import Sequence
 
 import openai
+from pydantic import BaseModel
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.schemas import Event, File, Job, JobError, LossChange, Model, Plan, Proof, Report, State, Verdict
+from shared.responses import Event, File, Job, Model
+from shared.schemas import State
+from shared.training import DataReport, JobError, LengthBucket, LossChange, Plan, Proof, Report, Verdict
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -26,6 +29,7 @@ _STYLES = {
     State.RUNNING: "cyan",
 }
 _VERDICTS = {Verdict.BETTER: "green", Verdict.SAME: "yellow", Verdict.WORSE: "red", Verdict.UNKNOWN: "yellow"}
+_BARS = " ▁▂▃▄▅▆▇█"
 _LEVELS = {"info": "", "warn": "yellow", "error": "red"}
 
 
@@ -36,9 +40,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
-def print_json(wire: openai.BaseModel | dict[str, object]) -> None:
-    """The API's own object, as one JSON document."""
-    value = wire if isinstance(wire, dict) else wire.to_dict()
+def print_json(wire: BaseModel | dict[str, object]) -> None:
+    """The API's own object, or one of ours, as one JSON document."""
+    if isinstance(wire, openai.BaseModel):
+        wire = wire.to_dict()
+    value = wire.model_dump(mode="json") if isinstance(wire, BaseModel) else wire
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -136,6 +142,8 @@ def plan(item: Plan) -> RenderableType:
     held = f", {item.heldout_rows:,} of them held out" if item.heldout_rows else ""
     grid.add_row("rows", f"{item.rows:,}{held}")
     grid.add_row("tokens", f"{item.tokens:,}, {item.trained_tokens:,} trained an epoch; longest {item.longest_row:,}")
+    if item.data is not None:
+        _add_data(grid, item.data)
     grid.add_row("steps", f"{recipe.total_steps:,}: {recipe.n_epochs} epoch{'s' * (recipe.n_epochs != 1)}")
     grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
     grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
@@ -144,6 +152,31 @@ def plan(item: Plan) -> RenderableType:
         grid.add_row("method", f"{recipe.method}, beta {recipe.beta:g}")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
     return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in item.warnings))
+
+
+def _add_data(grid: Table, item: DataReport) -> None:
+    """What was found in the training file, as far as there is something to say."""
+    template = f", chat template {item.chat_template_sha256[:12]}" if item.chat_template_sha256 else ""
+    grid.add_row("format", f"{item.format}{template}")
+    middle = f"half up to {item.length_p50:,}, 95 % up to {item.length_p95:,}, the longest {item.length_max:,}"
+    grid.add_row("lengths", f"{_bars(item.lengths)}  {middle}")
+    grid.add_row("stop", f"{item.stop_rows:,} of {item.rows:,} rows end in a trained {item.stop_token or 'stop token'}")
+    lost = {
+        "cut": item.truncated_rows,
+        "dropped": item.dropped_rows,
+        "skipped as bad": item.bad_rows,
+        "repeat an earlier one": item.duplicate_rows,
+        "held out and trained on": item.heldout_overlap_rows,
+        "begin with two BOS": item.double_bos_rows,
+    }
+    if any(lost.values()):
+        grid.add_row("among them", ", ".join(f"{count:,} {what}" for what, count in lost.items() if count))
+
+
+def _bars(buckets: Sequence[LengthBucket]) -> str:
+    """`≤16 ▂  ≤32 █`: a bar is as high as its share of the fullest."""
+    most = max(bucket.rows for bucket in buckets)
+    return "  ".join(f"≤{bucket.upto:,} {_BARS[-(-bucket.rows * (len(_BARS) - 1) // most)]}" for bucket in buckets)
 
 
 def report(item: Report) -> RenderableType:

@@ -18,7 +18,9 @@ from pydantic import ValidationError
 
 from client.connect import file_of, job_of
 from shared.errors import InvalidRequest
-from shared.schemas import TERMINAL, File, JobCreate, JobError, MethodName, State
+from shared.responses import File
+from shared.schemas import TERMINAL, JobCreate, MethodName, State
+from shared.training import JobError
 
 Body = dict[str, Any]
 POLL = 0.3
@@ -82,9 +84,10 @@ def submit(
     """
     client.models.retrieve(body["model"])  # A wrong name is told before gigabytes are sent.
     with ExitStack() as undo:
-        body = body | {"training_file": _upload(client, training, undo)}
+        skip = body.get("trainer", {}).get("skip_bad_rows", 0)
+        body = body | {"training_file": _upload(client, training, undo, skip)}
         if validation is not None:
-            body["validation_file"] = _upload(client, validation, undo)
+            body["validation_file"] = _upload(client, validation, undo, skip)
         if not accept(_rehearse(client, body, undo, pause)):
             return None
         job = _create(client, body)
@@ -96,12 +99,13 @@ def _given(options: Mapping[str, Any]) -> Body:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _upload(client: OpenAI, path: Path, undo: ExitStack) -> str:
+def _upload(client: OpenAI, path: Path, undo: ExitStack, skip_bad_rows: int) -> str:
     """Send a file; the server reads every row of it before it answers."""
     with path.open("rb") as stream:
         file = file_of(client.files.create(file=stream, purpose="fine-tune"))
     undo.callback(_quietly, lambda: client.files.delete(file.id))
-    if file.status == "error" or (file.report and file.report.bad_rows):
+    bad = file.report.bad_rows if file.report else 0
+    if bad > skip_bad_rows or (file.status == "error" and not bad):
         raise BadRows(file)
     return file.id
 

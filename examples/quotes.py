@@ -27,7 +27,8 @@ from client import download, show
 from client.connect import connect, job_of
 from client.follow import follow
 from shared.errors import MillinerError
-from shared.schemas import Artifact, Job, Model, State
+from shared.responses import Artifact, Job, Model
+from shared.schemas import State
 from shared.settings import get_settings
 
 BASE = "SmolLM2-135M-Instruct"

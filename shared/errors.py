@@ -70,11 +70,17 @@ class TooLarge(MillinerError):
 
 
 class Unavailable(MillinerError):
-    """A server that this one needs is down; the client may retry."""
+    """A server that this one needs is down; the client may retry, `retry_after` seconds later if that is known."""
 
     status = 503
     type = "server_error"
     code = "service_unavailable"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after = retry_after
 
 
 class TrainingFailed(MillinerError):

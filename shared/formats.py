@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from shared import tables
-from shared.schemas import FileReport, MethodName, RowProblem
+from shared.schemas import MethodName
 from shared.tables import found as _found
+from shared.training import FileReport, RowProblem
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_PROBLEMS = 20
@@ -57,14 +58,18 @@ Example = Chat | Completion | Preference
 
 
 class RowError(Exception):
-    """A row that cannot be trained on. `field` is a JSON path such as `messages[1].role`."""
+    """A row that cannot be trained on. `field` is a JSON path such as `messages[1].role`.
 
-    def __init__(self, line: int, field: str, message: str, hint: str) -> None:
+    `ends_file` says that it stands for the rest of the file, of which nobody knows what it holds.
+    """
+
+    def __init__(self, line: int, field: str, message: str, hint: str, *, ends_file: bool = False) -> None:
         super().__init__(f"line {line}: {field}: {message}" if field else f"line {line}: {message}")
         self.line = line
         self.field = field
         self.message = message
         self.hint = hint
+        self.ends_file = ends_file
 
     def problem(self) -> RowProblem:
         return RowProblem(line=self.line, field=self.field, message=self.message, hint=self.hint)
@@ -183,7 +188,7 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
                 raise _Bad(found, f"a {found!r} row in a file of {marker!r} rows", "keep one format in a file")
             example = FORMATS[found](row)
         except _Bad as bad:
-            yield line, RowError(line, *bad.args)
+            yield line, RowError(line, *bad.args, ends_file=isinstance(row, tables.Unreadable) and row.ends_file)
         else:
             marker = found
             yield line, example
@@ -202,8 +207,15 @@ def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
                 problems.append(row.problem())
         else:
             rows += 1
-            format_ = format_ or name(row)
+            format_ = format_ or kind(row)
     return FileReport(rows=rows, bad_rows=bad, format=format_, problems=problems)
+
+
+def kind(example: Example) -> str:
+    """What a file of such rows is called."""
+    if isinstance(example, Preference):
+        return "preference"
+    return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
 
 
 def describe(report: FileReport) -> str:
@@ -223,13 +235,6 @@ def misfit(method: MethodName, format_: str | None) -> str | None:
     allowed = "preference rows (chosen and rejected)" if method == "dpo" else "chat, completion or text rows"
     other = "supervised" if method == "dpo" else "dpo"
     return f"found {format_} rows; method {method!r} trains on {allowed}: choose method {other!r}, or mend the file"
-
-
-def name(example: Example) -> str:
-    """The format as a file's report names it."""
-    if isinstance(example, Preference):
-        return "preference"
-    return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
 
 
 def _marker(row: dict[str, Any]) -> str:

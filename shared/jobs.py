@@ -23,7 +23,8 @@ from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, FileReport, JobCreate, MethodName, Phase, State
+from shared.schemas import TERMINAL, Desired, JobCreate, MethodName, Phase, State
+from shared.training import FileReport
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL
@@ -141,16 +142,10 @@ def submit(
     earlier = _earlier(session, tenant_id, digest, idempotency_key, retry_window)
     if earlier is not None:
         return earlier, False
-    base = session.get(BaseModel, request.model)
-    if base is None:
-        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
-        raise NotFound(
-            f"base model {request.model!r} not found; allowed: {names}", param="model", code="model_not_found"
-        )
-    method = request.method.type
-    _usable_file(session, tenant_id, request.training_file, method, "training_file")
+    base, method = get_base(session, request.model), request.method.type
+    get_usable_file(session, tenant_id, request.training_file, method, "training_file")
     if request.validation_file is not None:
-        _usable_file(session, tenant_id, request.validation_file, method, "validation_file")
+        get_usable_file(session, tenant_id, request.validation_file, method, "validation_file")
     job = Job(
         id=new_id("ftjob-"),
         tenant_id=tenant_id,
@@ -186,6 +181,29 @@ def jobs_of(tenant_id: str) -> Select[Job]:
     """The tenant's jobs with all that the wire object shows, read afresh."""
     shown = select(Job).options(joinedload(Job.tenant), joinedload(Job.adapter)).where(Job.tenant_id == tenant_id)
     return shown.execution_options(populate_existing=True)
+
+
+def get_base(session: Session, name: str) -> BaseModel:
+    """The base model of that name."""
+    base = session.get(BaseModel, name)
+    if base is None:
+        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
+        raise NotFound(f"base model {name!r} not found; allowed: {names}", param="model", code="model_not_found")
+    return base
+
+
+def get_usable_file(session: Session, tenant_id: str, file_id: str, method: MethodName | None, param: str) -> File:
+    """The tenant's dataset, fit for the method if there is one; locked against deletion till what needs it is there."""
+    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
+    file = session.scalar(mine.with_for_update(read=True))
+    if file is None:
+        raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
+    if file.purpose != "fine-tune":
+        raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)
+    report = FileReport.model_validate(file.report) if file.report else None
+    if method is not None and report is not None and (misfit := formats.misfit(method, report.format)):
+        raise InvalidRequest(f"file {file_id}: {misfit}", param=param, code=f"invalid_{param}")
+    return file
 
 
 def live_file() -> ColumnElement[bool]:
@@ -330,16 +348,3 @@ def _earlier(
     recent = Job.created_at > func.clock_timestamp() - timedelta(seconds=retry_window)
     same = jobs_of(tenant_id).where(Job.request_sha256 == digest, Job.idempotency_key.is_(None), recent)
     return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
-
-
-def _usable_file(session: Session, tenant_id: str, file_id: str, method: MethodName, param: str) -> None:
-    """Locks the row against deletion until the job is there to need it."""
-    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
-    file = session.scalar(mine.with_for_update(read=True))
-    if file is None:
-        raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
-    if file.purpose != "fine-tune":
-        raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)
-    report = FileReport.model_validate(file.report) if file.report else None
-    if report is not None and (misfit := formats.misfit(method, report.format)):
-        raise InvalidRequest(f"file {file_id}: {misfit}", param=param, code=f"invalid_{param}")

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from pydantic import BaseModel, ConfigDict
 
 from shared.errors import InvalidRequest
-from shared.schemas import Proof, Recipe
+from shared.training import Proof, Recipe
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"

@@ -10,18 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from shared.schemas import (
-    Lora,
-    Method,
-    Metrics,
-    Phase,
-    Plan,
-    Proof,
-    Quantization,
-    Recipe,
-    Report,
-    TrainerParams,
-)
+from shared.preview import PreviewOut
+from shared.schemas import Lora, Method, Phase, Quantization, TrainerParams
+from shared.training import Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
@@ -49,6 +40,16 @@ class Prepare(BaseModel):
     op: Literal["prepare"] = "prepare"
     job: str
     task: Task
+
+
+class Preview(BaseModel):
+    """Show the rows at `lines`, or the first `rows`, as tokens; answer `previewed` or `failed`."""
+
+    op: Literal["preview"] = "preview"
+    job: str
+    task: Task
+    rows: int
+    lines: list[int] | None = None
 
 
 class Train(BaseModel):
@@ -96,7 +97,7 @@ class Stop(BaseModel):
     job: str
 
 
-Command = Annotated[Prepare | Train | Verify | Stop | Alive, Field(discriminator="op")]
+Command = Annotated[Prepare | Preview | Train | Verify | Stop | Alive, Field(discriminator="op")]
 
 
 class PhaseEntered(BaseModel):
@@ -125,6 +126,12 @@ class Prepared(BaseModel):
     event: Literal["prepared"] = "prepared"
     job: str
     plan: Plan
+
+
+class Previewed(BaseModel):
+    event: Literal["previewed"] = "previewed"
+    job: str
+    preview: PreviewOut
 
 
 class Measured(BaseModel):
@@ -190,7 +197,17 @@ class Failed(BaseModel):
 
 
 TrainerEvent = Annotated[
-    PhaseEntered | Notice | Working | Prepared | Measured | CheckpointSaved | Done | Verified | Stopped | Failed,
+    PhaseEntered
+    | Notice
+    | Working
+    | Prepared
+    | Previewed
+    | Measured
+    | CheckpointSaved
+    | Done
+    | Verified
+    | Stopped
+    | Failed,
     Field(discriminator="event"),
 ]
 

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
         300.0, description="A retry (x-stainless-retry-count > 0) of an identical request within this is the same job."
     )
 
+    preview_seconds: float = Field(20.0, description="How long a request for a preview waits for a worker's answer.")
+
     lease_seconds: float = Field(60.0, description="How long a claim holds without a renewal.")
     heartbeat_seconds: float = Field(10.0, description="How often a worker renews its lease and reads desired_state.")
     fence_seconds: float = Field(45.0, description="Without a renewal for this long, a worker freezes its trainer.")

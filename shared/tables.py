@@ -37,12 +37,13 @@ csv.field_size_limit(2**31 - 1)
 
 
 class Unreadable(Exception):
-    """A row, or the rest of a file, that is no JSON object: (message, hint)."""
+    """A row, or where `ends_file` the rest of a file, that is no JSON object: (message, hint)."""
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, *, ends_file: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.ends_file = ends_file
 
 
 Row = tuple[int, dict[str, Any] | Unreadable]
@@ -248,9 +249,10 @@ def _parquet(stream: IO[bytes], columns: Sequence[str], limit: int) -> Iterator[
 
 def _last_words(said: bytes, code: int) -> Unreadable:
     try:
-        return Unreadable(**json.loads(said))
+        return Unreadable(**json.loads(said), ends_file=True)
     except (ValueError, TypeError):
-        return Unreadable(f"the Parquet file ended its reader (exit code {code})", "a file written by another library")
+        message = f"the Parquet file ended its reader (exit code {code})"
+        return Unreadable(message, "a file written by another library", ends_file=True)
 
 
 # ---------------------------------------------------------------- which of them

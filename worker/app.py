@@ -1,8 +1,9 @@
 """The Celery application: two tasks without arguments, and what a worker process does when it starts and stops.
 
-A ring wakes a slot; the slot claims jobs from Postgres until there are none. SIGTERM sets one byte of shared memory
-that every slot looks at: a running job checkpoints, goes back to the queue, and the slot ends. The first slot of a
-worker also collects the bucket's garbage and asks whether this machine will be taken away.
+A ring wakes a slot; the slot claims jobs from Postgres until there are none, and where it prepares, it answers previews
+first. SIGTERM sets one byte of shared memory that every slot looks at: a running job checkpoints, goes back to the
+queue, and the slot ends. The first slot of a worker also collects the bucket's garbage and asks whether this machine
+will be taken away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from shared.manifest import private_key
 from shared.queue import Queue, celery_app
 from shared.settings import get_settings
 from shared.telemetry import bind, configure
-from worker import cache, garbage, notice, sweeper
+from worker import cache, garbage, notice, preview, sweeper
 from worker.runner import Outcome, run_next
 
 app = celery_app()
@@ -61,6 +62,8 @@ def _work(queue: Queue) -> None:
     """
     setbacks = 0
     while not draining():
+        if queue is Queue.PREPARE:
+            preview.answer_waiting(draining)  # first: somebody sits and waits
         outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
         if outcome is Outcome.IDLE:
             return

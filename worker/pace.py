@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.schemas import Metrics
+from shared.training import Metrics
 
 
 class Pace:

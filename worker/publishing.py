@@ -20,10 +20,10 @@ from shared.ids import new_id
 from shared.manifest import SIGNATURE, HashedFile, Manifest
 from shared.models import BaseModel, File, Job, JobMetric
 from shared.protocol import Verified
-from shared.schemas import Plan
 from shared.settings import get_settings
 from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
+from shared.training import Plan
 from worker.patience import Patience
 
 COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")

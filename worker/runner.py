@@ -40,9 +40,10 @@ from shared.protocol import (
     Working,
 )
 from shared.queue import Queue, ring
-from shared.schemas import Desired, JobCreate, JobError, Metrics, Phase, Plan, State
+from shared.schemas import Desired, JobCreate, Phase, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
+from shared.training import JobError, Metrics, Plan
 from worker import cache, publishing
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace

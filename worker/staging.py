@@ -15,8 +15,9 @@ from shared.db import session_scope
 from shared.models import BaseModel, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
-from shared.schemas import JobCreate, Plan, Recipe
+from shared.schemas import JobCreate
 from shared.settings import get_settings
+from shared.training import Plan, Recipe
 from worker import cache
 from worker.patience import Patience
 
@@ -27,24 +28,17 @@ def stage(
     job: Job, request: JobCreate, queue: Queue, *, work_dir: Path, held: ExitStack, patience: Patience, tell: Tell
 ) -> Prepare | Train:
     """The command for a trainer, with all that it names in place. `held` keeps the base safe from eviction."""
-    settings = get_settings()
     base, training, validation = patience.do(lambda: _inputs(job))
     base_dir, in_use = patience.do(lambda: _base(base, with_weights=queue is Queue.TRAIN, tick=patience.tick))
     held.push(in_use)
-    task = Task(
-        base_dir=str(base_dir),
-        base_name=base.public_id,
-        base_revision=base.revision,
-        base_license=base.license,
-        training_file=str(_fetched(training, work_dir, patience)),
-        validation_file=str(_fetched(validation, work_dir, patience)) if validation else None,
-        method=request.method,
-        lora=request.lora,
-        quantization=request.quantization,
-        trainer=request.trainer,
+    settings = get_settings()
+    task = task_of(
+        request,
+        base,
+        base_dir=base_dir,
+        training_file=_fetched(training, work_dir, patience),
+        validation_file=_fetched(validation, work_dir, patience) if validation else None,
         seed=job.seed,
-        torch_threads=settings.torch_threads,
-        max_row_bytes=settings.max_row_bytes,
         silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
     )
     if queue is Queue.PREPARE:
@@ -58,6 +52,36 @@ def stage(
         work_dir=str(work_dir),
         resume_from=str(resume) if resume else None,
         memory_halvings=job.memory_halvings,
+    )
+
+
+def task_of(
+    request: JobCreate,
+    base: BaseModel,
+    *,
+    base_dir: Path,
+    training_file: Path,
+    validation_file: Path | None,
+    seed: int,
+    silence_seconds: float | None = None,
+) -> Task:
+    """All that a trainer is told of a job."""
+    settings = get_settings()
+    return Task(
+        base_dir=str(base_dir),
+        base_name=base.public_id,
+        base_revision=base.revision,
+        base_license=base.license,
+        training_file=str(training_file),
+        validation_file=str(validation_file) if validation_file else None,
+        method=request.method,
+        lora=request.lora,
+        quantization=request.quantization,
+        trainer=request.trainer,
+        seed=seed,
+        torch_threads=settings.torch_threads,
+        max_row_bytes=settings.max_row_bytes,
+        silence_seconds=silence_seconds,
     )
 
 

@@ -1,8 +1,8 @@
 """The sweeper: one thread in every worker slot that finds what fell through.
 
-It rings for jobs that nobody was told of and takes back jobs whose worker fell silent. One sweeps at a time (advisory
-lock), yet two at once would be right: every write is guarded. It takes back nothing before it has itself watched the
-database without a gap for one whole lease time: after an outage, the living get the time to renew.
+It rings for jobs that nobody was told of, takes back jobs whose worker fell silent, and drops old previews. One sweeps
+at a time (advisory lock), yet two at once would be right: every write is guarded. It takes back nothing before it has
+itself watched the database without a gap for one whole lease time: after an outage, the living get the time to renew.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from threading import Event, Thread
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared import attempts, jobs
+from shared import attempts, jobs, previews
 from shared.db import after_commit, session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.models import Job
 from shared.queue import Queue, ring
-from shared.schemas import JobError
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
+from shared.training import JobError
 
 RINGS = 16
 
@@ -67,6 +67,7 @@ def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
         if watched >= settings.lease_seconds and reclaim(session, settings):
             reach(Point.BEFORE_RECLAIM_COMMIT)
             after_commit(session, lambda: reach(Point.AFTER_RECLAIM))
+        previews.drop_old(session)
     return all(ring_again(queue, backoff=0.0 if newborn else settings.rering_seconds) for queue in Queue)
 
 

@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from api.deps import SessionDep, TenantDep
 from shared.errors import NotFound
 from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
-from shared.jobs import live_file
-from shared.models import BaseModel, File, Job
-from shared.schemas import FileReport, Plan
+from shared.jobs import get_base, live_file
+from shared.models import File, Job
+from shared.training import FileReport, Plan
 
 router = APIRouter(prefix="/v1/fine_tuning/estimate", tags=["fine-tuning"])
 
@@ -19,10 +19,7 @@ router = APIRouter(prefix="/v1/fine_tuning/estimate", tags=["fine-tuning"])
 @router.post("")
 def create_estimate(body: EstimateCreate, tenant: TenantDep, session: SessionDep) -> Estimate:
     """Memory and time of a job by arithmetic, from the base's config.json and what is known of the file."""
-    base = session.get(BaseModel, body.model)
-    if base is None:
-        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
-        raise NotFound(f"base model {body.model!r} not found; allowed: {names}", param="model", code="model_not_found")
+    base = get_base(session, body.model)
     data = _data(session, tenant.id, body.training_file, base.name) if body.training_file is not None else None
     return estimate(body, base.config, data)
 

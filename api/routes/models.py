@@ -15,7 +15,7 @@ from shared import storage
 from shared.db import after_commit
 from shared.errors import NotFound, PermissionDenied
 from shared.models import Adapter, BaseModel
-from shared.schemas import Deleted, Model, Page
+from shared.responses import Deleted, Model, Page
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

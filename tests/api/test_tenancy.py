@@ -24,6 +24,7 @@ COLLECTIONS = {
     ("GET", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/estimate"),
+    ("POST", "/v1/fine_tuning/preview"),
     ("GET", "/v1/models"),
 }
 OBJECTS = {
@@ -83,10 +84,12 @@ def test_a_strangers_job_cannot_use_our_file(stranger: openai.OpenAI, dataset: F
     stranger.files.delete(own.id)
 
 
-def test_a_strangers_estimate_cannot_use_our_file(stranger: openai.OpenAI, dataset: FileObject) -> None:
+@pytest.mark.parametrize("question", ["estimate", "preview"])
+def test_a_strangers_question_cannot_use_our_file(stranger: openai.OpenAI, dataset: FileObject, question: str) -> None:
     body = {"model": "SmolLM2-135M-Instruct", "training_file": dataset.id}
-    with pytest.raises(openai.NotFoundError, match="no file"):
-        stranger.post("/fine_tuning/estimate", cast_to=httpx.Response, body=body)
+    with pytest.raises(openai.NotFoundError, match="no file") as refused:
+        stranger.post(f"/fine_tuning/{question}", cast_to=httpx.Response, body=body)
+    assert (refused.value.code, refused.value.param) == ("file_not_found", "training_file")
 
 
 def test_every_session_commits_before_the_answer() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from client.connect import disconnect
-from shared.schemas import Job
+from shared.responses import Job
 
 RECIPE = {
     "method": "supervised",
@@ -36,6 +36,28 @@ RECIPE = {
     "early_stopping": None,
     "seed": 7,
 }
+DATA = {
+    "rows": 13438,
+    "bad_rows": 3,
+    "format": "chat",
+    "problems": [],
+    "tokens": 612345,
+    "trained_tokens": 598907,
+    "lengths": [{"upto": 32, "rows": 1000}, {"upto": 64, "rows": 8000}, {"upto": 128, "rows": 4438}],
+    "length_p50": 45,
+    "length_p95": 98,
+    "length_max": 301,
+    "truncated_rows": 2,
+    "dropped_rows": 1,
+    "duplicate_rows": 4,
+    "duplicates": [{"line": 9, "of": 3}],
+    "heldout_overlap_rows": 5,
+    "heldout_overlap": [{"line": 1, "of": 7}],
+    "stop_rows": 13437,
+    "stop_token": "<|im_end|>",
+    "double_bos_rows": 6,
+    "chat_template_sha256": "0123456789abcdef" * 4,
+}
 PLAN = {
     "rows": 13438,
     "heldout_rows": 128,
@@ -50,6 +72,7 @@ PLAN = {
         "only 70 optimizer steps",
     ],
     "recipe": RECIPE,
+    "data": DATA,
 }
 SCORE = {"loss": 3.25, "token_accuracy": 0.375, "tokens": 4096}
 CHANGE = {

@@ -159,6 +159,32 @@ def test_lists_are_the_apis_own_objects(stack: Record, finished: Done, command: 
     assert listed["data"]
 
 
+def test_a_preview_shows_rows_and_leaves_nothing(stack: Record, rows: Path) -> None:
+    files = milliner(stack, "files", "--json").json()["data"]
+    shown = milliner(stack, "preview", rows, "--model", MODEL, "--rows", "2")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[:3] == ["line 1: 8 tokens, 3 trained", "0 + 1 =⟦ 1<|im_end|>⟧", ""]
+    assert milliner(stack, "files", "--json").json()["data"] == files
+
+
+def test_a_preview_of_bad_rows_shows_them_too(stack: Record, tmp_path: Path) -> None:
+    bad = dataset(tmp_path / "bad.jsonl", ['{"text": "felt"}', '{"text": 7}'])
+    shown = milliner(stack, "preview", bad, "--model", MODEL, "--line", "2", "--line", "1", "--json")
+    assert shown.returncode == 1
+    assert [row["line"] for row in shown.json()["rows"]] == [1]
+    assert [problem["line"] for problem in shown.json()["problems"]] == [2]
+
+
+def test_bad_rows_are_left_out_at_the_users_word(stack: Record, tmp_path: Path) -> None:
+    bad = dataset(tmp_path / "bad.jsonl", ['{"text": "felt"}'] * 9 + ['{"text": 7}'])
+    refused = milliner(stack, "submit", bad, *TRAIN, "--dry-run")
+    assert refused.returncode == 1
+    assert "1 of 10 rows cannot be trained on" in refused.stdout
+    ran = milliner(stack, "submit", bad, *TRAIN, "--dry-run", "--skip-bad-rows", "1")
+    assert ran.returncode == 0, ran.stderr
+    assert "1 skipped as bad, 8 repeat an earlier one" in ran.stdout
+
+
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Done, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     ran = milliner(stack, "submit", rows, *TRAIN, "--dry-run")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from client import report, show
-from shared.schemas import Job, LossChange, Report
+from shared.responses import Job
+from shared.training import LossChange, Report
 
 from .conftest import CHANGE, REPORT, SAMPLE
 from .test_show import drawn

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from client import show
-from shared.schemas import File, Job, Model
+from shared.responses import File, Job, Model
+from shared.training import DataReport
 
 
 def drawn(thing: RenderableType, width: int = 160) -> str:
@@ -25,6 +26,23 @@ def test_the_plan_names_what_will_happen(queued: Job) -> None:
     for said in ("1.32e-03, cosine", "16 (alpha 32, dropout 0)", "nf4", "! only 70 optimizer steps"):
         assert said in text
     assert [line[:9] for line in text.splitlines() if line.startswith("!")] == ["! 2 rows ", "! 1 rows ", "! only 70"]
+
+
+def test_the_plan_tells_what_was_found_in_the_data(queued: Job) -> None:
+    assert queued.plan is not None
+    assert queued.plan.data is not None
+    text = drawn(show.plan(queued.plan))
+    for said in (
+        "chat, chat template 0123456789ab",
+        "≤32 ▁  ≤64 █  ≤128 ▅  half up to 45, 95 % up to 98, the longest 301",
+        "13,437 of 13,438 rows end in a trained <|im_end|>",
+        "2 cut, 1 dropped, 3 skipped as bad, 4 repeat an earlier one, 5 held out and trained on, 6 begin with two BOS",
+    ):
+        assert said in text
+    clean = queued.plan.data.model_copy(
+        update=dict.fromkeys([name for name in DataReport.model_fields if name.endswith("_rows")], 0)
+    )
+    assert "among them" not in drawn(show.plan(queued.plan.model_copy(update={"data": clean})))
 
 
 def test_a_waiting_job_shows_its_place(queued: Job) -> None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from client.download import pull
-from shared.schemas import Job
+from shared.responses import Job
 
 Rows = list[dict[str, str]]
 

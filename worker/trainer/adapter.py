@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from shared.protocol import Task
-from shared.schemas import Metrics, Recipe, Report
+from shared.training import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint
 
 

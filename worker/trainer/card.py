@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.protocol import Task
-from shared.schemas import Metrics, Recipe, Report
+from shared.training import Metrics, Recipe, Report
 from worker.trainer import serving
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -16,9 +16,9 @@ import numpy as np
 
 from shared import formats
 from shared.errors import TrainingFailed
-from shared.formats import RowError
+from shared.formats import Example, RowError
 from shared.protocol import Task
-from shared.schemas import FileReport
+from shared.training import FileReport
 from worker.trainer.encoding import CannotEncode, Encoder, Row, longest_document
 
 HELDOUT_SHARE = 0.05
@@ -31,10 +31,12 @@ HeldoutSource = Literal["validation_file", "training_file_carved", "training_fil
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """All rows of the files, neither cut to a length nor parted yet."""
+    """All rows of the files, neither cut to a length nor parted yet, and what reading each file found."""
 
     train: list[Row]
     validation: list[Row] | None
+    report: FileReport
+    validation_report: FileReport | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,23 @@ class Fitted:
 def load(task: Task, encoder: Encoder, *, tick: Callable[[], None] = lambda: None) -> Dataset:
     """Read and encode the job's files, calling `tick` with each row.
 
-    Raises TrainingFailed that names every bad line (the first ones in full).
+    A file with more than `skip_bad_rows` bad rows raises TrainingFailed that names them (the first ones in full).
     """
-    rows = _read(task.training_file, task, encoder, tick, param="training_file")
+    train, report = _read(task, task.training_file, encoder, tick, param="training_file")
     if task.validation_file is None:
-        return Dataset(rows, None)
-    return Dataset(rows, _read(task.validation_file, task, encoder, tick, param="validation_file"))
+        return Dataset(train, None, report, None)
+    validation, its_report = _read(task, task.validation_file, encoder, tick, param="validation_file")
+    return Dataset(train, validation, report, its_report)
+
+
+def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | RowError:
+    """What `formats.read_rows` gives for a line, as tokens; or why it cannot be trained on."""
+    if isinstance(example, RowError):
+        return example
+    try:
+        return encoder.encode(line, example)
+    except CannotEncode as cause:
+        return RowError(line, cause.field, cause.message, cause.hint)
 
 
 def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutSource]:
@@ -89,32 +102,32 @@ def step_examples(rows: Sequence[Row], step: int, *, batch_size: int, seed: int)
     return [rows[i] for i in order[within * batch_size : (within + 1) * batch_size]]
 
 
-def _read(path: str, task: Task, encoder: Encoder, tick: Callable[[], None], *, param: str) -> list[Row]:
+def _read(
+    task: Task, path: str, encoder: Encoder, tick: Callable[[], None], *, param: str
+) -> tuple[list[Row], FileReport]:
     rows: list[Row] = []
-    errors: list[RowError] = []
-    bad = 0
+    report = FileReport(rows=0, bad_rows=0, format=None, problems=[])
+    ended = True
     with open(path, "rb") as stream:
         for line, example in formats.read_rows(stream, max_row_bytes=task.max_row_bytes):
             tick()
-            if isinstance(example, RowError):
-                error = example
-            else:
-                if misfit := formats.misfit(task.method.type, formats.name(example)):
+            if not isinstance(example, RowError):
+                report.format = report.format or formats.kind(example)
+                if misfit := formats.misfit(task.method.type, formats.kind(example)):
                     raise TrainingFailed(misfit, code=f"invalid_{param}", param=param)
-                try:
-                    rows.append(encoder.encode(line, example))
-                    continue
-                except CannotEncode as cause:
-                    error = RowError(line, cause.field, cause.message, cause.hint)
-            bad += 1
-            if len(errors) < formats.MAX_PROBLEMS:
-                errors.append(error)
-    if bad:
-        report = FileReport(rows=len(rows), bad_rows=bad, format=None, problems=[error.problem() for error in errors])
-        raise TrainingFailed(
-            formats.describe(report),
-            code=f"invalid_{param}",
-            param=param,
-            hint="mend these lines, upload the file again, and create the job anew",
-        )
-    return rows
+            row = encode(encoder, line, example)
+            if not isinstance(row, RowError):
+                rows.append(row)
+                continue
+            report.bad_rows += 1
+            ended = not row.ends_file
+            if len(report.problems) < formats.MAX_PROBLEMS:
+                report.problems.append(row.problem())
+    report.rows = len(rows)
+    skippable = bool(rows) and ended
+    if report.bad_rows <= task.trainer.skip_bad_rows and skippable:
+        return rows, report
+    hint = "mend these lines, upload the file again, and create the job anew"
+    if skippable:
+        hint += f"; or leave them out: trainer.skip_bad_rows = {report.bad_rows} (it is {task.trainer.skip_bad_rows})"
+    raise TrainingFailed(formats.describe(report), code=f"invalid_{param}", param=param, hint=hint)

@@ -8,6 +8,7 @@ tuned model would never stop.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -153,6 +154,8 @@ class Encoder:
         self.bos = self._own_bos()
         self.stops = self._stop_tokens(Path(base_dir))
         self.eos: int = self._eos()
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.specials = frozenset(self.tokenizer.all_special_ids) | {token for token, it in added if it.special}
         self._unopened: str | None = None
 
     def warnings(self) -> list[str]:
@@ -163,6 +166,21 @@ class Encoder:
             f"the base's generation prompt ends in {self._unopened!r}, with which some answers do not go on: they are "
             "trained from the start of the assistant's turn; to keep its thoughts, write them into the answers"
         ]
+
+    @property
+    def template_sha256(self) -> str | None:
+        """Of the chat template that renders conversations, if there is one."""
+        template = self.tokenizer.chat_template
+        return hashlib.sha256(str(template).encode()).hexdigest() if template else None
+
+    def text(self, ids: list[int]) -> str:
+        """What a reader sees of them, special tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def has_double_bos(self, row: Row) -> bool:
+        """A row that writes the BOS which the tokenizer, or the chat template, writes as well."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and any(document.ids[:2].tolist() == [bos, bos] for document in row.documents)
 
     def encode(self, line: int, example: Example) -> Row:
         """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""

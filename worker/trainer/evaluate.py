@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from peft import PeftModel
 
-from shared.schemas import Recipe, Score
+from shared.training import Recipe, Score
 from worker.trainer import methods
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Row

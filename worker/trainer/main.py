@@ -34,6 +34,8 @@ from shared.protocol import (
     PhaseEntered,
     Prepare,
     Prepared,
+    Preview,
+    Previewed,
     Stop,
     Train,
     TrainerEvent,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 #: What the session answers one after the other.
-Work = Prepare | Train | Verify
+Work = Prepare | Preview | Train | Verify
 
 #: A child that has said nothing for so many seconds, and gets somewhere, says that.
 WORKING_EVERY = 5.0
@@ -167,6 +169,8 @@ class Session:
             match command:
                 case Prepare():
                     self._prepare(command)
+                case Preview():
+                    self._preview(command)
                 case Train():
                     self._train(command)
                 case Verify():
@@ -195,6 +199,12 @@ class Session:
 
         plan = prepare(command.task, tick=lambda: self.tick(command.job))
         self.emit(Prepared(job=command.job, plan=plan))
+
+    def _preview(self, command: Preview) -> None:
+        # Imported here: transformers takes seconds, and the pipe should answer at once.
+        from worker.trainer.preview import preview  # noqa: PLC0415 (import cost)
+
+        self.emit(Previewed(job=command.job, preview=preview(command, tick=lambda: self.tick(command.job))))
 
     def _train(self, command: Train) -> None:
         # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
-from shared.schemas import Quantization, Recipe
+from shared.schemas import Quantization
+from shared.training import Recipe
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from shared.errors import TrainingFailed
 from shared.protocol import Task
-from shared.schemas import Plan
+from shared.training import Plan
 from worker.trainer import data, recipe
 from worker.trainer.encoding import Encoder, Row, longest_document
+from worker.trainer.survey import doubts, survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         base=base,
         size=recipe.Size(len(rows.train), longest),
     )
+    apart = rows.heldout if rows.heldout_source != "training_file" else []
+    found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart)
     return Plan(
         rows=len(dataset.train),
         heldout_rows=len(rows.heldout),
@@ -52,8 +55,14 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         longest_row=longest,
         truncated_rows=rows.truncated,
         dropped_rows=rows.dropped,
-        warnings=[*encoder.warnings(), *_row_warnings(rows, length), *warnings],
+        warnings=[
+            *encoder.warnings(),
+            *_row_warnings(rows, length),
+            *doubts(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
+            *warnings,
+        ],
         recipe=resolved,
+        data=found,
     )
 
 

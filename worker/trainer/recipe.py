@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import TrainingFailed
-from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, Quantization, Recipe, TrainerParams
+from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, Quantization, TrainerParams
+from shared.training import Recipe
 
 BASE_RATE = 5e-4
 BASE_WIDTH = 2000

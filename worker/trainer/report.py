@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 
 from shared.fit import ADAPTER_BYTES
-from shared.schemas import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
+from shared.training import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
 from worker.trainer import bootstrap, checkpoint
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from shared.schemas import Continuation, Sample
+from shared.training import Continuation, Sample
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only
 from worker.trainer.likelihood import Layout, head

@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
-from shared.schemas import Metrics, Phase, Recipe, Report, Sample
+from shared.schemas import Phase
+from shared.training import Metrics, Recipe, Report, Sample
 from worker.trainer import adapter, checkpoint, data, evaluate, ladder, methods, model, report, samples, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors

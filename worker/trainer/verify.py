@@ -17,7 +17,8 @@ from peft import PeftModel
 
 from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
-from shared.schemas import Proof, Quantization, Report, Score
+from shared.schemas import Quantization
+from shared.training import Proof, Report, Score
 from worker.trainer import checkpoint, data, evaluate, ladder, model, published, selftest, serving
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row

@@ -16,7 +16,8 @@ from typing import IO, Any, Self, TypeVar
 import pytest
 
 from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
-from shared.schemas import Method, MethodName, Recipe
+from shared.schemas import Method, MethodName
+from shared.training import Recipe
 from tests.tiny import tiny_gpt2
 from worker.trainer import model, samples
 from worker.trainer.encoding import Encoder

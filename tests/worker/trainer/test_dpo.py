@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured
-from shared.schemas import Quantization, Recipe
+from shared.schemas import Quantization
+from shared.training import Recipe
 from worker.trainer import data, methods, model, selftest
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Encoded, Encoder, Pair, Row

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import TrainingFailed
 from shared.protocol import Done, Failed, Task, Verified, Verify
-from shared.schemas import Proof
+from shared.training import Proof
 from tests.tiny import tiny_llama
 from worker.trainer import serving, verify
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from peft import PeftModel
 
-from shared.schemas import Recipe
+from shared.training import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.schemas import Score
+from shared.training import Score
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,110 @@
+"""A few rows of a dataset, read, encoded and cut as training does it, and shown as text with their trained spans.
+
+Owns: what a preview shows. Reads no more of the file than it needs. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby, islice, takewhile
+
+from shared import formats
+from shared.errors import TrainingFailed
+from shared.formats import Example, RowError
+from shared.preview import Answer, PreviewOut, PreviewRow, Segment
+from shared.protocol import Preview
+from shared.training import FileReport, RowProblem
+from worker.trainer import data, recipe
+from worker.trainer.encoding import Encoded, Encoder, Row
+
+Read = Iterator[tuple[int, Example | RowError]]
+
+
+def preview(command: Preview, *, tick: Callable[[], None] = lambda: None) -> PreviewOut:
+    """Raises TrainingFailed where training would: for the base, a setting, or a file without one good row to show."""
+    task = command.task
+    base = recipe.architecture(task.base_dir)
+    encoder = Encoder(task.base_dir)
+    # A row over "auto"'s limit is cut there whatever else is in the file, and no other row is cut.
+    length = recipe.max_length(task.trainer, base, recipe.LONGEST_AUTO_ROW)
+    out = PreviewOut(format=None, max_length=length, chat_template_sha256=None, rows=[], problems=[])
+    with open(task.training_file, "rb") as stream:
+        for line, example in _picked(formats.read_rows(stream, max_row_bytes=task.max_row_bytes), command, tick):
+            row = data.encode(encoder, line, example)
+            if isinstance(row, RowError):
+                out.problems.append(row.problem())
+            else:
+                out.rows += _shown(row, length, encoder)
+            if not isinstance(example, RowError):
+                out.format = out.format or formats.kind(example)
+    if command.lines is not None:
+        out.problems += _absent(command.lines, out)
+    elif not out.rows:
+        report = FileReport(rows=0, bad_rows=len(out.problems), format=None, problems=out.problems)
+        raise TrainingFailed(
+            formats.describe(report),
+            code="invalid_training_file",
+            param="training_file",
+            hint="mend these lines and upload the file again",
+        )
+    if out.format == "chat":
+        out.chat_template_sha256 = encoder.template_sha256
+    return out
+
+
+def _picked(rows: Read, command: Preview, tick: Callable[[], None]) -> Read:
+    """The rows that were asked for, in the file's order."""
+    if command.lines is None:
+        yield from islice(rows, command.rows)
+        return
+    wanted, last = frozenset(command.lines), max(command.lines)
+    for line, row in takewhile(lambda pair: pair[0] <= last, rows):
+        tick()
+        if line in wanted:
+            yield line, row
+
+
+def _absent(lines: list[int], out: PreviewOut) -> list[RowProblem]:
+    there = {row.line for row in out.rows} | {problem.line for problem in out.problems}
+    return [
+        RowProblem(line=line, field="", message="no row begins at this line", hint="a line at which a row begins")
+        for line in sorted(set(lines) - there)
+    ]
+
+
+def _shown(row: Row, max_length: int, encoder: Encoder) -> list[PreviewRow]:
+    """The row, or each answer of a pair."""
+    if isinstance(row, Encoded):
+        return [_document(row, max_length, encoder, None)]
+    chosen = _document(row.chosen, max_length, encoder, "chosen")
+    return [chosen, _document(row.rejected, max_length, encoder, "rejected")]
+
+
+def _document(row: Encoded, max_length: int, encoder: Encoder, answer: Answer | None) -> PreviewRow:
+    cut = row.cut(max_length)
+    ids, trained = cut.ids.tolist(), cut.trained.tolist()
+    trained[0] = False  # predicted from nothing
+    segments: list[Segment] = []
+    for (is_trained, is_special), group in groupby(
+        zip(ids, trained, strict=True), key=lambda token: (token[1], token[0] in encoder.specials)
+    ):
+        tokens = [token for token, _ in group]
+        said = _said(encoder, segments[-1].ids if segments else [], tokens)
+        segments.append(Segment(text=said, trained=is_trained, special=is_special, ids=tokens))
+    return PreviewRow(
+        line=row.line,
+        answer=answer,
+        tokens=len(row),
+        trained_tokens=cut.trained_tokens,
+        truncated=len(cut) < len(row),
+        segments=segments,
+    )
+
+
+def _said(encoder: Encoder, before: list[int], tokens: list[int]) -> str:
+    """The text of tokens after others: some tokenizers write the first one of a text unlike the same in the middle.
+
+    Where the seam goes through a character, there is no difference that means anything.
+    """
+    start, whole = encoder.text(before), encoder.text(before + tokens)
+    return whole.removeprefix(start) if whole.startswith(start) else encoder.text(tokens)
