@@ -17,6 +17,7 @@ def segment(text: str, *, trained: bool = False, special: bool = False) -> Segme
 
 ROW = PreviewRow(
     line=3,
+    answer=None,
     tokens=9,
     trained_tokens=3,
     truncated=True,
