@@ -62,7 +62,7 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
 
 
 def test_a_path_is_no_public_id(llama: str) -> None:
-    with pytest.raises(InvalidRequest, match="'/srv/llama' is a path; .* such as org/name"):
+    with pytest.raises(InvalidRequest, match=r"'/srv/llama' is a path; .* such as org/name"):
         add_model("llama", llama, public_id="/srv/llama")
 
 
