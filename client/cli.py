@@ -374,7 +374,7 @@ def pull(job_id: JobId, folder: Folder, data: Data = None, as_json: AsJson = Fal
         show.print_json(job.adapter.model_dump(mode="json"))
     else:
         signed = f"signed by {signed_by}" if signed_by else "not signed"
-        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}")
+        show.console().print(f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}", soft_wrap=True)
 
 
 @app.command("verify")

@@ -28,8 +28,8 @@ from worker.trainer.prepare import usable
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 #: How far a loss may be off its report, as a share of it (of one nat, where it is less). The same batches on the same
-#: machine give the same bits. This is for a run that began on another: other layouts of the rows give up to 3e-4 in bf16,
-#: and fp32 instead of bf16 gives 1e-3 (decision 11).
+#: machine give the same bits. This is for a run that began on another: other layouts of the rows give 3e-4 at most in
+#: bf16, and fp32 instead of bf16 gives 1e-3 (decision 11).
 TOLERANCE = 5e-3
 #: LLM.int8() picks its outlier columns over the whole batch, so a row's loss depends on its company: 6e-3.
 TOLERANCE_INT8 = 2e-2
