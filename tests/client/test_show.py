@@ -37,6 +37,8 @@ def test_a_finished_job_shows_both_losses_and_how_to_fetch_it(succeeded: Job) ->
     text = drawn(show.job(succeeded))
     for said in ("3.2500", "2.5000", "37.5%", "50.0%", "in 3:20", "s3://bucket/adapters/", "milliner pull ftjob-1 DIR"):
         assert said in text
+    for said in ("loss 3.2500 → 2.5000 again (off by 0.0002)", "not for vLLM (it is a DoRA)", "signed by  nobody"):
+        assert said in text
 
 
 def test_a_failed_job_shows_code_step_hint_and_the_last_words(failed: Job) -> None:
