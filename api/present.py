@@ -12,7 +12,6 @@ from shared.schemas import (
     Artifact,
     Event,
     FileReport,
-    Hyperparameters,
     JobCreate,
     JobError,
     Method,
@@ -21,9 +20,9 @@ from shared.schemas import (
     Plan,
     Progress,
     Proof,
+    Recipe,
     Report,
     State,
-    Supervised,
 )
 from shared.schemas import Checkpoint as CheckpointOut
 from shared.schemas import File as FileOut
@@ -52,14 +51,7 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
     request = JobCreate.model_validate(job.request)
     plan = Plan.model_validate(job.plan) if job.plan else None
     report = Report.model_validate(job.report) if job.report else None
-    asked = request.hyperparameters or Hyperparameters()
-    if plan is not None:
-        recipe = plan.recipe
-        asked = Hyperparameters(
-            n_epochs=recipe.n_epochs,
-            batch_size=recipe.batch_size,
-            learning_rate_multiplier=recipe.learning_rate_multiplier,
-        )
+    method = _resolved(plan.recipe) if plan else request.method
     progress = _progress(job)
     eta = progress.eta_seconds if progress else None
     adapter = job.adapter if job.adapter is not None and job.adapter.deleted_at is None else None
@@ -69,8 +61,8 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
         error=JobError.model_validate(job.error) if job.error else None,
         fine_tuned_model=adapter.name if adapter else None,
         finished_at=_unix(job.finished_at) if job.finished_at else None,
-        hyperparameters=asked,
-        method=Method(supervised=Supervised(hyperparameters=asked)),
+        hyperparameters=method.hyperparameters,
+        method=method,
         model=job.base_model,
         organization_id=job.tenant_id,
         result_files=[job.result_file] if job.result_file else [],
@@ -146,6 +138,12 @@ def adapter_model_out(adapter: Adapter, owner: str) -> ModelOut:
         base=adapter.base_model,
         job=adapter.job_id,
     )
+
+
+def _resolved(recipe: Recipe) -> Method:
+    """The method as asked for, with a number for each "auto"."""
+    names = ["n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if recipe.method == "dpo" else [])]
+    return Method.of(recipe.method, **{name: getattr(recipe, name) for name in names})
 
 
 def _adapter_out(adapter: Adapter) -> AdapterOut:

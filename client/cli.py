@@ -24,7 +24,7 @@ from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
 from deploy.local.commands import AsJson, Data
 from shared.errors import Conflict, MillinerError, NotFound
-from shared.schemas import Artifact, Model, Quantization, State
+from shared.schemas import Artifact, MethodName, Model, Quantization, State
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if new.", file_okay=False)]
@@ -179,10 +179,12 @@ def submit_job(
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Rows to evaluate on.")
     ] = None,
+    method: Annotated[MethodName, typer.Option(help="What the rows are: answers, or preferences.")] = "supervised",
     suffix: Annotated[str | None, typer.Option(help="Part of the adapter's name.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows an optimizer step.", show_default="auto")] = None,
     lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the rate.", show_default="auto")] = None,
+    beta: Annotated[float | None, typer.Option(help="How close DPO keeps to the base.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of rows and the adapter's start.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", show_default="auto")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's alpha.", show_default="auto")] = None,
@@ -206,7 +208,13 @@ def submit_job(
     """Train an adapter: check the data, show the plan, send the job."""
     body = submit.body_of(
         model=model,
-        hyperparameters={"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier},
+        method=method,
+        hyperparameters={
+            "n_epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate_multiplier": lr_multiplier,
+            "beta": beta,
+        },
         lora={"r": r, "alpha": alpha, "dropout": dropout},
         trainer={
             "max_length": max_length,

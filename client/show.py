@@ -138,6 +138,8 @@ def plan(item: Plan) -> RenderableType:
     grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
     grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
     grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
+    if recipe.beta is not None:
+        grid.add_row("method", f"{recipe.method}, beta {recipe.beta:g}")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
     return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in item.warnings))
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from client.connect import file_of, job_of
 from shared.errors import InvalidRequest
-from shared.schemas import TERMINAL, File, JobCreate, JobError, State
+from shared.schemas import TERMINAL, File, JobCreate, JobError, MethodName, State
 
 Body = dict[str, Any]
 POLL = 0.3
@@ -41,15 +41,22 @@ class Refused(Exception):
 
 
 def body_of(
-    *, model: str, hyperparameters: Mapping[str, Any], lora: Mapping[str, Any], trainer: Mapping[str, Any], **rest: Any
+    *,
+    model: str,
+    hyperparameters: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    method: MethodName = "supervised",
+    **rest: Any,
 ) -> Body:
     """The request's body from what was said on the command line; what was not said is left to the server.
 
     Raises InvalidRequest: a value that the server would refuse, found before anything is uploaded.
     """
     said = {"lora": _given(lora), "trainer": _given(trainer), **_given(rest)}
-    if knobs := _given(hyperparameters):
-        said["method"] = {"type": "supervised", "supervised": {"hyperparameters": knobs}}
+    knobs = _given(hyperparameters)
+    if knobs or method != "supervised":
+        said["method"] = {"type": method, method: {"hyperparameters": knobs}}
     body = {"model": model} | {key: value for key, value in said.items() if value != {}}
     try:
         JobCreate.model_validate({"training_file": "not-yet"} | body)

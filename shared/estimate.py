@@ -130,8 +130,12 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
 
 def _knobs(request: EstimateCreate) -> Hyperparameters:
     """Those of `method` before their old twin at the top, as for a job."""
+    if request.method is not None and request.method.type != "supervised":
+        raise InvalidRequest(
+            f"method {request.method.type!r} is not estimated; allowed: supervised", param="method.type"
+        )
     if request.method is not None and "supervised" in request.method.model_fields_set:
-        return request.method.supervised.hyperparameters
+        return request.method.hyperparameters
     return request.hyperparameters or Hyperparameters()
 
 

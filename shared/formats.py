@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from shared import tables
-from shared.schemas import FileReport, RowProblem
+from shared.schemas import FileReport, MethodName, RowProblem
 from shared.tables import found as _found
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -45,7 +45,15 @@ class Completion:
     completion: str
 
 
-Example = Chat | Completion
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """The same prompt answered twice, one answer preferred to the other."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+
+
+Example = Chat | Completion | Preference
 
 
 class RowError(Exception):
@@ -112,17 +120,42 @@ def text(row: dict[str, Any]) -> Completion:
     return Completion("", row["text"])
 
 
-#: The key that marks a row's format → the function that reads it. The first one found counts: Alpaca's rows have a
-#: `text` beside the instruction, with both rendered into it.
+def preference(row: dict[str, Any]) -> Preference:
+    """`{"prompt","chosen","rejected"}`, all strings or all messages; messages may hold the prompt in both answers."""
+    prompt, tools = row.get("prompt"), row.get("tools") or []
+    if isinstance(row["chosen"], str):
+        if not isinstance(prompt, str):
+            raise _Bad("prompt", f"found {_found(prompt)}", "a string, as the answers are")
+        if not isinstance(row.get("rejected"), str) or not row["rejected"] or not row["chosen"]:
+            raise _Bad("rejected", f"found {_found(row.get('rejected'))}", "two non-empty strings, chosen and rejected")
+        return _preference(Completion(prompt, row["chosen"]), Completion(prompt, row["rejected"]))
+    asked = [] if prompt is None else _turns(row, "prompt")
+    return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in ("chosen", "rejected")))
+
+
+def preferred_output(row: dict[str, Any]) -> Preference:
+    """`{"input":{"messages","tools"?},"preferred_output":[…],"non_preferred_output":[…]}`, OpenAI's."""
+    given = row.get("input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise _Bad("input", f"found {_found(given)}", 'an object with "messages"')
+    asked, tools = _turns(given, "messages"), given.get("tools") or []
+    keys = ("preferred_output", "non_preferred_output")
+    return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in keys))
+
+
+#: The key that marks a row's format → the function that reads it. The first one found counts: a preference has a
+#: `prompt` as well, and Alpaca's rows have a `text` beside the instruction, with both rendered into it.
 FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "messages": chat,
+    "chosen": preference,
+    "preferred_output": preferred_output,
     "conversations": sharegpt,
     "prompt": completion,
     "instruction": instruction,
     "text": text,
 }
 #: Every key that a format reads; the columns of a table.
-KEYS = (*FORMATS, "tools", "system", "completion", "input", "output")
+KEYS = (*FORMATS, "tools", "system", "completion", "input", "output", "rejected", "non_preferred_output")
 #: ShareGPT's names → ours.
 SPEAKERS = {
     "human": "user",
@@ -169,7 +202,7 @@ def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
                 problems.append(row.problem())
         else:
             rows += 1
-            format_ = format_ or ("chat" if isinstance(row, Chat) else "completion" if row.prompt else "text")
+            format_ = format_ or name(row)
     return FileReport(rows=rows, bad_rows=bad, format=format_, problems=problems)
 
 
@@ -183,12 +216,31 @@ def describe(report: FileReport) -> str:
     return f"{report.bad_rows} bad row{'s' * (report.bad_rows != 1)}: {shown}" + (f"; and {more} more" if more else "")
 
 
+def misfit(method: MethodName, format_: str | None) -> str | None:
+    """Why a file of this format cannot be trained on with that method; None where it can."""
+    if format_ is None or (format_ == "preference") == (method == "dpo"):
+        return None
+    allowed = "preference rows (chosen and rejected)" if method == "dpo" else "chat, completion or text rows"
+    other = "supervised" if method == "dpo" else "dpo"
+    return f"found {format_} rows; method {method!r} trains on {allowed}: choose method {other!r}, or mend the file"
+
+
+def name(example: Example) -> str:
+    """The format as a file's report names it."""
+    if isinstance(example, Preference):
+        return "preference"
+    return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
+
+
 def _marker(row: dict[str, Any]) -> str:
     for key in FORMATS:
         if key in row:
             return key
     keys = ", ".join(_found(key) for key in sorted(row)[:6]) or "none"
-    allowed = '"messages"; "prompt" and "completion"; "instruction" and "output"; "conversations"; "text"'
+    allowed = (
+        '"messages"; "prompt" and "completion"; "instruction" and "output"; "conversations"; "text"; '
+        '"prompt", "chosen" and "rejected"; "input", "preferred_output" and "non_preferred_output"'
+    )
     raise _Bad("", f"found keys {keys}", f"one of {allowed}")
 
 
@@ -201,10 +253,38 @@ def _non_empty(row: dict[str, Any], key: str, hint: str) -> list[Any]:
 def _conversation(row: dict[str, Any], key: str, turns: list[Turn]) -> Chat:
     if not any(turn.trained for turn in turns):
         raise _Bad(key, "no assistant message to learn from", "add one with role assistant and weight 1")
-    tools = row.get("tools") or []
+    return Chat(tuple(turns), _tools(row.get("tools") or []))
+
+
+def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise _Bad("tools", f"found {_found(tools)}", "an array of tool definitions (JSON objects)")
-    return Chat(tuple(turns), tuple(tools))
+    return tuple(tools)
+
+
+def _turns(row: dict[str, Any], key: str) -> list[Turn]:
+    if key not in row:
+        raise _Bad(key, "is missing", "a non-empty array of {role, content} objects")
+    messages = _non_empty(row, key, "a non-empty array of {role, content} objects")
+    return [_turn(message, f"{key}[{i}]") for i, message in enumerate(messages)]
+
+
+def _answered(asked: list[Turn], answer: list[Turn], key: str, tools: Any) -> Chat:
+    """The last assistant turn of the answer is what is weighed; all before it is prompt."""
+    if not answer[-1].trained:
+        raise _Bad(
+            f"{key}[{len(answer) - 1}]", "is no answer to weigh", "an assistant message, of weight 1, at the end"
+        )
+    before = [Turn(turn.message, False) for turn in (*asked, *answer[:-1])]
+    return Chat((*before, answer[-1]), _tools(tools))
+
+
+def _preference(chosen: Chat | Completion, rejected: Chat | Completion) -> Preference:
+    if chosen == rejected:
+        raise _Bad("", "both answers are the same", "two answers, one better than the other")
+    if isinstance(chosen, Chat) and isinstance(rejected, Chat) and chosen.turns[:-1] != rejected.turns[:-1]:
+        raise _Bad("", "the two answers follow different prompts", "conversations that differ in their last message")
+    return Preference(chosen, rejected)
 
 
 def _system(row: dict[str, Any]) -> list[Turn]:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, case, func, select, text, update
 from sqlalchemy.orm import Session, joinedload
 
+from shared import formats
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, Phase, State
+from shared.schemas import TERMINAL, Desired, FileReport, JobCreate, MethodName, Phase, State
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL
@@ -146,9 +147,10 @@ def submit(
         raise NotFound(
             f"base model {request.model!r} not found; allowed: {names}", param="model", code="model_not_found"
         )
-    _usable_file(session, tenant_id, request.training_file, "training_file")
+    method = request.method.type
+    _usable_file(session, tenant_id, request.training_file, method, "training_file")
     if request.validation_file is not None:
-        _usable_file(session, tenant_id, request.validation_file, "validation_file")
+        _usable_file(session, tenant_id, request.validation_file, method, "validation_file")
     job = Job(
         id=new_id("ftjob-"),
         tenant_id=tenant_id,
@@ -330,7 +332,7 @@ def _earlier(
     return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
 
 
-def _usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> None:
+def _usable_file(session: Session, tenant_id: str, file_id: str, method: MethodName, param: str) -> None:
     """Locks the row against deletion until the job is there to need it."""
     mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
     file = session.scalar(mine.with_for_update(read=True))
@@ -338,3 +340,6 @@ def _usable_file(session: Session, tenant_id: str, file_id: str, param: str) -> 
         raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
     if file.purpose != "fine-tune":
         raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)
+    report = FileReport.model_validate(file.report) if file.report else None
+    if report is not None and (misfit := formats.misfit(method, report.format)):
+        raise InvalidRequest(f"file {file_id}: {misfit}", param=param, code=f"invalid_{param}")

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from shared.schemas import (
-    Hyperparameters,
     Lora,
+    Method,
     Metrics,
     Phase,
     Plan,
@@ -33,7 +33,7 @@ class Task(BaseModel):
     base_license: str | None = None
     training_file: str
     validation_file: str | None
-    hyperparameters: Hyperparameters
+    method: Method
     lora: Lora
     quantization: Quantization
     trainer: TrainerParams

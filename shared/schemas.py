@@ -10,7 +10,16 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -97,15 +106,50 @@ class Hyperparameters(Request):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = "auto"
 
 
+class DpoHyperparameters(Hyperparameters):
+    """`beta` holds the tuned model to the base: the higher, the closer (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = "auto"
+
+
 class Supervised(Request):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(Request):
-    """How to train. Only `supervised` is served so far; any other type is refused by name."""
+class Dpo(Request):
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised = Supervised()
+
+MethodName = Literal["supervised", "dpo"]
+
+
+class Method(Request):
+    """How to train, its settings under the type's own name. Any other type is refused by name."""
+
+    type: MethodName = "supervised"
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @model_validator(mode="after")
+    def _no_settings_of_another_type(self) -> Self:
+        foreign = self.dpo if self.type == "supervised" else self.supervised
+        if foreign is not None:
+            raise ValueError(
+                f"holds the settings of another type; with type {self.type!r} only method.{self.type} is allowed"
+            )
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of its type."""
+        if self.type == "dpo":
+            return (self.dpo or Dpo()).hyperparameters
+        return (self.supervised or Supervised()).hyperparameters
+
+    @classmethod
+    def of(cls, type_: MethodName, **hyperparameters: Any) -> Self:
+        """A method with all its settings spelled out."""
+        return cls.model_validate({"type": type_, type_: {"hyperparameters": hyperparameters}})
 
 
 class Lora(Request):
@@ -145,7 +189,7 @@ class JobCreate(Request):
     model: Text
     training_file: Text
     validation_file: Text | None = None
-    method: Method | None = None
+    method: Annotated[Method, BeforeValidator(lambda method: {} if method is None else method)] = Method()
     hyperparameters: Hyperparameters | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] | None = None
@@ -172,11 +216,11 @@ class JobCreate(Request):
 
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> Self:
-        if self.method is None:
-            self.method = Method(supervised=Supervised(hyperparameters=self.hyperparameters or Hyperparameters()))
-        elif self.hyperparameters is not None and "supervised" not in self.method.model_fields_set:
-            self.method.supervised.hyperparameters = self.hyperparameters
-        self.hyperparameters = self.method.supervised.hyperparameters
+        told = self.method.hyperparameters
+        if self.hyperparameters is not None and self.method.type not in self.method.model_fields_set:
+            told = self.hyperparameters
+        self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))
+        self.hyperparameters = self.method.hyperparameters
         return self
 
 
@@ -184,8 +228,10 @@ class JobCreate(Request):
 
 
 class Recipe(Wire):
-    """Every number that training uses, resolved before the job is queued and shown on it."""
+    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's."""
 
+    method: MethodName
+    beta: float | None
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float
@@ -226,11 +272,18 @@ class Plan(Wire):
 
 
 class Score(Wire):
-    """Mean over the trained tokens of the held-out rows; loss in nats."""
+    """Mean over the trained tokens of the held-out rows; loss in nats.
+
+    Of DPO the loss is the mean over pairs, which is log 2 where nothing was learned; accuracy and tokens are those of
+    the chosen answers. `reward_accuracy` is the share of pairs whose chosen answer gained on the rejected one, ties
+    halved, and `reward_margin` by how much, times beta, in nats.
+    """
 
     loss: float
     token_accuracy: float
     tokens: int
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
 
 
 class Report(Wire):
@@ -281,7 +334,7 @@ class Proof(Wire):
 
 
 class Metrics(Wire):
-    """One optimizer step, or an evaluation at that step. Losses in nats per trained token."""
+    """One optimizer step, or an evaluation at that step. Losses in nats per trained token, of DPO per pair."""
 
     step: int
     total_steps: int
@@ -291,6 +344,10 @@ class Metrics(Wire):
     valid_mean_token_accuracy: float | None = None
     full_valid_loss: float | None = None
     full_valid_mean_token_accuracy: float | None = None
+    train_reward_accuracy: float | None = None
+    train_reward_margin: float | None = None
+    valid_reward_accuracy: float | None = None
+    valid_reward_margin: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     trained_tokens: int | None = None

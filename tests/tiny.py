@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -54,6 +62,31 @@ def tiny_llama(folder: Path, *, seed: int = 0) -> None:
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config)
+    # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+#: The sizes of a tiny base, by the names that most architectures use, and by GPT-2's.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+
+def tiny_base(folder: Path, model_type: str, **config: Any) -> None:
+    """Any architecture that transformers knows, with two layers of random weights."""
+    torch.manual_seed(0)
+    sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
+    special = {"vocab_size": 320, "eos_token_id": 2, "bos_token_id": None, "pad_token_id": 2}
+    made = AutoConfig.for_model(model_type, **sizes, **special, initializer_range=0.2, **config)
+    model = AutoModelForCausalLM.from_config(made)
     # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     model.save_pretrained(folder)

@@ -15,7 +15,7 @@ from shared.db import session_scope
 from shared.models import BaseModel, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
-from shared.schemas import Hyperparameters, JobCreate, Plan, Recipe
+from shared.schemas import JobCreate, Plan, Recipe
 from shared.settings import get_settings
 from worker import cache
 from worker.patience import Patience
@@ -38,7 +38,7 @@ def stage(
         base_license=base.license,
         training_file=str(_fetched(training, work_dir, patience)),
         validation_file=str(_fetched(validation, work_dir, patience)) if validation else None,
-        hyperparameters=request.hyperparameters or Hyperparameters(),
+        method=request.method,
         lora=request.lora,
         quantization=request.quantization,
         trainer=request.trainer,

@@ -43,6 +43,24 @@ def test_old_and_new_hyperparameters_are_twins(client: openai.OpenAI, dataset: F
         client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.OpenAI) -> None:
+    row = {"prompt": "a", "chosen": "hat", "rejected": "cap"}
+    file = client.files.create(file=("pairs.jsonl", json.dumps(row).encode()), purpose="fine-tune")
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3}}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
+    assert job.method is not None
+    assert job.method.type == "dpo"
+    assert job.method.supervised is None
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert (job.method.dpo.hyperparameters.beta, job.method.dpo.hyperparameters.batch_size) == (0.2, "auto")
+    assert job.hyperparameters.n_epochs == 3
+    client.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.BadRequestError, match="found preference rows; method 'supervised'") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    assert refused.value.code == "invalid_training_file"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
@@ -53,7 +71,10 @@ def test_old_and_new_hyperparameters_are_twins(client: openai.OpenAI, dataset: F
         ({"suffix": "x" * 65}, "suffix", "at most 64 characters"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "17 pairs; at most 16"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"method": {"type": "dpo"}}, "method.type", "'supervised' (found 'dpo')"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised' or 'dpo' (found 'reinforcement')"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method", "only method.dpo is allowed"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method.dpo.hyperparameters.beta", "2"),
+        ({"method": {"type": "dpo"}}, "training_file", "found text rows; method 'dpo' trains on preference rows"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "not available"),
         ({"extra_body": {"lora": {"rank": 8}}}, "lora.rank", "allowed: alpha, dropout, r, target_modules"),
         ({"extra_body": {"lora": {"r": 0}}}, "lora.r", "greater than or equal to 1"),

@@ -113,6 +113,8 @@ def _prepare(command: dict[str, Any]) -> None:
     rows = Path(task["training_file"]).read_bytes().count(b"\n") + 1
     steps = trainer["max_steps"] or rows
     recipe = {
+        "method": "supervised",
+        "beta": None,
         "n_epochs": 1,
         "batch_size": 1,
         "learning_rate_multiplier": 1.0,

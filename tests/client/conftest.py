@@ -10,6 +10,8 @@ from client.connect import disconnect
 from shared.schemas import Job
 
 RECIPE = {
+    "method": "supervised",
+    "beta": None,
     "n_epochs": 1,
     "batch_size": 32,
     "learning_rate_multiplier": 1.0,

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import InvalidRequest
 from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
-from shared.schemas import Hyperparameters, Lora, Quantization, TrainerParams
+from shared.schemas import Lora, Method, Quantization, TrainerParams
 from tests.shared.test_architecture import REAL
 from worker.trainer import recipe
 
@@ -28,7 +28,7 @@ def test_auto_is_what_the_recipe_makes_of_it(rows: int, longest: int, packing: b
         Data(rows, rows * 30, longest, "plan"), trainer={"packing": packing}, hyperparameters={"batch_size": 32}
     )
     resolved, _ = recipe.resolve(
-        Hyperparameters(batch_size=32),
+        Method.of("supervised", batch_size=32),
         Lora(),
         TrainerParams(packing=packing),
         Quantization.NF4,

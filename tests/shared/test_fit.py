@@ -186,9 +186,8 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup) -> int:
             if encoder:
                 loss = model(input_ids=ids, labels=torch.zeros(setup.micro_batch, dtype=torch.long)).loss
             else:
-                loss = sft.loss(
-                    model, Batch(ids, positions, ids.clone(), None, lines=(1,), lengths=(ids.numel(),)), layout
-                ).sum
+                batch = Batch(ids, positions, ids.clone(), None, lines=(1,), lengths=(ids.numel(),))
+                loss = sft.loss(model, batch, layout).sums.sum()
         torch.autograd.backward(loss)
 
     step()  # From here on the gradients are there, and count as the adapter's.

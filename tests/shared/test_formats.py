@@ -15,6 +15,8 @@ from shared.formats import (
     MAX_PROBLEMS,
     Chat,
     Completion,
+    Example,
+    Preference,
     RowError,
     Turn,
     check_file,
@@ -28,6 +30,11 @@ BOT = {"role": "assistant", "content": "hello"}
 PARTS = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
 HUMAN = {"from": "human", "value": "hi"}
 GPT = {"from": "gpt", "value": "hello"}
+WORSE = {"role": "assistant", "content": "what?"}
+BETTER = Preference(
+    Chat((Turn(USER, False), Turn(BOT, True))),
+    Chat((Turn(USER, False), Turn(WORSE, True))),
+)
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
 
 
@@ -64,6 +71,14 @@ GOOD = [
     ({"conversations": [HUMAN, GPT | {"weight": 0}, {"from": "tool", "value": "4"}, GPT], "tools": [{}]},
      Chat((Turn(USER, False), Turn(BOT, False), Turn({"role": "tool", "content": "4"}, False), Turn(BOT, True)),
           ({},))),
+    ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, Preference(Completion("2+2=", "4"), Completion("2+2=", "5"))),
+    ({"prompt": [USER], "chosen": [BOT], "rejected": [WORSE]}, BETTER),
+    ({"chosen": [USER, BOT], "rejected": [USER, WORSE]}, BETTER),
+    ({"input": {"messages": [USER], "parallel_tool_calls": True}, "preferred_output": [BOT],
+      "non_preferred_output": [WORSE]}, BETTER),
+    ({"prompt": [USER, BOT, USER], "chosen": [BOT], "rejected": [WORSE], "tools": [{}]},
+     Preference(*(Chat((Turn(USER, False), Turn(BOT, False), Turn(USER, False), Turn(last, True)), ({},))
+                  for last in (BOT, WORSE)))),
 ]  # fmt: skip
 
 BAD = [
@@ -105,11 +120,26 @@ BAD = [
     ('{"conversations": [{"from": "gpt", "value": "x", "weight": 2}]}', "conversations[0].weight", "found 2"),
     ('{"conversations": [{"from": "human", "value": "x"}]}', "conversations", "no assistant message"),
     ("[" * 2000 + "]" * 2000, "", "nested too deeply"),
+    ('{"chosen": "x", "rejected": "y"}', "prompt", "found nothing"),
+    ('{"prompt": "p", "chosen": "x"}', "rejected", "found nothing"),
+    ('{"prompt": "p", "chosen": "x", "rejected": ""}', "rejected", 'found ""'),
+    ('{"prompt": "p", "chosen": "x", "rejected": "x"}', "", "both answers are the same"),
+    ('{"chosen": 7, "rejected": 8}', "chosen", "found 7"),
+    ('{"chosen": [{"role": "user", "content": "x"}]}', "chosen[0]", "is no answer to weigh"),
+    ('{"chosen": [{"role": "assistant", "content": "x"}]}', "rejected", "is missing"),
+    ('{"input": "x", "preferred_output": []}', "input", 'found "x"'),
+    ('{"input": {"messages": [{"role": "user", "content": "x"}]}, "preferred_output": []}', "preferred_output", "[]"),
+    (
+        '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}],'
+        ' "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "x"}]}',
+        "",
+        "different prompts",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("row", "example"), GOOD)
-def test_a_good_row(row: dict[str, Any], example: Chat | Completion) -> None:
+def test_a_good_row(row: dict[str, Any], example: Example) -> None:
     assert parse(json.dumps(row)) == [(1, example)]
 
 
@@ -177,5 +207,5 @@ def test_the_report_counts_all_and_shows_the_first() -> None:
     assert sentence.endswith("and 45 more")
 
 
-def parse(body: str) -> list[tuple[int, Chat | Completion | RowError]]:
+def parse(body: str) -> list[tuple[int, Example | RowError]]:
     return list(read_rows(io.BytesIO(body.encode()), max_row_bytes=LIMIT))

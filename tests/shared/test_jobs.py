@@ -387,6 +387,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
 
 
 RECIPE = Recipe(
+    method="supervised", beta=None,
     n_epochs=1, batch_size=1, learning_rate_multiplier=1, learning_rate=1e-3, schedule="cosine", warmup_steps=1,
     total_steps=2, weight_decay=0, max_grad_norm=1, r=8, alpha=16, dropout=0, target_modules="all-linear",
     use_rslora=False, use_dora=False, quantization="nf4", max_length=64, packing=True, micro_batch=1, save_every=1,

@@ -6,6 +6,7 @@ The promise: an accepted job ends once, in one state, with one result, whatever 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -78,6 +79,25 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
     assert client.models.delete(job.fine_tuned_model).deleted
     assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model is None
     ends_once(stack, client, job.id)
+
+
+def test_a_preference_job_from_file_to_adapter(client: openai.OpenAI, tiny: str) -> None:
+    """Answered twice by chat messages, as OpenAI has it."""
+    question = {"messages": [{"role": "user", "content": "What is on your head?"}]}
+    hat, cap = ([{"role": "assistant", "content": text}] for text in ("a felt hat", "a cap"))
+    row = json.dumps({"input": question, "preferred_output": hat, "non_preferred_output": cap})
+    file = client.files.create(file=("pairs.jsonl", "\n".join([row] * 8).encode()), purpose="fine-tune")
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 40}}}
+    job = wait(client, client.fine_tuning.jobs.create(model=tiny, training_file=file.id, method=method).id)
+    assert job.status == "succeeded", job.error
+    assert job.method is not None
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert (job.method.dpo.hyperparameters.n_epochs, job.method.dpo.hyperparameters.beta) == (2, 0.1)
+    report = (job.model_extra or {})["report"]
+    assert report["base"]["loss"] == pytest.approx(math.log(2))
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    assert report["tuned"]["reward_accuracy"] == 1
 
 
 def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tiny: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from worker.trainer.encoding import Encoded
+from worker.trainer.encoding import Encoded, Row
 from worker.trainer.recipe import PACK_LENGTH
 
 #: The target of a position that predicts nothing trained, as in torch's cross entropy.
@@ -47,25 +47,29 @@ class Batch:
         )
 
 
-def trained_tokens(examples: Sequence[Encoded]) -> int:
-    """What a step's loss is divided by."""
+def trained_tokens(examples: Sequence[Row]) -> int:
+    """Of all their documents."""
     return sum(example.trained_tokens for example in examples)
 
 
-def batches(examples: Sequence[Encoded], *, packing: bool, micro_batch: int, pad: int) -> Iterator[Batch]:
-    """Split examples into micro-batches of at most `micro_batch` rows. Every trained token appears exactly once."""
+def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> Iterator[Batch]:
+    """Split examples into micro-batches of at most `micro_batch` packed rows, or else examples.
+
+    Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
+    """
     rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
     for start in range(0, len(rows), micro_batch):
-        yield collate(rows[start : start + micro_batch], packing=packing, pad=pad)
+        documents = [[d for e in row for d in e.documents] for row in rows[start : start + micro_batch]]
+        yield collate(documents if packing else [[d] for row in documents for d in row], packing=packing, pad=pad)
 
 
-def pack(examples: Sequence[Encoded]) -> list[list[Encoded]]:
+def pack(examples: Sequence[Row]) -> list[list[Row]]:
     """Best-fit decreasing: each example goes to the fullest row that still has room, the longest first.
 
     Rows hold at most max(PACK_LENGTH, the longest example) tokens.
     """
     capacity = max(PACK_LENGTH, max(map(len, examples), default=0))
-    rows: list[list[Encoded]] = []
+    rows: list[list[Row]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for example in sorted(examples, key=lambda e: (-len(e), e.line)):
         fullest = bisect_left(room, (len(example), 0))

@@ -19,7 +19,7 @@ from shared.errors import TrainingFailed
 from shared.formats import RowError
 from shared.protocol import Task
 from shared.schemas import FileReport
-from worker.trainer.encoding import CannotEncode, Encoded, Encoder
+from worker.trainer.encoding import CannotEncode, Encoder, Row, longest_document
 
 HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 200
@@ -33,15 +33,15 @@ HeldoutSource = Literal["validation_file", "training_file_carved", "training_fil
 class Dataset:
     """All rows of the files, neither cut to a length nor parted yet."""
 
-    train: list[Encoded]
-    validation: list[Encoded] | None
+    train: list[Row]
+    validation: list[Row] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """Rows cut to a length; `dropped` lost every trained token by it."""
 
-    kept: list[Encoded]
+    kept: list[Row]
     truncated: int
     dropped: int
 
@@ -51,13 +51,13 @@ def load(task: Task, encoder: Encoder, *, tick: Callable[[], None] = lambda: Non
 
     Raises TrainingFailed that names every bad line (the first ones in full).
     """
-    rows = _read(task.training_file, encoder, task.max_row_bytes, tick, param="training_file")
+    rows = _read(task.training_file, task, encoder, tick, param="training_file")
     if task.validation_file is None:
         return Dataset(rows, None)
-    return Dataset(rows, _read(task.validation_file, encoder, task.max_row_bytes, tick, param="validation_file"))
+    return Dataset(rows, _read(task.validation_file, task, encoder, tick, param="validation_file"))
 
 
-def carve(rows: list[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encoded], HeldoutSource]:
+def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutSource]:
     """Rows to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
     if len(rows) < CARVE_FROM_ROWS:
         return rows, rows, "training_file"
@@ -67,14 +67,12 @@ def carve(rows: list[Encoded], *, seed: int) -> tuple[list[Encoded], list[Encode
     return train, [row for i, row in enumerate(rows) if i in chosen], "training_file_carved"
 
 
-def fit(rows: Sequence[Encoded], max_length: int) -> Fitted:
-    """Cut each row to `max_length` tokens; a row left with nothing to learn is dropped, and counted."""
-    cut = [
-        row if len(row) <= max_length else Encoded(row.line, row.ids[:max_length], row.trained[:max_length])
-        for row in rows
-    ]
-    kept = [row for row in cut if row.trained_tokens]
-    return Fitted(kept, sum(len(row) > max_length for row in rows), len(cut) - len(kept))
+def fit(rows: Sequence[Row], max_length: int) -> Fitted:
+    """Cut each document to `max_length` tokens; a row left with nothing to learn is dropped, and counted."""
+    cut = [row.cut(max_length) for row in rows]
+    kept = [row for row in cut if row.learnable]
+    truncated = sum(longest_document([row]) > max_length for row in rows)
+    return Fitted(kept, truncated, len(cut) - len(kept))
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +81,7 @@ def epoch_order(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows).tolist())
 
 
-def step_examples(rows: Sequence[Encoded], step: int, *, batch_size: int, seed: int) -> list[Encoded]:
+def step_examples(rows: Sequence[Row], step: int, *, batch_size: int, seed: int) -> list[Row]:
     """The examples of optimizer step `step` (0-based). The last step of an epoch may be short; none crosses epochs."""
     per_epoch = -(-len(rows) // batch_size)
     epoch, within = divmod(step, per_epoch)
@@ -91,16 +89,18 @@ def step_examples(rows: Sequence[Encoded], step: int, *, batch_size: int, seed: 
     return [rows[i] for i in order[within * batch_size : (within + 1) * batch_size]]
 
 
-def _read(path: str, encoder: Encoder, max_row_bytes: int, tick: Callable[[], None], *, param: str) -> list[Encoded]:
-    rows: list[Encoded] = []
+def _read(path: str, task: Task, encoder: Encoder, tick: Callable[[], None], *, param: str) -> list[Row]:
+    rows: list[Row] = []
     errors: list[RowError] = []
     bad = 0
     with open(path, "rb") as stream:
-        for line, example in formats.read_rows(stream, max_row_bytes=max_row_bytes):
+        for line, example in formats.read_rows(stream, max_row_bytes=task.max_row_bytes):
             tick()
             if isinstance(example, RowError):
                 error = example
             else:
+                if misfit := formats.misfit(task.method.type, formats.name(example)):
+                    raise TrainingFailed(misfit, code=f"invalid_{param}", param=param)
                 try:
                     rows.append(encoder.encode(line, example))
                     continue

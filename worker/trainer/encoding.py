@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
-from shared.formats import Chat, Completion, Example
+from shared.formats import Chat, Completion, Example, Preference
 from worker.trainer.exhaustion import is_the_kernels
 
 #: OpenAI's roles → what most chat templates call them.
@@ -42,6 +43,58 @@ class Encoded:
     @property
     def trained_tokens(self) -> int:
         return int(self.trained[1:].sum())
+
+    @property
+    def documents(self) -> tuple[Encoded, ...]:
+        return (self,)
+
+    @property
+    def learnable(self) -> bool:
+        return self.trained_tokens > 0
+
+    def cut(self, length: int) -> Encoded:
+        """Its first `length` tokens."""
+        return self if len(self) <= length else Encoded(self.line, self.ids[:length], self.trained[:length])
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt: documents that go through the model together."""
+
+    chosen: Encoded
+    rejected: Encoded
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def line(self) -> int:
+        return self.chosen.line
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.chosen.trained_tokens + self.rejected.trained_tokens
+
+    @property
+    def documents(self) -> tuple[Encoded, ...]:
+        return (self.chosen, self.rejected)
+
+    @property
+    def learnable(self) -> bool:
+        return self.chosen.learnable and self.rejected.learnable
+
+    def cut(self, length: int) -> Pair:
+        """The first `length` tokens of each."""
+        return Pair(self.chosen.cut(length), self.rejected.cut(length))
+
+
+#: An example as it is trained on: what fills an optimizer step, one document or a pair of them.
+Row = Encoded | Pair
+
+
+def longest_document(rows: Sequence[Row]) -> int:
+    """Tokens of the longest document."""
+    return max(len(document) for row in rows for document in row.documents)
 
 
 class CannotEncode(Exception):
@@ -111,8 +164,13 @@ class Encoder:
             "trained from the start of the assistant's turn; to keep its thoughts, write them into the answers"
         ]
 
-    def encode(self, line: int, example: Example) -> Encoded:
+    def encode(self, line: int, example: Example) -> Row:
         """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""
+        if isinstance(example, Preference):
+            return Pair(self._document(line, example.chosen), self._document(line, example.rejected))
+        return self._document(line, example)
+
+    def _document(self, line: int, example: Chat | Completion) -> Encoded:
         ids, trained = self._chat(example) if isinstance(example, Chat) else self._completion(example)
         return Encoded(line, np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=np.bool_))
 

@@ -12,11 +12,12 @@ from contextlib import nullcontext
 import torch
 from peft import PeftModel
 
-from shared.schemas import Score
+from shared.schemas import Recipe, Score
+from worker.trainer import methods
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Encoded
+from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import sft
+from worker.trainer.methods import Tally
 from worker.trainer.model import Base
 
 
@@ -27,24 +28,22 @@ class Interrupted(Exception):
 def score(
     base: Base,
     adapted: PeftModel,
-    rows: Sequence[Encoded],
+    rows: Sequence[Row],
+    recipe: Recipe,
     *,
     adapter: bool,
     layout: Layout,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Mean loss and token accuracy over the trained tokens of `rows`. Raises Interrupted once `stopping` says so."""
-    total, correct, tokens = 0.0, 0, 0
+    """The means over `rows`, as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
+    tally = Tally()
     adapted.eval()
     try:
         with torch.no_grad(), base.precision(), nullcontext() if adapter else adapted.disable_adapter():
             for batch in batches(rows, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
                 if stopping():
                     raise Interrupted
-                loss = sft.loss(base.model, batch.to(base.device), layout)
-                total += loss.sum.item()
-                correct += int(loss.correct.item())
-                tokens += loss.tokens
+                tally.add(methods.loss(adapted, batch.to(base.device), layout, recipe))
     finally:
         adapted.train()
-    return Score(loss=total / tokens, token_accuracy=correct / tokens, tokens=tokens)
+    return tally.score()

@@ -124,14 +124,21 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        # GPT-2 keeps its weights transposed; once quantized they are ordinary linears.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        fan_in_fan_out=_is_transposed(model),
     )
 
 
 def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by name, in the model's order: the order of the optimizer."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+
+    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    """
+    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:

@@ -12,15 +12,15 @@ from shared.errors import TrainingFailed
 from shared.protocol import Task
 from shared.schemas import Plan
 from worker.trainer import data, recipe
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.encoding import Encoder, Row, longest_document
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """What is trained on and what is scored, cut to the recipe's length; and what the cut cost."""
 
-    train: list[Encoded]
-    heldout: list[Encoded]
+    train: list[Row]
+    heldout: list[Row]
     heldout_source: data.HeldoutSource
     truncated: int
     dropped: int
@@ -32,11 +32,11 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     base = recipe.architecture(task.base_dir)
     encoder = Encoder(task.base_dir)
     dataset = data.load(task, encoder, tick=tick)
-    longest = max(map(len, [*dataset.train, *(dataset.validation or [])]))
+    longest = longest_document([*dataset.train, *(dataset.validation or [])])
     length = recipe.max_length(task.trainer, base, longest)
     rows = usable(dataset, length, seed=task.seed)
     resolved, warnings = recipe.resolve(
-        task.hyperparameters,
+        task.method,
         task.lora,
         task.trainer,
         task.quantization,
@@ -67,7 +67,7 @@ def usable(dataset: data.Dataset, max_length: int, *, seed: int) -> Rows:
     return Rows(fitted.kept, validation.kept, "validation_file", fitted.truncated, fitted.dropped, validation.dropped)
 
 
-def _fit(rows: list[Encoded], max_length: int, *, param: str) -> data.Fitted:
+def _fit(rows: list[Row], max_length: int, *, param: str) -> data.Fitted:
     fitted = data.fit(rows, max_length)
     if not fitted.kept:
         raise TrainingFailed(

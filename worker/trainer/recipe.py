@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import TrainingFailed
-from shared.schemas import Hyperparameters, Lora, Quantization, Recipe, TrainerParams
+from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, Quantization, Recipe, TrainerParams
 
 BASE_RATE = 5e-4
 BASE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
 WIDTH_EXPONENT_QWEN = 0.08
+
+#: DPO wants a fraction of the rate that answers are learned at; its `beta` auto is that of the paper.
+DPO_RATE = 1 / 40
+BETA = 0.1
 
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
@@ -96,7 +100,7 @@ def max_length(trainer: TrainerParams, base: Architecture, longest: int) -> int:
 
 
 def resolve(
-    hyperparameters: Hyperparameters,
+    method: Method,
     lora: Lora,
     trainer: TrainerParams,
     quantization: Quantization,
@@ -106,8 +110,8 @@ def resolve(
     size: Size,
 ) -> tuple[Recipe, list[str]]:
     """The recipe, and what its user should be warned of."""
-    asked = hyperparameters
-    n_epochs = _n_epochs(size.rows) if asked.n_epochs == "auto" else asked.n_epochs
+    asked = method.hyperparameters
+    n_epochs = _n_epochs(method, size.rows) if asked.n_epochs == "auto" else asked.n_epochs
     batch_size = _batch_size(size.rows, n_epochs) if asked.batch_size == "auto" else asked.batch_size
     total_steps = -(-size.rows // batch_size) * n_epochs
     if trainer.max_steps is not None:
@@ -117,10 +121,12 @@ def resolve(
     length = max_length(trainer, base, size.longest)
     part = -(-total_steps // PARTS_OF_A_RUN)
     recipe = Recipe(
+        method=method.type,
+        beta=_beta(asked),
         n_epochs=n_epochs,
         batch_size=batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=learning_rate(base) * multiplier,
+        learning_rate=learning_rate(base) * multiplier * (DPO_RATE if method.type == "dpo" else 1.0),
         schedule="cosine",
         warmup_steps=math.ceil(WARMUP_SHARE * total_steps),
         total_steps=total_steps,
@@ -157,7 +163,16 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done)
 
 
-def _n_epochs(rows: int) -> int:
+def _beta(asked: Hyperparameters) -> float | None:
+    if not isinstance(asked, DpoHyperparameters):
+        return None
+    return BETA if asked.beta == "auto" else asked.beta
+
+
+def _n_epochs(method: Method, rows: int) -> int:
+    """Preferences are soon known by heart, and then the margin grows at the cost of the answers."""
+    if method.type == "dpo":
+        return 1
     return 3 if rows < 1_000 else 2 if rows < 10_000 else 1
 
 

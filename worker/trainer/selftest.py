@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from worker.trainer.batches import Batch, collate
-from worker.trainer.encoding import Encoded
+from worker.trainer.encoding import Encoded, Row
 from worker.trainer.likelihood import Layout, backbone, head, own_logits
 from worker.trainer.model import Base
 
@@ -26,11 +26,9 @@ TRIED_ROWS = 4
 TRIED_TOKENS = 256
 
 
-def layout(
-    base: Base, rows: Sequence[Encoded], *, packing: bool, micro_batch: int, pad: int
-) -> tuple[Layout, list[str]]:
+def layout(base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
-    tried = [_cut(row) for row in rows[:TRIED_ROWS]]
+    tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
     base.model.eval()
     with torch.no_grad(), base.precision():
@@ -76,7 +74,3 @@ def _batch(base: Base, rows: Sequence[Encoded], *, packing: bool) -> Batch:
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     found, wanted = found.float(), wanted.float()
     return float((found - wanted).norm() / wanted.norm())
-
-
-def _cut(row: Encoded) -> Encoded:
-    return Encoded(row.line, row.ids[:TRIED_TOKENS], row.trained[:TRIED_TOKENS])

@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas import Metrics, Phase, Recipe, Report, Score
-from worker.trainer import adapter, checkpoint, data, evaluate, ladder, model, selftest
+from worker.trainer import adapter, checkpoint, data, evaluate, ladder, methods, model, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.encoding import Encoder, Row
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import sft
+from worker.trainer.methods import Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
@@ -192,17 +192,16 @@ def _step(run: Run) -> None:
     recipe, state = run.recipe, run.state
     started = time.perf_counter()
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
-    tokens = trained_tokens(examples)
-    total, correct = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}")
+    score = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}").score()
     rate = learning_rate_at(recipe, state.step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise _diverged(f"at step {state.step + 1}: loss {total / tokens}, gradient norm {norm}")
+    if not (math.isfinite(score.loss) and math.isfinite(norm)):
+        raise _diverged(f"at step {state.step + 1}: loss {score.loss}, gradient norm {norm}")
     run.optimizer.step()
     run.optimizer.zero_grad()
-    seconds = time.perf_counter() - started
+    seconds, tokens = time.perf_counter() - started, trained_tokens(examples)
     state.step += 1
     state.trained_tokens += tokens
     state.seconds += seconds
@@ -212,8 +211,10 @@ def _step(run: Run) -> None:
         Metrics(
             step=state.step,
             total_steps=recipe.total_steps,
-            train_loss=total / tokens,
-            train_mean_token_accuracy=correct / tokens,
+            train_loss=score.loss,
+            train_mean_token_accuracy=score.token_accuracy,
+            train_reward_accuracy=score.reward_accuracy,
+            train_reward_margin=score.reward_margin,
             learning_rate=rate,
             grad_norm=norm,
             trained_tokens=state.trained_tokens,
@@ -222,29 +223,27 @@ def _step(run: Run) -> None:
     )
 
 
-def _accumulate(run: Run, examples: list[Encoded]) -> tuple[float, int]:
-    """The gradient of the mean loss over all trained tokens, in as many micro-batches as the layout takes.
+def _accumulate(run: Run, examples: list[Row]) -> Tally:
+    """The gradient of the mean loss of the whole step, in as many micro-batches as the layout takes.
 
-    (Summed loss, argmax hits.) An error, or Interrupted, leaves no gradient and no random number drawn.
+    An error, or Interrupted, leaves no gradient and no random number drawn.
     """
-    layout, tokens = run.layout, trained_tokens(examples)
-    total, correct = 0.0, 0
+    layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
     random_before = checkpoint.torch_random()
     try:
         for batch in batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
             if run.stopping():
                 raise evaluate.Interrupted
             with run.base.precision():
-                loss = sft.loss(run.base.model, batch.to(run.base.device), layout)
-            # Every micro-batch is divided by the tokens of the whole step, so splitting does not change the gradient.
-            torch.autograd.backward(loss.sum / tokens)
-            total += loss.sum.item()
-            correct += int(loss.correct.item())
+                loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe)
+            # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
+            torch.autograd.backward(loss.sums.sum() / weight)
+            tally.add(loss)
     except Exception:
         run.optimizer.zero_grad()
         checkpoint.set_torch_random(random_before)
         raise
-    return total, correct
+    return tally
 
 
 def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
@@ -284,6 +283,8 @@ def _evaluate(run: Run) -> None:
             valid_mean_token_accuracy=score.token_accuracy,
             full_valid_loss=score.loss,
             full_valid_mean_token_accuracy=score.token_accuracy,
+            valid_reward_accuracy=score.reward_accuracy,
+            valid_reward_margin=score.reward_margin,
         ),
     )
     if _patience_is_spent(run):
@@ -332,7 +333,13 @@ def _latest(state: RunState, recipe: Recipe) -> Metrics:
 def _score(run: Run, *, adapter: bool) -> Score:
     def act() -> Score:
         return evaluate.score(
-            run.base, run.adapted, run.rows.heldout, adapter=adapter, layout=run.layout, stopping=run.stopping
+            run.base,
+            run.adapted,
+            run.rows.heldout,
+            run.recipe,
+            adapter=adapter,
+            layout=run.layout,
+            stopping=run.stopping,
         )
 
     score = _narrowing(run, act, when=f"in the evaluation after step {run.state.step}")

@@ -20,7 +20,7 @@ from shared.protocol import Verified, Verify
 from shared.schemas import Proof, Quantization, Report, Score
 from worker.trainer import checkpoint, data, evaluate, ladder, model, published, selftest, serving
 from worker.trainer.batches import collate
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
@@ -61,7 +61,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     adapted = _put_on(base, folder, tensors)
     difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
     off, on = (
-        evaluate.score(base, adapted, rows.heldout, adapter=adapter, layout=layout, stopping=stopping)
+        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping)
         for adapter in (False, True)
     )
     proof = Proof(
@@ -121,14 +121,13 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     return adapted
 
 
-def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Encoded]) -> float:
+def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
     """The largest that the adapter makes, row by row through the model's own forward."""
     largest = 0.0
     adapted.eval()
     with torch.no_grad(), base.precision():
         for row in rows:
-            cut = Encoded(row.line, row.ids[:TRIED_TOKENS], row.trained[:TRIED_TOKENS])
-            batch = collate([[cut]], packing=False, pad=0).to(base.device)
+            batch = collate([[row.documents[0].cut(TRIED_TOKENS)]], packing=False, pad=0).to(base.device)
             tuned = own_logits(base.model, batch).float()
             with adapted.disable_adapter():
                 plain = own_logits(base.model, batch).float()

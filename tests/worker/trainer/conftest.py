@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self, TypeVar
 
 import pytest
 
 from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
-from shared.schemas import Recipe
+from shared.schemas import Method, MethodName, Recipe
 from tests.tiny import tiny_gpt2
 from worker.trainer import model
 from worker.trainer.encoding import Encoder
@@ -73,14 +73,20 @@ def write_rows(tmp_path: Path) -> WriteRows:
 
 @pytest.fixture
 def make_task(llama: str) -> MakeTask:
-    def make(training_file: str, **fields: Any) -> Task:
+    def make(
+        training_file: str,
+        *,
+        method: MethodName = "supervised",
+        hyperparameters: Any = MappingProxyType({}),
+        **fields: Any,
+    ) -> Task:
         values: dict[str, Any] = {
             "base_dir": llama,
             "base_name": "acme/tiny",
             "base_revision": "0" * 40,
             "training_file": training_file,
             "validation_file": None,
-            "hyperparameters": {},
+            "method": Method.of(method, **hyperparameters),
             "lora": {},
             "quantization": "none",
             "trainer": {},

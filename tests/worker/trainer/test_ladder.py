@@ -18,7 +18,7 @@ from tests.tiny import tiny_tokenizer
 from worker.trainer import checkpoint, ladder, model
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import sft
+from worker.trainer.methods import Loss, sft
 from worker.trainer.recipe import PACK_LENGTH
 
 from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
@@ -205,7 +205,7 @@ class Failing:
         self.calls = 0
         ordinary = sft.loss
 
-        def loss(base: Any, batch: Batch, layout: Layout) -> sft.Loss:
+        def loss(base: Any, batch: Batch, layout: Layout) -> Loss:
             self.calls += torch.is_grad_enabled()
             found = ordinary(base, batch, layout)
             if when(batch):

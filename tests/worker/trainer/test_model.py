@@ -57,19 +57,20 @@ def test_gradients_after_an_evaluation_equal_those_before(
     task = make_task(write_rows(quotes(8)))
     rows = data.load(task, encoder).train
     base = model.load_base(request.getfixturevalue(folder), quantization)
-    adapted = model.put_on(base, recipe_of(task))
+    recipe = recipe_of(task)
+    adapted = model.put_on(base, recipe)
 
     def gradients() -> list[torch.Tensor]:
         adapted.zero_grad()
         for batch in batches(rows, packing=True, micro_batch=4, pad=2):
             with base.precision():
                 loss = sft.loss(base.model, batch, LAYOUT)
-            (loss.sum / trained_tokens(rows)).backward()
+            (loss.sums.sum() / trained_tokens(rows)).backward()
         return [p.grad.clone() for p in model.trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()
     for adapter in (False, True):
-        evaluate.score(base, adapted, rows, adapter=adapter, layout=LAYOUT)
+        evaluate.score(base, adapted, rows, recipe, adapter=adapter, layout=LAYOUT)
     assert adapted.training
     assert torch.equal(torch.get_rng_state(), random_before)
     after = gradients()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.schemas import Hyperparameters, Lora, Quantization, Recipe, TrainerParams
+from shared.schemas import Lora, Method, MethodName, Quantization, Recipe, TrainerParams
 from worker.trainer import recipe
 from worker.trainer.recipe import Architecture, Size
 
@@ -18,10 +18,14 @@ SMOL = Architecture("llama", 576, 8192)
 
 
 def resolve(
-    rows: int = 1000, longest: int = 50, base: Architecture = SMOL, **asked: dict[str, Any]
+    rows: int = 1000,
+    longest: int = 50,
+    base: Architecture = SMOL,
+    method: MethodName = "supervised",
+    **asked: dict[str, Any],
 ) -> tuple[Recipe, list[str]]:
     return recipe.resolve(
-        Hyperparameters.model_validate(asked.get("hyperparameters", {})),
+        Method.of(method, **asked.get("hyperparameters", {})),
         Lora.model_validate(asked.get("lora", {})),
         TrainerParams.model_validate(asked.get("trainer", {})),
         Quantization.NF4,

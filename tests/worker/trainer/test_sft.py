@@ -55,8 +55,8 @@ def gradients(base: Base, examples: list[Encoded], found: Layout) -> tuple[float
     total, tokens = 0.0, trained_tokens(examples)
     for batch in batches(examples, packing=found.packing, micro_batch=found.micro_batch, pad=found.pad):
         loss = sft.loss(base.model, batch, found)
-        (loss.sum / tokens).backward()
-        total += loss.sum.item() / tokens
+        (loss.sums.sum() / tokens).backward()
+        total += loss.sums.sum().item() / tokens
     return total, [p.grad.clone() for p in parameters if p.grad is not None]
 
 
@@ -90,8 +90,8 @@ def test_loss_and_accuracy_are_those_of_torch(base: Base, examples: list[Encoded
         )
         hits = (logits.argmax(-1) == batch.targets) & (batch.targets != IGNORED)
         found = sft.loss(base.model, batch, layout(packing=False))
-    assert found.sum.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert (int(found.correct), found.tokens) == (int(hits.sum()), trained_tokens(examples))
+    assert found.sums.sum().item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (int(found.hits.sum()), sum(found.counts)) == (int(hits.sum()), trained_tokens(examples))
 
 
 def test_each_document_keeps_its_own_likelihood(base: Base, examples: list[Encoded]) -> None:

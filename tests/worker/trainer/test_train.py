@@ -22,7 +22,7 @@ from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer import train as loop
 from worker.trainer.encoding import Encoder
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import sft
+from worker.trainer.methods import Loss, sft
 from worker.trainer.train import train
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
@@ -190,7 +190,7 @@ def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
     observer, losses = Observer(), 0
     ordinary = sft.loss
 
-    def counted(*args: Any) -> sft.Loss:
+    def counted(*args: Any) -> Loss:
         nonlocal losses
         losses += bool(observer.of(Measured))
         return ordinary(*args)
@@ -289,10 +289,9 @@ def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: Writ
 def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     task = make_task(write_rows(quotes(4)))
     base = model.load_base(llama, task.quantization)
-    adapted = model.put_on(base, recipe_of(task))
+    recipe, rows = recipe_of(task), data.load(task, encoder).train
+    adapted = model.put_on(base, recipe)
     layout = Layout(packing=True, chunked=True, micro_batch=1, pad=2)
     with pytest.raises(evaluate.Interrupted):
-        evaluate.score(
-            base, adapted, data.load(task, encoder).train, adapter=True, layout=layout, stopping=lambda: True
-        )
+        evaluate.score(base, adapted, rows, recipe, adapter=True, layout=layout, stopping=lambda: True)
     assert adapted.training

@@ -39,7 +39,7 @@ def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.T
     task = Task.model_validate(
         {
             "base_dir": llama, "base_name": "acme/tiny", "base_revision": "0" * 40, "training_file": str(rows),
-            "validation_file": None, "hyperparameters": {}, "lora": {"r": 4}, "quantization": request.param,
+            "validation_file": None, "method": {}, "lora": {"r": 4}, "quantization": request.param,
             "trainer": {"max_steps": 6}, "seed": 7, "torch_threads": 1, "max_row_bytes": 1 << 20,
         }
     )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Training methods, a file each: what a batch's likelihoods mean for the gradient.
+
+To add one: a file with `loss`, its branch here, its settings in `shared.schemas`, its defaults in `trainer/recipe.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import PeftModel
+
+from shared.schemas import Recipe
+from worker.trainer.batches import Batch, trained_tokens
+from worker.trainer.encoding import Row
+from worker.trainer.likelihood import Layout
+from worker.trainer.methods import dpo, sft
+from worker.trainer.methods.loss import Loss, Tally
+
+__all__ = ["Loss", "Tally", "loss", "weight"]
+
+
+def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe) -> Loss:
+    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean."""
+    if recipe.beta is not None:
+        return dpo.loss(adapted, batch, layout, beta=recipe.beta)
+    return sft.loss(adapted.get_base_model(), batch, layout)
+
+
+def weight(examples: Sequence[Row], recipe: Recipe) -> int:
+    """What the examples weigh together in a mean: pairs count alike, answers by their trained tokens."""
+    return len(examples) if recipe.method == "dpo" else trained_tokens(examples)

@@ -1,29 +1,18 @@
-"""Supervised fine-tuning: the mean loss of all trained tokens of an optimizer step.
+"""Supervised fine-tuning: the mean cross entropy of all trained tokens of an optimizer step.
 
-Owns: what a batch's likelihood means for the gradient. Must not know how that likelihood is computed.
+Must not know how likelihoods are computed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from transformers import PreTrainedModel
 
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import Layout, likelihood
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """`sum` over the trained tokens of the batch, in nats, differentiable; `correct` of `tokens` were argmax."""
-
-    sum: torch.Tensor
-    correct: torch.Tensor
-    tokens: int
+from worker.trainer.methods.loss import Loss
 
 
 def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
-    """The summed loss. Callers divide by the trained tokens of the whole optimizer step."""
+    """An example is one document, and weighs as much as it has trained tokens."""
     found = likelihood(model, batch, layout)
-    return Loss(found.nats.sum(), found.hits.sum(), sum(batch.lengths))
+    return Loss(sums=found.nats, counts=batch.lengths, hits=found.hits, tokens=batch.lengths)

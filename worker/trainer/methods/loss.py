@@ -1,0 +1,58 @@
+"""What every method answers of a batch, and how batches add up. Must not hold a method's own arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shared.schemas import Score
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Of each example of the batch, in its order.
+
+    `sums` (examples,) is its loss in nats, differentiable and not yet divided by anything; `counts` is what it weighs
+    in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. `margins` (examples,) are the
+    reward margins of preferences, None elsewhere.
+    """
+
+    sums: torch.Tensor
+    counts: tuple[int, ...]
+    hits: torch.Tensor
+    tokens: tuple[int, ...]
+    margins: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Losses of several batches, added up."""
+
+    nats: float = 0.0
+    weight: int = 0
+    hits: int = 0
+    tokens: int = 0
+    margins: float = 0.0
+    wins: float = 0.0
+    pairs: int = 0
+
+    def add(self, loss: Loss) -> None:
+        self.nats += loss.sums.detach().sum().item()
+        self.weight += sum(loss.counts)
+        self.hits += int(loss.hits.sum().item())
+        self.tokens += sum(loss.tokens)
+        if loss.margins is not None:
+            self.margins += loss.margins.sum().item()
+            self.wins += (0.5 * (loss.margins.sign() + 1)).sum().item()
+            self.pairs += len(loss.margins)
+
+    def score(self) -> Score:
+        """The means."""
+        return Score(
+            loss=self.nats / self.weight,
+            token_accuracy=self.hits / self.tokens,
+            tokens=self.tokens,
+            reward_accuracy=self.wins / self.pairs if self.pairs else None,
+            reward_margin=self.margins / self.pairs if self.pairs else None,
+        )
