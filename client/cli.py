@@ -481,7 +481,7 @@ def _print(wire: BaseModel, text: RenderableType, as_json: bool) -> None:
     if as_json:
         show.print_json(wire)
     else:
-        show.console().print(text)
+        show.console().print(text, soft_wrap=isinstance(text, str))  # a line that is copied must stay one
 
 
 def _fail(text: str) -> NoReturn:

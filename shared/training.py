@@ -17,8 +17,8 @@ from shared.schemas import MethodName, Quantization, Text, Wire
 class Recipe(Wire):
     """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's."""
 
-    method: MethodName
-    beta: float | None
+    method: MethodName = "supervised"
+    beta: float | None = None
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float

@@ -294,6 +294,7 @@ class Attempt:
         if verified is None:
             return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
         reach(Point.AFTER_PROOF)
+        self.tell("info", f"the published adapter, fetched back and loaded anew: loss {verified.proof.tuned.loss:.4f}")
         self.enter(Phase.PUBLISHING)
         result = publishing.put_result(job, patience=self.patience)
         reach(Point.AFTER_RESULT_UPLOAD)

@@ -118,6 +118,17 @@ REPORT = {
     "tokens_per_second": 492.8,
     "peak_memory_bytes": 2_500_000_000,
 }
+PROOF = {
+    "base": SCORE,
+    "tuned": REPORT["tuned"],
+    "base_deviation": 0,
+    "tuned_deviation": 2e-4,
+    "tolerance": 0.005,
+    "max_logit_difference": 3.5,
+    "tensors": 420,
+    "tokenizer_sha256": "0" * 64,
+    "vllm": {"servable": False, "max_lora_rank": 16, "reasons": ["it is a DoRA"]},
+}
 JOB = {
     "id": "ftjob-1",
     "created_at": 1_800_000_000,
@@ -175,7 +186,7 @@ def running() -> Job:
 
 @pytest.fixture
 def succeeded() -> Job:
-    adapter = {"uri": "s3://bucket/adapters/org-1/ftjob-1/", "bytes": 23_100_000, "files": []}
+    adapter = {"uri": "s3://bucket/adapters/org-1/ftjob-1/", "bytes": 23_100_000, "files": [], "proof": PROOF}
     ended = {"status": "succeeded", "queue_position": None, "report": REPORT, "adapter": adapter}
     return Job.model_validate(JOB | ended)
 

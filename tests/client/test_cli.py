@@ -293,5 +293,5 @@ def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], comma
     assert command.help
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     assert [option.name for option in options if not option.help] == []
-    if not hasattr(command, "commands"):
+    if not hasattr(command, "commands") and names != ("verify",):  # which asks no server
         assert "--data" in {word for option in options for word in option.opts}

@@ -57,6 +57,8 @@ def test_a_finished_job_shows_both_losses_and_how_to_fetch_it(succeeded: Job) ->
         assert said in text
     assert "better: the loss fell by 0.7500 nats" in text
     assert "milliner report ftjob-1" in text
+    for said in ("loss 3.2500 → 2.5000 again (off by 0.0002)", "not for vLLM (it is a DoRA)", "signed by  nobody"):
+        assert said in text
 
 
 def test_a_failed_job_shows_code_step_hint_and_the_last_words(failed: Job) -> None:

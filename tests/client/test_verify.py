@@ -17,20 +17,9 @@ from deploy.local.folder import Folder
 from shared import manifest
 from shared.errors import InvalidRequest
 from shared.manifest import HashedFile, Manifest
-from tests.client.conftest import RECIPE, SCORE
+from tests.client.conftest import PROOF, RECIPE
 
 FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}", "sub/tokenizer.json": b"[]"}
-PROOF = {
-    "base": SCORE,
-    "tuned": SCORE,
-    "base_deviation": 0,
-    "tuned_deviation": 0,
-    "tolerance": 0.005,
-    "max_logit_difference": 3.5,
-    "tensors": 420,
-    "tokenizer_sha256": "0" * 64,
-    "vllm": {"servable": True, "max_lora_rank": 16, "reasons": []},
-}
 
 
 @pytest.fixture

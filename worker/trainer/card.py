@@ -22,7 +22,7 @@ MOST_EVALUATIONS = 20
 _HELDOUT = {
     "validation_file": "the rows of a validation file",
     "training_file_carved": "rows of the training file that were held out of training",
-    "training_file": "the training rows themselves: there were too few to hold any out, so this measures memory",
+    "training_file": "the training rows themselves, as there were too few to hold any out: this is memorization",
 }
 
 
@@ -88,7 +88,7 @@ def _curve(metrics: Sequence[Metrics]) -> str:
     if evaluations:
         every = -(-len(evaluations) // MOST_EVALUATIONS)
         shown = [*evaluations[:-1:every], evaluations[-1]]
-        parts.append(_table(("step", "held-out loss"), [(f"{step}", f"{loss:.4f}") for step, loss in shown]))
+        parts.append(_table(("step", "loss in evaluation"), [(f"{step}", f"{loss:.4f}") for step, loss in shown]))
     return "\n".join(parts)
 
 

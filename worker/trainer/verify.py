@@ -29,9 +29,10 @@ from worker.trainer.prepare import usable
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 #: How far a loss may be off its report, as a share of it (of one nat, where it is less). The same batches on the same
-#: machine give the same bits; this is for other kernels and other company: decision 11 has the measurements.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-#: LLM.int8() picks its outlier columns over the whole batch, so that a row's loss depends on its company.
+#: machine give the same bits. This is for a run that began on another: other layouts of the rows give 3e-4 at most in
+#: bf16, and fp32 instead of bf16 gives 1e-3 (decision 11).
+TOLERANCE = 5e-3
+#: LLM.int8() picks its outlier columns over the whole batch, so a row's loss depends on its company: 6e-3.
 TOLERANCE_INT8 = 2e-2
 
 TRIED_ROWS = 2
@@ -69,7 +70,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tuned=on,
         base_deviation=abs(off.loss - command.report.base.loss),
         tuned_deviation=abs(on.loss - command.report.tuned.loss),
-        tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCES[base.compute_dtype],
+        tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
         tensors=len(tensors),
         tokenizer_sha256=fingerprint,
