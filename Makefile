@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak check format lock clean
+.PHONY: help setup demo up down test soak bench check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -39,6 +39,14 @@ test: setup ## all tests, against real servers
 soak: setup ## the chaos tests at full size, about an hour; figures go to benchmarks/results/soak
 	$(BIN)/pytest tests/chaos --soak --figures benchmarks/results/soak
 
+# The peer's environment sees ours, so that torch, transformers, peft and bitsandbytes are the very same files.
+bench: setup ## our trainer against TRL's on this machine, about eight minutes; figures go to benchmarks/results
+	@test -x $(VENV)-bench/bin/python || $(PYTHON) -m venv --without-pip $(VENV)-bench
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/product.pth"
+	@$(VENV)-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.train --peer $(VENV)-bench/bin/python
+
 check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -58,4 +66,4 @@ lock: ## write constraints.txt anew from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock
 
 clean: ## forget the environment and the demo
-	rm -rf $(VENV) .milliner
+	rm -rf $(VENV) $(VENV)-bench .milliner

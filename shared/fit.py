@@ -39,11 +39,13 @@ class Device:
     """What the trainer does on a kind of device, and what the device costs and gives.
 
     `context_bytes` are there before anything is loaded. `chunk_bytes` of fp32 logits are held at once (`CHUNK_BYTES` of
-    worker/trainer/methods/sft.py). `flops` are sustained in 16-bit training, a second.
+    worker/trainer/likelihood.py); 4-bit matrices stay dequantized up to `resident_bytes` (`RESIDENT_BYTES` of
+    worker/trainer/lora.py). `flops` are sustained in 16-bit training, a second.
     """
 
     context_bytes: int
     chunk_bytes: int
+    resident_bytes: int
     flops: float
     described: str
 
@@ -51,9 +53,9 @@ class Device:
 Kind = Literal["cuda", "cpu"]
 DEVICES: dict[Kind, Device] = {
     # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
-    "cuda": Device(500_000_000, 256 * 1024**2, 0.4 * 312e12, "two fifths of an A100's peak"),
+    "cuda": Device(500_000_000, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
     # An interpreter with torch and transformers; SmolLM2 at 613 tokens/s on two cores is 0.36 TFLOP/s.
-    "cpu": Device(700_000_000, 16 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
+    "cpu": Device(700_000_000, 16 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
 }
 
 
@@ -160,8 +162,7 @@ def memory(base: Architecture, setup: Setup) -> Memory:
     """The peak of one micro-batch's forward and backward; the optimizer's step comes when the activations are gone."""
     adapter = ADAPTER_BYTES * trained(base, setup)
     activations, head = _moving(base, setup)
-    quantized = setup.quantization is not Quantization.NONE
-    dequantized = COMPUTE_BYTES * max(linear.elements for linear in base.linears) if quantized else 0
+    dequantized = _dequantized(base, setup)
     overhead = DEVICES[setup.device].context_bytes + round(FRAGMENTATION * (activations + head + dequantized))
     base_bytes = weights(base, setup.quantization)
     return Memory(
@@ -259,6 +260,15 @@ def _stored(base: Architecture, setup: Setup) -> int:
     dropout = 4 * inputs if setup.dropout else 0
     dora = 4 * outputs if setup.use_dora else 0
     return base.stored + base.scores * base.heads * setup.row + lora + dropout + dora
+
+
+def _dequantized(base: Architecture, setup: Setup) -> int:
+    """Bytes of matrices that are unpacked at a time: those that stay so, and the one that is at work."""
+    if setup.quantization is Quantization.NONE:
+        return 0
+    largest = COMPUTE_BYTES * max(linear.elements for linear in base.linears)
+    room = DEVICES[setup.device].resident_bytes if setup.quantization is Quantization.NF4 else 0
+    return min(COMPUTE_BYTES * base.linear, room + largest)
 
 
 def _matrix(linear: Linear, quantization: Quantization, element_bytes: int) -> int:

@@ -17,7 +17,7 @@ from shared.architecture import Linear
 from shared.errors import InvalidRequest
 from shared.schemas import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
-from worker.trainer import recipe
+from worker.trainer import attention, lora, recipe
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import CHUNK_BYTES, Layout
 from worker.trainer.methods import sft
@@ -159,14 +159,29 @@ def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
     assert allocated(model_type, config, setup) == pytest.approx(peak.activations + peak.head, rel=0.15)
 
 
-def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup) -> int:
-    """Peak bytes that forward and backward of one packed micro-batch take, above base and adapter."""
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+def test_what_a_cpu_does_in_fewer_passes_takes_less(checkpointing: bool) -> None:
+    """The model counts PEFT's layers and torch's attention, as a GPU runs them."""
+    config = LLAMA | WIDE
+    base = architecture.read({"model_type": "llama"} | config)
+    setup = setup_of(
+        quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
+    )
+    peak = fit.memory(base, setup)
+    assert 0.75 < allocated("llama", config, setup, fused=True) / (peak.activations + peak.head) < 1
+
+
+def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup, *, fused: bool = False) -> int:
+    """Peak bytes that forward and backward of one packed micro-batch take, above base and adapter.
+
+    `fused` is how a CPU does it.
+    """
     torch.manual_seed(0)
     encoder = model_type in ENCODERS
     kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     model = kind.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
     model.requires_grad_(False)
-    lora = LoraConfig(
+    adapter = LoraConfig(
         task_type="SEQ_CLS" if encoder else "CAUSAL_LM",
         r=setup.r,
         target_modules="all-linear",
@@ -176,7 +191,10 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup) -> int:
         warnings.simplefilter("ignore")
         if setup.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        get_peft_model(model, lora).train()
+        adapted = get_peft_model(model, adapter).train()
+    if fused:
+        attention.use(model)
+        lora.fuse(adapted)
     ids = torch.randint(3, 90, (setup.micro_batch, setup.row))
     positions = torch.arange(setup.row).expand(setup.micro_batch, -1)
     layout = Layout(packing=True, chunked=model_type != "gemma2", micro_batch=setup.micro_batch, pad=0)
@@ -265,3 +283,14 @@ def test_a_target_that_is_not_there_is_told_what_is() -> None:
 def test_the_trainers_constants_are_the_models() -> None:
     assert fit.PACK_LENGTH == recipe.PACK_LENGTH
     assert {kind: device.chunk_bytes for kind, device in fit.DEVICES.items()} == CHUNK_BYTES
+    assert fit.DEVICES["cpu"].resident_bytes == lora.RESIDENT_BYTES
+
+
+def test_4_bit_matrices_stay_dequantized_as_far_as_there_is_room() -> None:
+    small, large, gpu = (
+        fit.memory(base, setup_of(quantization=Quantization.NF4, device=device)).dequantized
+        for base, device in ((SMOL, "cpu"), (LLAMA_8B, "cpu"), (LLAMA_8B, "cuda"))
+    )
+    assert small == 2 * SMOL.linear
+    assert gpu == 2 * 4096 * 14_336
+    assert large == gpu + lora.RESIDENT_BYTES

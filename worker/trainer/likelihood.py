@@ -124,11 +124,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             piece = hidden[start:end].detach().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
                 logits = head(piece)
-                each = functional.cross_entropy(logits, targets[start:end], reduction="none")
-                if gradient is not None:
-                    (gradient[start:end],) = torch.autograd.grad(each.sum(), piece)
-            nats[start:end] = each.detach()
+            log_likely = functional.log_softmax(logits.detach(), dim=-1)
+            wanted = targets[start:end, None]
+            nats[start:end] = -log_likely.gather(1, wanted)[:, 0]
             hits[start:end] = logits.detach().argmax(dim=-1) == targets[start:end]
+            if gradient is not None:
+                # Of cross entropy with respect to the logits: what was predicted less what was there. In place, where
+                # autograd would take four more passes over the largest tensor there is.
+                excess = log_likely.exp_()
+                excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
+                (gradient[start:end],) = torch.autograd.grad(logits, piece, excess)
         ctx.gradient, ctx.lengths = gradient, lengths
         hits_by_document = _by_document(hits, lengths).long()
         ctx.mark_non_differentiable(hits_by_document)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization
 from shared.training import Recipe
+from worker.trainer import attention, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 
 
@@ -71,6 +72,7 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
     close_nf4_trap(model)
+    attention.use(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if device.type == "cuda":
@@ -106,6 +108,9 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
+    if base.device.type == "cpu":
+        # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
+        lora.fuse(model)
     model.train()
     return model
 

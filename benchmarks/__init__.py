@@ -1,0 +1,1 @@
+"""Measurements that the documents quote. Must not be imported by the product."""

