@@ -40,11 +40,14 @@ def fuse(adapted: PeftModel) -> None:
 
 
 def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """In place of `module.forward`: (…, in) → (…, out)."""
-    base = module.base_layer
-    if module.disable_adapters or module.merged:
-        plain: torch.Tensor = base(x)
+    """In place of `module.forward`: (…, in) → (…, out).
+
+    What is scored rather than learned goes PEFT's own way, so that whoever loads the adapter finds the same bits.
+    """
+    if module.disable_adapters or module.merged or not torch.is_grad_enabled():
+        plain: torch.Tensor = type(module).forward(module, x)
         return plain
+    base = module.base_layer
     y: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch's
         x, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, base, resident, module.scaling[ADAPTER]
     )

@@ -114,11 +114,17 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     assert adapted.training
 
 
-def test_an_adapter_that_does_nothing_yet_is_the_reference(base: Base, rows: list[Row], recipe: Recipe) -> None:
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.NF4])
+def test_an_adapter_that_does_nothing_yet_is_the_reference(
+    llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
+) -> None:
+    """To the bit, although training has a forward of its own."""
+    base = model.load_base(llama, quantization)
     adapted = model.put_on(base, recipe)
     tally = methods.Tally()
     for batch in batches(rows, packing=True, micro_batch=8, pad=2):
-        tally.add(methods.loss(adapted, batch, layout(), recipe))
+        with base.precision():
+            tally.add(methods.loss(adapted, batch, layout(), recipe))
     score = tally.score()
     assert (score.loss, score.reward_accuracy, score.reward_margin) == (pytest.approx(math.log(2)), 0.5, 0.0)
 

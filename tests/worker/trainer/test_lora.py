@@ -93,6 +93,16 @@ def test_with_the_adapter_off_the_base_is_heard(put_on: PutOn) -> None:
     assert not any("forward" in vars(module) for module in base.model.modules() if isinstance(module, Linear4bit))
 
 
+def test_a_score_is_pefts_own_to_the_bit(put_on: PutOn) -> None:
+    """What is published was measured as any reader of the adapter would."""
+    base, adapted = put_on(Quantization.NF4, torch.bfloat16)
+    ids = torch.arange(96).view(4, 24)
+    with torch.no_grad(), base.precision():
+        ours = base.model(ids).logits
+        unfuse(adapted)
+        assert torch.equal(base.model(ids).logits, ours)
+
+
 @pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"use_dora": True}])
 def test_what_is_no_plain_lora_is_left_to_peft(put_on: PutOn, settings: dict[str, Any]) -> None:
     _, adapted = put_on(Quantization.NONE, torch.float32, **settings)
