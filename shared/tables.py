@@ -19,6 +19,8 @@ ONE_OBJECT = "one JSON object a line, such as " + SAMPLE
 BOM = b"\xef\xbb\xbf"
 HEAD = 64 * 1024
 DELIMITERS = ",;\t"
+#: For a lone column: whatever would part fields elsewhere is text there, quoted or not.
+PARTS_NOTHING = "\x1f"
 #: What else people send → what it begins with.
 FOREIGN = {
     b"\x1f\x8b": "compressed with gzip",
@@ -262,8 +264,9 @@ def _delimiter(start: bytes, columns: Sequence[str]) -> str | None:
     """What parts the first line's fields, if one of these is a column that we know."""
     line = start.splitlines()[0].decode(errors="replace")
     for delimiter in DELIMITERS:
-        if any(field.strip() in columns for field in next(csv.reader([line], delimiter=delimiter))):
-            return delimiter
+        header = next(csv.reader([line], delimiter=delimiter))
+        if any(field.strip() in columns for field in header):
+            return delimiter if len(header) > 1 else PARTS_NOTHING
     return None
 
 

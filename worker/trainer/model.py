@@ -50,7 +50,7 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype or (torch.bfloat16 if _fast_bfloat16(device) else torch.float32)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             base_dir,
             quantization_config=_quantization_config(quantization, dtype),
             dtype=dtype,
@@ -58,6 +58,7 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         # RuntimeError is left alone: that is how torch reports an accelerator or a memory that failed.
@@ -71,6 +72,14 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             param="model",
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
+    if absent := sorted(loading["missing_keys"]):
+        # transformers fills what is not there with random numbers, and goes on.
+        raise TrainingFailed(
+            f"the base model's files lack {len(absent)} of its weights, such as {absent[0]}",
+            code="unsupported_base_model",
+            param="model",
+            hint="import the whole model again, or one that generates text",
+        )
     close_nf4_trap(model)
     attention.use(model)
     model.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +12,7 @@ from typing import NoReturn
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
@@ -186,6 +188,19 @@ def test_base_that_cannot_be_loaded_is_the_users_to_mend(llama: str, tmp_path: P
         (tmp_path / path.name).write_bytes(b"{}" if path.name == spoiled else path.read_bytes())
     with pytest.raises(TrainingFailed) as failed:
         model.load_base(str(tmp_path), Quantization.NONE)
+    assert failed.value.code == "unsupported_base_model"
+
+
+def test_base_that_lacks_a_weight_is_refused(llama: str, tmp_path: Path) -> None:
+    """Or it would be trained on with random numbers there."""
+    shutil.copytree(llama, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        TrainingFailed, match=r"lack 1 of its weights, such as model\.layers\.1\.mlp\.down_proj"
+    ) as failed:
+        model.load_base(str(tmp_path / "base"), Quantization.NF4)
     assert failed.value.code == "unsupported_base_model"
 
 
