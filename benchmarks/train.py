@@ -99,7 +99,7 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
     config = architecture.read(json.loads((base / "config.json").read_text(encoding="utf-8")))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.train", *(["--quick"] if quick else [])]),
+        "command": "make bench" if peer is not None else f"python -m benchmarks.train{' --quick' if quick else ''}",
         "machine": described | {"bf16_gemm_flops": round(limit)},
         "versions": machine.versions() | ({} if peer is None else {"trl": results[-1].version}),
         "base": base.name,

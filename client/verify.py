@@ -6,6 +6,7 @@ Owns: the check of every hash, of what is missing or not listed, and of the sign
 from __future__ import annotations
 
 import hashlib
+import json
 from enum import StrEnum
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
     trusted = manifest.name_of(manifest.public_key(key)) if key is not None else None
     signature = _signature(folder, text, seal.signed_by, trusted)
     listed = {file.path: file for file in seal.files}
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    changed = [path for path in sorted(listed.keys() & there) if _sha256(folder / path) != listed[path].sha256]
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    there = {path.relative_to(folder).as_posix() for path in found}
+    # What a link leads to may change after this look, and is of another folder.
+    linked = {path for path in there if (folder / path).is_symlink() or not (folder / path).is_file()}
+    changed = [p for p in sorted(listed.keys() & there) if p in linked or _sha256(folder / p) != listed[p].sha256]
     missing, unlisted = sorted(listed.keys() - there), sorted(there - listed.keys() - {MANIFEST, SIGNATURE})
     signed = signature is Signature.TRUSTED if key is not None else signature is not Signature.BROKEN
     return Verdict(
@@ -73,6 +77,8 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
 
 def signer(folder: Path) -> str | None:
     """Who signed a folder whose hashes were checked; None: nobody. Raises Corrupt for a signature that is not valid."""
+    if "format" not in json.loads((folder / MANIFEST).read_bytes()):
+        return None  # of a time before there were signatures
     text, seal = _manifest(folder)
     if _signature(folder, text, seal.signed_by, None) is Signature.BROKEN:
         raise Corrupt(f"{folder / SIGNATURE} is no valid signature of {MANIFEST}; do not use these files")

@@ -69,6 +69,14 @@ class TooLarge(MillinerError):
     code = "request_too_large"
 
 
+class TooMany(MillinerError):
+    """More at once than one tenant may have; the client may retry."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_at_once"
+
+
 class Unavailable(MillinerError):
     """A server that this one needs is down; the client may retry, `retry_after` seconds later if that is known."""
 

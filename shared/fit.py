@@ -23,8 +23,8 @@ ADAPTER_BYTES = 16
 #: scale a 256 of those, and for each matrix two code books (16 and 256 fp32) and an offset. 0.5159 bytes an element.
 NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_BOOKS = 4 * (16 + 256 + 1)
-#: Logits in 16 bits and fp32, their log-softmax and its gradient.
-LOGIT_BYTES = 16
+#: Logits in 16 bits and fp32, and their log-softmax, which its gradient overwrites.
+LOGIT_BYTES = 10
 #: A packed row is at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
 PACK_LENGTH = 128
 #: Blocks that come and go leave gaps.

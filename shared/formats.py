@@ -126,16 +126,25 @@ def text(row: dict[str, Any]) -> Completion:
 
 
 def preference(row: dict[str, Any]) -> Preference:
-    """`{"prompt","chosen","rejected"}`, all strings or all messages; messages may hold the prompt in both answers."""
-    prompt, tools = row.get("prompt"), row.get("tools") or []
+    """`{"prompt","chosen","rejected"}`: strings, or messages, where both answers may begin with the prompt."""
+    prompt, keys = row.get("prompt"), ("chosen", "rejected")
     if isinstance(row["chosen"], str):
         if not isinstance(prompt, str):
             raise _Bad("prompt", f"found {_found(prompt)}", "a string, as the answers are")
-        if not isinstance(row.get("rejected"), str) or not row["rejected"] or not row["chosen"]:
-            raise _Bad("rejected", f"found {_found(row.get('rejected'))}", "two non-empty strings, chosen and rejected")
-        return _preference(Completion(prompt, row["chosen"]), Completion(prompt, row["rejected"]))
-    asked = [] if prompt is None else _turns(row, "prompt")
-    return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in ("chosen", "rejected")))
+        for key in keys:
+            if not isinstance(row.get(key), str) or not row[key]:
+                raise _Bad(key, f"found {_found(row.get(key))}", "a non-empty string, as the other answer is")
+        return _preference(*(Completion(prompt, row[key]) for key in keys))
+    answers = [_turns(row, key) for key in keys]
+    asked = [Turn({"role": "user", "content": prompt}, False)] if isinstance(prompt, str) else []
+    if isinstance(prompt, str) and all(len(answer) > 1 for answer in answers):
+        asked = []  # UltraFeedback's: the prompt by itself, and again in both conversations
+    elif prompt is not None and not isinstance(prompt, str):
+        asked = _turns(row, "prompt")
+        if all(answer[: len(asked)] == asked for answer in answers):
+            asked = []
+    tools = row.get("tools") or []
+    return _preference(*(_answered(asked, answer, key, tools) for key, answer in zip(keys, answers, strict=True)))
 
 
 def preferred_output(row: dict[str, Any]) -> Preference:
@@ -149,11 +158,11 @@ def preferred_output(row: dict[str, Any]) -> Preference:
 
 
 #: The key that marks a row's format → the function that reads it. The first one found counts: a preference has a
-#: `prompt` as well, and Alpaca's rows have a `text` beside the instruction, with both rendered into it.
+#: `prompt` as well and may have `messages`, Alpaca's rows have a `text` with the instruction rendered into it.
 FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
-    "messages": chat,
     "chosen": preference,
     "preferred_output": preferred_output,
+    "messages": chat,
     "conversations": sharegpt,
     "prompt": completion,
     "instruction": instruction,

@@ -208,7 +208,7 @@ class Checkpoint(Base):
 class Preview(Base):
     """Rows of a dataset as a base's tokenizer sees them: asked for by a request that waits, answered by a worker.
 
-    No lease: whoever takes it and dies is followed by another, and all that is lost is time.
+    No lease: whoever takes it and dies is followed by another, and `takes` counts them.
     """
 
     __tablename__ = "previews"
@@ -223,6 +223,7 @@ class Preview(Base):
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     taken_at: Mapped[datetime | None]
+    takes: Mapped[int] = mapped_column(server_default=text("0"))
     finished_at: Mapped[datetime | None]
 
 

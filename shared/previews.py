@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from shared import jobs
+from shared.errors import TooMany
 from shared.ids import new_id
 from shared.models import Preview
 from shared.preview import PreviewCreate, PreviewError, PreviewOut
@@ -21,6 +22,10 @@ from shared.preview import PreviewCreate, PreviewError, PreviewOut
 WANTED_SECONDS = 120.0
 #: Taken, and not heard of for so long: its worker is gone.
 SILENT_SECONDS = 10.0
+#: Workers that may die at one preview before it is thought to be the reason.
+MOST_TAKES = 2
+#: Previews of a tenant that may wait at once.
+MOST_WAITING = 4
 KEPT_SECONDS = 3600.0
 
 
@@ -36,6 +41,9 @@ def ask(session: Session, tenant_id: str, request: PreviewCreate) -> str:
     earlier = session.scalar(select(Preview.id).where(*same).order_by(Preview.created_at.desc()).limit(1))
     if earlier is not None:
         return earlier
+    waiting = select(func.count()).where(Preview.tenant_id == tenant_id, Preview.finished_at.is_(None), _wanted())
+    if (session.scalar(waiting) or 0) >= MOST_WAITING:
+        raise TooMany(f"{MOST_WAITING} previews of yours are waiting, and no more may; ask again once they are done")
     preview = Preview(
         id=new_id("preview-"),
         tenant_id=tenant_id,
@@ -59,12 +67,20 @@ def find(session: Session, preview_id: str) -> tuple[Preview, bool]:
 
 
 def take(session: Session) -> Preview | None:
-    """The preview that has waited longest, and that nobody is at."""
+    """The preview that has waited longest, and that nobody is at. One that workers have died of is refused instead."""
     free = Preview.taken_at.is_(None) | (Preview.taken_at < _ago(SILENT_SECONDS))
-    oldest = select(Preview).where(Preview.finished_at.is_(None), _wanted(), free).order_by(Preview.created_at).limit(1)
+    waiting = (Preview.finished_at.is_(None), _wanted(), free)
+    message = f"{MOST_TAKES} workers ended while they were at this preview"
+    deadly = PreviewError(code="trainer_crashed", message=message, retryable=False)
+    session.execute(
+        update(Preview)
+        .where(*waiting, Preview.takes >= MOST_TAKES)
+        .values(error=deadly.model_dump(mode="json"), finished_at=func.clock_timestamp())
+    )
+    oldest = select(Preview).where(*waiting).order_by(Preview.created_at).limit(1)
     preview = session.scalar(oldest.with_for_update(skip_locked=True))
     if preview is not None:
-        keep(session, preview.id)
+        session.execute(_unfinished(preview.id).values(taken_at=func.clock_timestamp(), takes=Preview.takes + 1))
     return preview
 
 
@@ -76,7 +92,7 @@ def keep(session: Session, preview_id: str) -> bool:
 
 def give_back(session: Session, preview_id: str) -> None:
     """Leave it to another worker, at once."""
-    session.execute(_unfinished(preview_id).values(taken_at=None))
+    session.execute(_unfinished(preview_id).values(taken_at=None, takes=Preview.takes - 1))
 
 
 def answer(session: Session, preview_id: str, result: PreviewOut) -> None:

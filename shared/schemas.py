@@ -219,7 +219,8 @@ class JobCreate(Request):
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> Self:
         told = self.method.hyperparameters
-        if self.hyperparameters is not None and self.method.type not in self.method.model_fields_set:
+        settings = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+        if self.hyperparameters is not None and not (settings and "hyperparameters" in settings.model_fields_set):
             told = self.hyperparameters
         self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))
         self.hyperparameters = self.method.hyperparameters

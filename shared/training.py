@@ -122,7 +122,8 @@ class Score(Wire):
 
     Of DPO the loss is the mean over pairs, which is log 2 where nothing was learned; accuracy and tokens are those of
     the chosen answers. `reward_accuracy` is the share of pairs whose chosen answer gained on the rejected one, ties
-    halved, and `reward_margin` by how much, times beta, in nats.
+    halved, and `reward_margin` by how much, times beta, in nats; `chosen_loss` is the chosen answers' own, in nats a
+    token.
     """
 
     loss: float
@@ -130,6 +131,7 @@ class Score(Wire):
     tokens: int
     reward_accuracy: float | None = None
     reward_margin: float | None = None
+    chosen_loss: float | None = None
 
     @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property, pydantic asks for one
     @property
@@ -234,7 +236,8 @@ class Servable(Wire):
 class Proof(Wire):
     """What a clean process saw of the published files, on the report's held-out rows.
 
-    `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance` nats. `max_logit_difference` is
+    `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance`, as a share of it or of one nat
+    where it is less. `max_logit_difference` is
     the largest that the adapter makes on a row.
     """
 

@@ -60,12 +60,14 @@ def _work(queue: Queue) -> None:
     A slot that cannot work keeps its ring and waits, or it would take the ring of one that can; and after one crash
     upon another it waits ever longer, so that one bad machine does not spoil every job of the queue.
     """
-    setbacks = 0
+    setbacks, answered = 0, False
     while not draining():
         if queue is Queue.PREPARE:
-            preview.answer_waiting(draining)  # first: somebody sits and waits
+            answered = preview.answer_next(draining)  # first: somebody sits and waits; but jobs have their turn
         outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
         if outcome is Outcome.IDLE:
+            if answered:
+                continue
             return
         setbacks = 0 if outcome is Outcome.DONE else setbacks + 1
         until = time.monotonic() + setback_seconds(setbacks)

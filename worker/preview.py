@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from sqlalchemy.exc import DataError
+
 from shared import previews, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
@@ -41,17 +43,20 @@ class Refused(Exception):
         self.error = error
 
 
-def answer_waiting(draining: Callable[[], bool]) -> None:
-    """One preview after the other, until none waits."""
+def answer_next(draining: Callable[[], bool]) -> bool:
+    """Answer the preview that is next, if one waits; returns whether one did."""
     try:
-        while not draining() and cache.has_room() and (preview := _take()) is not None:
-            bind(preview=preview.id)
-            _answer(preview, draining)
-            log.info("preview.done")
+        if draining() or not cache.has_room() or (preview := _take()) is None:
+            return False
+        bind(preview=preview.id)
+        _answer(preview, draining)
+        log.info("preview.done")
     except Unavailable as error:
         log.warning("preview.failed", error=error.message)
+        return False
     finally:
         unbind("preview")
+    return True
 
 
 def _take() -> PreviewRow | None:
@@ -70,8 +75,13 @@ def _answer(preview: PreviewRow, draining: Callable[[], bool]) -> None:
         with session_scope() as session:
             previews.refuse(session, preview.id, refused.error)
     else:
-        with session_scope() as session:
-            previews.answer(session, preview.id, result)
+        try:
+            with session_scope() as session:
+                previews.answer(session, preview.id, result)
+        except DataError as error:
+            log.exception("preview.unstorable")
+            with session_scope() as session:
+                previews.refuse(session, preview.id, _error("internal_error", f"{error.orig}", retryable=False))
 
 
 def _made(preview: PreviewRow, watch: _Watch) -> PreviewOut:

@@ -32,6 +32,7 @@ def upgrade() -> None:
             "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
         sa.Column("taken_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("takes", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_previews_tenant_id_tenants"),
         sa.ForeignKeyConstraint(["base_model"], ["base_models.name"], name="fk_previews_base_model_base_models"),

@@ -187,3 +187,16 @@ def test_every_verdict_can_be_drawn(adapter: Path) -> None:
     found = verify(adapter)
     for signature in Signature:
         assert verdict(found.model_copy(update={"signature": signature, "ok": False}))
+
+
+def test_a_link_is_no_file_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    """transformers would read templates from such a folder, whatever lies there."""
+    (tmp_path / "elsewhere").mkdir()
+    (adapter / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    found = verify(adapter)
+    assert (found.ok, found.unlisted) == (False, ["additional_chat_templates"])
+    (adapter / "additional_chat_templates").unlink()
+    copy = tmp_path / "config"
+    (adapter / "adapter_config.json").rename(copy)
+    (adapter / "adapter_config.json").symlink_to(copy)
+    assert verify(adapter).changed == ["adapter_config.json"]

@@ -34,7 +34,7 @@ def test_auto_is_what_the_recipe_makes_of_it(rows: int, longest: int, packing: b
         Quantization.NF4,
         seed=1,
         base=recipe.Architecture("llama", 576, 8192),
-        size=recipe.Size(rows, longest),
+        size=recipe.Size(rows, longest, longest),
     )
     assert (ours.r, ours.n_epochs, ours.micro_batch) == (resolved.r, resolved.n_epochs, resolved.micro_batch)
     assert ours.max_length == min(longest, resolved.max_length)
@@ -76,7 +76,7 @@ def test_old_and_new_hyperparameters_are_twins() -> None:
 
 
 def test_the_verdict_names_the_change() -> None:
-    tight = asked(trainer={"micro_batch": 8}, device_memory_bytes=2_200_000_000)
+    tight = asked(trainer={"micro_batch": 8}, device_memory_bytes=2_000_000_000)
     assert tight.fits is False
     assert tight.change is not None
     assert (tight.change.param, tight.change.value) == ("trainer.micro_batch", 4)

@@ -12,12 +12,12 @@ from sqlalchemy import func, text, update
 
 from shared import previews, storage
 from shared.db import session_scope
-from shared.errors import NotFound
+from shared.errors import NotFound, TooMany
 from shared.models import BaseModel, File, Preview
 from shared.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
 from shared.tenants import ensure_tenant
-from worker.preview import answer_waiting
+from worker.preview import answer_next
 from worker.sweeper import sweep
 
 ROWS = b'{"prompt": "1 + 1 =", "completion": " 2"}\n{"prompt": "x"}\n'
@@ -55,7 +55,7 @@ def test_a_preview_of_a_dead_worker_is_taken_over(asked: Asked) -> None:
     assert take() == asked.id
     assert take() is None  # somebody is at it
     pass_by("taken_at", previews.SILENT_SECONDS)
-    answer_waiting(draining=lambda: False)
+    answer_next(draining=lambda: False)
     preview = read(asked.id)
     assert (preview.error, preview.finished_at is None) == (None, False)
     out = PreviewOut.model_validate(preview.result)
@@ -71,7 +71,7 @@ def test_a_preview_of_a_dead_worker_is_taken_over(asked: Asked) -> None:
 def test_a_trainer_that_dies_costs_the_answer_and_no_more(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLINER_TRAINER_COMMAND", "false")
     get_settings.cache_clear()
-    answer_waiting(draining=lambda: False)
+    answer_next(draining=lambda: False)
     error = PreviewError.model_validate(read(asked.id).error)
     assert (error.code, error.message, error.retryable) == (
         "trainer_crashed",
@@ -81,16 +81,33 @@ def test_a_trainer_that_dies_costs_the_answer_and_no_more(asked: Asked, monkeypa
     assert ask(asked.tenant, asked.body) != asked.id  # asked again, it is tried again
 
 
+def test_a_preview_that_workers_die_of_is_refused(asked: Asked) -> None:
+    for _ in range(previews.MOST_TAKES):
+        assert take() == asked.id
+        pass_by("taken_at", previews.SILENT_SECONDS)
+    assert take() is None
+    error = PreviewError.model_validate(read(asked.id).error)
+    assert (error.code, error.retryable) == ("trainer_crashed", False)
+
+
+def test_a_tenant_has_a_few_at_a_time(asked: Asked) -> None:
+    for rows in range(1, previews.MOST_WAITING):
+        ask(asked.tenant, asked.body.model_copy(update={"rows": rows}))
+    with pytest.raises(TooMany, match="previews of yours are waiting"):
+        ask(asked.tenant, asked.body.model_copy(update={"rows": 20}))
+    assert ask(asked.tenant, asked.body) == asked.id
+
+
 def test_a_file_that_the_bucket_has_lost_is_told(asked: Asked) -> None:
     with session_scope() as session:
         session.execute(update(File).where(File.id == asked.body.training_file).values(key="files/nowhere"))
-    answer_waiting(draining=lambda: False)
+    answer_next(draining=lambda: False)
     error = PreviewError.model_validate(read(asked.id).error)
     assert (error.code, error.retryable) == ("object_lost", False)
 
 
 def test_a_worker_that_drains_leaves_it_to_another(asked: Asked) -> None:
-    answer_waiting(draining=after(1))
+    answer_next(draining=after(1))
     assert (read(asked.id).taken_at, read(asked.id).finished_at) == (None, None)
     assert take() == asked.id
 

@@ -84,7 +84,7 @@ def task(base: Path, training: Path) -> Task:
         base_revision="1",
         training_file=str(training),
         validation_file=None,
-        hyperparameters={},
+        method={},
         lora={},
         quantization="none",
         trainer={},

@@ -20,14 +20,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "short_rows"
 #: Tokens of a row. In thread time, forward and backward: at 128 a quarter of the fused kernel's, at 512 more than it.
 LONGEST = 256
+#: What projections that make keys, alone or with queries and values, are called.
+KEYS = frozenset({"k_proj", "key", "c_attn", "qkv_proj", "query_key_value"})
 
 
 def use(model: PreTrainedModel) -> None:
-    """Where the model would take torch's fused kernel on a CPU, take this one for short rows."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    """Where the model would take torch's fused kernel on a CPU, take this one for short rows.
+
+    Not on bases with biases in their keys, such as Qwen 2: they may make scores so large that rounding shows.
+    """
+    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not _are_keys_biased(model):
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+def _are_keys_biased(model: PreTrainedModel) -> bool:
+    modules = model.named_modules()
+    return any(
+        name.rpartition(".")[2] in KEYS and getattr(module, "bias", None) is not None for name, module in modules
+    )
 
 
 def attend(  # noqa: PLR0917 (transformers' signature)

@@ -89,6 +89,7 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
     Padding is never a target. In packed rows it is a document of its own, so no mask is needed.
     """
     length = max(sum(map(len, row)) for row in rows)
+    longest = max(len(example) for row in rows for example in row)
     input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
     targets = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     position_ids = torch.zeros((len(rows), length), dtype=torch.long)
@@ -105,7 +106,8 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
             if attention_mask is not None:
                 attention_mask[r, start:end] = 1
             start = end
-        position_ids[r, start:] = torch.arange(length - start)
+        # Padding may be longer than any document, and than the base's context: its positions must not be.
+        position_ids[r, start:] = torch.arange(length - start) % longest
     documents = [example for row in rows for example in row]
     return Batch(
         input_ids,

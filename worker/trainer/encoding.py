@@ -82,7 +82,9 @@ class Pair:
 
     @property
     def learnable(self) -> bool:
-        return self.chosen.learnable and self.rejected.learnable
+        """Nothing is to be learned of answers that are the same, be it by the cut."""
+        same = np.array_equal(self.chosen.ids, self.rejected.ids)
+        return self.chosen.learnable and self.rejected.learnable and not same
 
     def cut(self, length: int) -> Pair:
         """The first `length` tokens of each."""

@@ -39,6 +39,13 @@ def fuse(adapted: PeftModel) -> None:
             module.forward = partial(forward, module, resident)
 
 
+def let_go(adapted: PeftModel) -> None:
+    """Keep no matrix dequantized any longer: memory is short, and the result the same to the bit."""
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and "forward" in vars(module):
+            module.forward = partial(forward, module, None)
+
+
 def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """In place of `module.forward`: (…, in) → (…, out).
 

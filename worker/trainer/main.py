@@ -186,7 +186,9 @@ class Session:
             traceback.print_exc()
             if is_out_of_memory(error):
                 hint = "lower trainer.max_length or lora.r, or take quantization nf4"
-                self._fail(command, "out_of_memory", f"the trainer ran out of memory: {error}", hint=hint)
+                # One that was trained did fit: what is short of memory then is the machine.
+                told, again = f"the trainer ran out of memory: {error}", isinstance(command, Verify)
+                self._fail(command, "out_of_memory", told, hint=hint, retryable=again)
             elif is_disk_full(error):
                 hint = "free space on the worker's disk; the job goes on from its last checkpoint"
                 self._fail(command, "disk_full", f"the worker's disk is full: {error}", hint=hint, retryable=True)

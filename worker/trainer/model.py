@@ -109,6 +109,7 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
+    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
@@ -117,6 +118,10 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
+    # Base and tuned are compared with each other there: chance must not tell them apart.
+    for module, name, _ in own_dropouts:
+        setattr(module, name, 0.0)
+    model.muted = own_dropouts
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
@@ -127,6 +132,8 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
 def take_off(adapted: PeftModel) -> None:
     """Leave the base exactly as it was before `put_on`."""
     adapted.unload()
+    for module, name, value in adapted.muted:
+        setattr(module, name, value)
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
@@ -154,6 +161,16 @@ def _is_transposed(model: PreTrainedModel) -> bool:
     An adapter says so even if it was trained on those: whoever loads it may not quantize.
     """
     return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
+
+
+def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
+    """Where the base itself draws random numbers in training: (module, attribute, rate)."""
+    return [
+        (module, name, rate)
+        for module in model.modules()
+        for name in (["p"] if isinstance(module, torch.nn.Dropout) else ["attention_dropout"])
+        if isinstance(rate := getattr(module, name, None), float) and rate > 0
+    ]
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:

@@ -43,7 +43,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         task.quantization,
         seed=task.seed,
         base=base,
-        size=recipe.Size(len(rows.train), longest),
+        size=recipe.Size(len(rows.train), longest, max(map(len, rows.train))),
     )
     apart = rows.heldout if rows.heldout_source != "training_file" else []
     found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart)

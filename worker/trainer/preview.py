@@ -107,4 +107,5 @@ def _said(encoder: Encoder, before: list[int], tokens: list[int]) -> str:
     Where the seam goes through a character, there is no difference that means anything.
     """
     start, whole = encoder.text(before), encoder.text(before + tokens)
-    return whole.removeprefix(start) if whole.startswith(start) else encoder.text(tokens)
+    said = whole.removeprefix(start) if whole.startswith(start) else encoder.text(tokens)
+    return said.replace("\0", "\N{REPLACEMENT CHARACTER}")  # Postgres holds no NUL

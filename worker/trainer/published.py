@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
 from shared.protocol import Task
@@ -81,9 +81,10 @@ def tensors(folder: Path) -> Tensors:
 def tokenizer_sha256(folder: Path, encoder: Encoder) -> str:
     """The fingerprint of the folder's tokenizer, which must be the base's. Raises TrainingFailed if it is not."""
     try:
-        found = Encoder(str(folder)).tokenizer
-    except TrainingFailed as error:
-        raise unreadable("the tokenizer", error) from error
+        # Not by an Encoder: the base's generation config may name what stops it, and is no part of an adapter.
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise unreadable("tokenizer", error) from error
     ours, theirs = _parts(found), _parts(encoder.tokenizer)
     if differing := sorted(part for part in theirs if ours[part] != theirs[part]):
         raise TrainingFailed(

@@ -63,10 +63,13 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What the recipe needs to know of a dataset: rows that are trained on, and the longest of them in tokens."""
+    """What the recipe needs to know of a dataset: rows that are trained on, the longest document in tokens as it came,
+    and the longest row after the cut. A pair is one row of two documents.
+    """
 
     rows: int
     longest: int
+    longest_row: int
 
 
 def architecture(base_dir: str) -> Architecture:
@@ -142,7 +145,7 @@ def resolve(
         quantization=quantization,
         max_length=length,
         packing=trainer.packing,
-        micro_batch=_micro_batch(trainer, min(length, size.longest), batch_size),
+        micro_batch=_micro_batch(trainer, size.longest_row, batch_size),
         save_every=trainer.save_every or min(part, LONGEST_WITHOUT_CHECKPOINT),
         eval_every=trainer.eval_every or part,
         early_stopping=trainer.early_stopping,

@@ -27,7 +27,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas import Phase
 from shared.training import Metrics, Recipe, Report, Sample
-from worker.trainer import adapter, checkpoint, data, evaluate, ladder, methods, model, report, samples, selftest
+from worker.trainer import adapter, checkpoint, data, evaluate, ladder, lora, methods, model, report, samples, selftest
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
@@ -137,6 +137,8 @@ def _start(
         state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
+    if state.memory_halvings:
+        lora.let_go(adapted)
     run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, best, state.step, time.monotonic())
     _say_decisions(run)
     return run
@@ -165,7 +167,8 @@ def _finish(run: Run, encoder: Encoder) -> None:
 def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout):
+    # Once more where only the end is left to do: the proof may have found that the score in the checkpoint is wrong.
+    if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout) or _is_trained(run):
         scored = _score(run, adapter=False)
         run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
         run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
@@ -175,7 +178,7 @@ def _loop(run: Run) -> RowScores:
             _evaluate(run)
         if run.stopping():
             raise evaluate.Interrupted
-        trained = run.state.step >= run.recipe.total_steps or _patience_is_spent(run)
+        trained = _is_trained(run)
         overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
         if trained or overdue or run.state.step % run.recipe.save_every == 0:
             _save(run)  # the last step too: what comes after it may be interrupted, and costs no step then
@@ -263,6 +266,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
         ladder.free()
         wider = run.layout
         run.state.memory_halvings += 1
+        lora.let_go(run.adapted)
         change = ladder.difference(wider, run.layout)
         run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
@@ -294,6 +298,10 @@ def _evaluate(run: Run) -> None:
     )
     if _patience_is_spent(run):
         run.say(f"stopping early at step {state.step}: no improvement in {state.worse_evaluations} evaluations")
+
+
+def _is_trained(run: Run) -> bool:
+    return run.state.step >= run.recipe.total_steps or _patience_is_spent(run)
 
 
 def _patience_is_spent(run: Run) -> bool:

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -82,6 +83,13 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
 
 def check(proof: Proof, report: Report) -> None:
     """Does what was measured agree with the report? Raises TrainingFailed; `not <=` also catches NaN."""
+    if not math.isfinite(proof.max_logit_difference):
+        raise TrainingFailed(
+            f"the published adapter gives logits that are no numbers on {TRIED_ROWS} held-out rows",
+            code="adapter_not_reproducible",
+            hint="the worker's memory or accelerator is faulty: its training ended with numbers",
+            retryable=True,
+        )
     if proof.max_logit_difference == 0:
         raise published.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
     if not _agree(proof.base, report.base, proof.tolerance):
@@ -132,13 +140,23 @@ def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> fl
             tuned = own_logits(base.model, batch).float()
             with adapted.disable_adapter():
                 plain = own_logits(base.model, batch).float()
-            largest = max(largest, float((tuned - plain).abs().max()))
+            found = float((tuned - plain).abs().max())
+            largest = found if math.isnan(found) else max(largest, found)
     return largest
 
 
 def _agree(found: Score, reported: Score, tolerance: float) -> bool:
-    return found.tokens == reported.tokens and abs(found.loss - reported.loss) <= tolerance * max(1.0, reported.loss)
+    """DPO's loss compares the model with itself and hardly sees the base; the chosen answers' own loss does."""
+    pairs = [(found.loss, reported.loss)]
+    if found.chosen_loss is not None and reported.chosen_loss is not None:
+        pairs.append((found.chosen_loss, reported.chosen_loss))
+    return found.tokens == reported.tokens and all(abs(a - b) <= tolerance * max(1.0, b) for a, b in pairs)
 
 
 def _told(found: Score, reported: Score) -> str:
-    return f"loss {found.loss:.6g} over {found.tokens} tokens, reported were {reported.loss:.6g} over {reported.tokens}"
+    return f"{_numbers(found)} over {found.tokens} tokens, reported were {_numbers(reported)} over {reported.tokens}"
+
+
+def _numbers(score: Score) -> str:
+    chosen = "" if score.chosen_loss is None else f" ({score.chosen_loss:.6g} of the chosen answers)"
+    return f"loss {score.loss:.6g}{chosen}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from worker.trainer import attention
 
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -51,17 +52,23 @@ def test_long_rows_are_left_to_torch() -> None:
 
 
 def test_models_that_attend_by_a_function_of_transformers_take_it() -> None:
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     ids = torch.arange(20).view(2, 10)
-    for model in (llama, gpt2):
-        before = model(input_ids=ids, use_cache=False).logits
+    before = model(input_ids=ids, use_cache=False).logits
+    attention.use(model)
+    assert model.config._attn_implementation == attention.NAME
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)
+    # Generation comes with a cache, whose keys are more than the queries.
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
+
+
+def test_keys_with_biases_are_left_to_torch() -> None:
+    """Their scores may be so large that bf16 does not hold them."""
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4))
+    for model in (qwen2, gpt2):
         attention.use(model)
-        assert model.config._attn_implementation == attention.NAME
-        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)
-        # Generation comes with a cache, whose keys are more than the queries.
-        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_eager_models_stay_eager() -> None:

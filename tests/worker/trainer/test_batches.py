@@ -30,6 +30,7 @@ def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, m
     assert sum(int((b.targets != IGNORED).sum()) for b in found) == trained_tokens(examples)
     assert all(len(b.input_ids) <= micro_batch for b in found)
     assert all((b.attention_mask is None) == packing for b in found)
+    assert all(int(b.position_ids.max()) < max(sizes) for b in found)
 
 
 @given(sizes=lengths)

@@ -15,6 +15,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured
 from shared.schemas import Quantization
 from shared.training import Recipe
+from tests.tiny import tiny_base
 from worker.trainer import data, methods, model, selftest
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Encoded, Encoder, Pair, Row
@@ -114,7 +115,7 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     assert adapted.training
 
 
-@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.NF4])
+@pytest.mark.parametrize("quantization", list(Quantization))
 def test_an_adapter_that_does_nothing_yet_is_the_reference(
     llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
 ) -> None:
@@ -127,6 +128,41 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
             tally.add(methods.loss(adapted, batch, layout(), recipe))
     score = tally.score()
     assert (score.loss, score.reward_accuracy, score.reward_margin) == (pytest.approx(math.log(2)), 0.5, 0.0)
+
+
+def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: Recipe, tmp_path: Path) -> None:
+    """Or the reference, which is the same model, would be another one by chance."""
+    tiny_base(tmp_path, "gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    base = model.load_base(str(tmp_path), Quantization.NONE)
+    adapted = model.put_on(base, recipe)
+    [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
+    with base.precision():
+        margins = methods.loss(adapted, batch, layout(), recipe).margins
+    assert margins is not None
+    assert not margins.any()
+    model.take_off(adapted)
+    assert {m.p for m in base.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+
+
+def test_pairs_longer_than_the_context_are_padded_within_it(
+    make_task: MakeTask, write_rows: WriteRows, encoder: Encoder, tmp_path: Path
+) -> None:
+    """A packed row of two documents may be; GPT-2 looks each position up in a table, the padding's too."""
+    tiny_base(tmp_path, "gpt2")
+    long = {"prompt": "a ", "chosen": "b" * 200, "rejected": "c" * 190}
+    task = make_task(write_rows([long, *preferences(5)]), method="dpo", base_dir=str(tmp_path))
+    base, recipe = model.load_base(str(tmp_path), Quantization.NONE), recipe_of(task)
+    adapted, rows = model.put_on(base, recipe), data.load(task, encoder).train
+    [batch] = batches(rows, packing=True, micro_batch=9, pad=2)
+    assert batch.input_ids.shape[1] > 256 > int(batch.position_ids.max())
+    assert methods.loss(adapted, batch, layout(), recipe).sums.isfinite().all()
+
+
+def test_a_pair_that_the_cut_makes_equal_teaches_nothing(encoder: Encoder, rows: list[Row]) -> None:
+    pair = rows[1]
+    assert isinstance(pair, Pair)
+    assert pair.learnable
+    assert not Pair(pair.chosen, pair.chosen).learnable
 
 
 def test_pairs_stay_together_and_every_document_is_there_once(rows: list[Row]) -> None:

@@ -32,7 +32,7 @@ def resolve(
         Quantization.NF4,
         seed=1,
         base=base,
-        size=Size(rows, longest),
+        size=Size(rows, longest, min(longest, asked.get("trainer", {}).get("max_length", recipe.LONGEST_AUTO_ROW))),
     )
 
 

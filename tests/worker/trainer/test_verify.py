@@ -17,7 +17,8 @@ from shared.errors import TrainingFailed
 from shared.protocol import Done, Failed, Task, Verified, Verify
 from shared.training import Proof
 from tests.tiny import tiny_llama
-from worker.trainer import serving, verify
+from worker.trainer import published, serving, verify
+from worker.trainer.encoding import Encoder
 
 from .conftest import Child, quotes, recipe_of, run
 
@@ -48,6 +49,9 @@ def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.T
         job="j", task=task, recipe=recipe_of(task), adapter_dir=done.path, report=done.report,
         memory_halvings=done.memory_halvings,
     )  # fmt: skip
+
+
+SCORES = ("base", "tuned")
 
 
 def test_a_sound_adapter_stands_and_reproduces_to_the_bit(child: Child, sound: Verify) -> None:
@@ -220,3 +224,32 @@ def test_what_vllm_would_refuse_is_told(
     assert (found.servable, found.max_lora_rank) == (said is None, rank)
     assert len(found.reasons) == (said is not None)
     assert said is None or said in found.reasons[0]
+
+
+def test_preferences_are_held_to_their_chosen_answers(sound: Verify, child: Child) -> None:
+    """Their own loss is log 2 on any base, and hardly less where little was learned."""
+    child.send(sound)
+    proof = child.until(Verified).proof
+    pairs = {"reward_accuracy": 0.5, "reward_margin": 0.0}
+    told = sound.report.model_copy(
+        update={name: getattr(sound.report, name).model_copy(update=pairs | {"chosen_loss": 4.0}) for name in SCORES}
+    )
+    for name, code in zip(SCORES, ("base_mismatch", "adapter_not_reproducible"), strict=True):
+        found = {other: getattr(told, other) for other in SCORES}
+        found[name] = found[name].model_copy(update={"chosen_loss": 4.1})
+        with pytest.raises(TrainingFailed) as failed:
+            verify.check(proof.model_copy(update=found), told)
+        assert failed.value.code == code
+
+
+def test_a_base_whose_stop_is_told_elsewhere_has_a_fingerprint(llama: str, tmp_path: Path) -> None:
+    """In its generation config, which no adapter carries."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(llama, base)
+    stopless = AutoTokenizer.from_pretrained(base)
+    stopless.eos_token = None
+    stopless.save_pretrained(base)
+    stopless.save_pretrained(folder)
+    encoder = Encoder(str(base))
+    assert encoder.tokenizer.eos_token_id is None
+    assert published.tokenizer_sha256(folder, encoder)

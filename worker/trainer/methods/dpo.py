@@ -1,13 +1,11 @@
 """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The reference is the same model with the adapter off, so that it costs a forward pass and no memory. Must not know how
-likelihoods are computed.
+The reference is the same model with the adapter off, so that it costs a forward pass and no memory. Both passes are in
+train mode: LLM.int8() computes otherwise in evaluation. So the base must have no dropout of its own (`put_on` sees to
+that), or the two would differ by chance. Must not know how likelihoods are computed.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -23,7 +21,7 @@ def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float) -> Lo
 
     Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
     """
-    with _reference(adapted):
+    with torch.no_grad(), adapted.disable_adapter():
         reference = likelihood(adapted.get_base_model(), batch, layout).nats
     tuned = likelihood(adapted.get_base_model(), batch, layout)
     gains = reference - tuned.nats
@@ -35,16 +33,5 @@ def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float) -> Lo
         hits=tuned.hits[0::2],
         tokens=batch.lengths[0::2],
         margins=margins.detach(),
+        chosen_nats=tuned.nats[0::2].detach(),
     )
-
-
-@contextmanager
-def _reference(adapted: PeftModel) -> Iterator[None]:
-    """The base alone and without its own dropout. No random number is drawn in here."""
-    training = adapted.training
-    adapted.eval()
-    try:
-        with torch.no_grad(), adapted.disable_adapter():
-            yield
-    finally:
-        adapted.train(training)

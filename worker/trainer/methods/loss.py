@@ -14,8 +14,8 @@ class Loss:
     """Of each example of the batch, by the dataset's `lines`.
 
     `sums` (examples,) is its loss in nats, differentiable and not yet divided by anything; `counts` is what it weighs
-    in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. `margins` (examples,) are the
-    reward margins of preferences, None elsewhere.
+    in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. Of preferences alone:
+    `margins` (examples,), their reward margins, and `chosen_nats` (examples,), what the chosen answers cost.
     """
 
     lines: tuple[int, ...]
@@ -24,6 +24,7 @@ class Loss:
     hits: torch.Tensor
     tokens: tuple[int, ...]
     margins: torch.Tensor | None = None
+    chosen_nats: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class Tally:
     hits: int = 0
     tokens: int = 0
     margins: float = 0.0
+    chosen_nats: float = 0.0
     wins: float = 0.0
     pairs: int = 0
 
@@ -43,7 +45,8 @@ class Tally:
         self.weight += sum(loss.counts)
         self.hits += int(loss.hits.sum().item())
         self.tokens += sum(loss.tokens)
-        if loss.margins is not None:
+        if loss.margins is not None and loss.chosen_nats is not None:
+            self.chosen_nats += loss.chosen_nats.sum().item()
             self.margins += loss.margins.sum().item()
             self.wins += (0.5 * (loss.margins.sign() + 1)).sum().item()
             self.pairs += len(loss.margins)
@@ -56,4 +59,5 @@ class Tally:
             tokens=self.tokens,
             reward_accuracy=self.wins / self.pairs if self.pairs else None,
             reward_margin=self.margins / self.pairs if self.pairs else None,
+            chosen_loss=self.chosen_nats / self.tokens if self.pairs else None,
         )
