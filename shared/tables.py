@@ -19,7 +19,7 @@ ONE_OBJECT = "one JSON object a line, such as " + SAMPLE
 BOM = b"\xef\xbb\xbf"
 HEAD = 64 * 1024
 DELIMITERS = ",;\t"
-#: For a lone column: whatever would part fields elsewhere is text there, quoted or not.
+#: For a lone column: whatever would part fields elsewhere is text there, quoted or not, and so is this.
 PARTS_NOTHING = "\x1f"
 #: What else people send → what it begins with.
 FOREIGN = {
@@ -215,6 +215,8 @@ def _header(fields: list[str]) -> list[str]:
 
 
 def _under(header: list[str], fields: list[str], delimiter: str) -> dict[str, Any]:
+    if delimiter == PARTS_NOTHING:
+        fields = [delimiter.join(fields)]
     if len(fields) != len(header):
         columns = f"{len(header)} column" + "s" * (len(header) != 1)
         raise Unreadable(
