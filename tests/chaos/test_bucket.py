@@ -355,7 +355,7 @@ def begun(ours: Fleet, jobs: list[str]) -> list[str]:
 
 
 def caught_by(ours: Fleet, outage: Callable[[], None], *, third: str = "staging") -> list[str]:
-    """Three jobs that an outage has met while they saved, published and staged, in this order.
+    """Three jobs that an outage has met while they saved, uploaded their adapter and staged, in this order.
 
     The third is `tokenizing` where `prepare` workers meet it too: then it stages for that, and gets no further.
     """
@@ -371,7 +371,7 @@ def waiting(ours: Fleet, jobs: list[str], third: str = "staging") -> bool:
     """Whether all are where `caught_by` left them: the first has taken its last step, and its worker still saves."""
     phases = dict(ours.sql("SELECT id, phase FROM jobs WHERE lease_owner IS NOT NULL"))
     steps = len(ours.said(jobs[0]).splitlines())
-    return steps == STEPS and [phases.get(job) for job in jobs] == ["training", "publishing", third]
+    return steps == STEPS and [phases.get(job) for job in jobs] == ["training", "verifying", third]
 
 
 def stays_so(ours: Fleet, jobs: list[str], seconds: float, *, third: str = "staging") -> None:
