@@ -30,8 +30,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """A score, and what it is the mean of: each row's summed loss in `nats` (rows,) and its `weights` (rows,), the
-    trained tokens, in the order that the rows were given in.
+    """A score, and what it is the mean of: each row's summed loss in `nats` (rows,) and its `weights` (rows,) in
+    that mean, in the order that the rows were given in.
     """
 
     mean: Score
@@ -48,22 +48,8 @@ def score(
     adapter: bool,
     layout: Layout,
     stopping: Callable[[], bool] = lambda: False,
-) -> Score:
-    """The means over `rows`, as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
-    return score_rows(base, adapted, rows, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
-
-
-def score_rows(
-    base: Base,
-    adapted: PeftModel,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    *,
-    adapter: bool,
-    layout: Layout,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
-    """The same, row by row."""
+    """`rows` as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
     tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
     nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
     with forward_only(base, adapted, adapter=adapter):

@@ -345,7 +345,7 @@ def _latest(state: RunState, recipe: Recipe) -> Metrics:
 
 def _score(run: Run, *, adapter: bool) -> RowScores:
     def act() -> RowScores:
-        return evaluate.score_rows(
+        return evaluate.score(
             run.base,
             run.adapted,
             run.rows.heldout,

@@ -63,7 +63,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     adapted = _put_on(base, folder, tensors)
     difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
     off, on = (
-        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping)
+        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
         for adapter in (False, True)
     )
     proof = Proof(

@@ -83,13 +83,12 @@ def test_rows_are_scored_in_their_own_order(
     recipe = recipe_of(task)
     adapted = model.put_on(base, recipe)
     layout = Layout(packing=packing, chunked=True, micro_batch=3, pad=2)
-    found = evaluate.score_rows(base, adapted, rows, recipe, adapter=False, layout=layout)
+    found = evaluate.score(base, adapted, rows, recipe, adapter=False, layout=layout)
     for row, nats, weight in zip(rows, found.nats, found.weights, strict=True):
         (batch,) = batches([row], packing=False, micro_batch=1, pad=2)
         assert likelihood(base.model, batch, layout).nats.item() == pytest.approx(float(nats), rel=1e-4)
         assert row.trained_tokens == weight
     assert found.mean.loss == pytest.approx(float(found.nats.sum()) / int(found.weights.sum()), rel=1e-6)
-    assert found.mean == evaluate.score(base, adapted, rows, recipe, adapter=False, layout=layout)
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
