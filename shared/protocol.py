@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from shared.preview import PreviewOut
-from shared.schemas import Lora, Method, Phase, Quantization, TrainerParams
-from shared.training import Metrics, Plan, Proof, Recipe, Report
+from shared.schemas import ExportName, Lora, Method, Phase, Quantization, TrainerParams
+from shared.training import Export, Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
@@ -83,6 +83,23 @@ class Verify(BaseModel):
     memory_halvings: int = 0
 
 
+class MakeExport(BaseModel):
+    """Write one more form of the proven adapter in `adapter_dir`, load it again; answer `exported` or `failed`.
+
+    For a process of its own: whatever it dies of costs this export alone. `proof` has the score to compare with.
+    """
+
+    op: Literal["export"] = "export"
+    job: str
+    task: Task
+    recipe: Recipe
+    name: ExportName
+    adapter_dir: str
+    work_dir: str
+    proof: Proof
+    memory_halvings: int = 0
+
+
 class Alive(BaseModel):
     """The supervisor runs and holds the lease. A child that has not heard this for `silence_seconds` freezes itself."""
 
@@ -97,7 +114,7 @@ class Stop(BaseModel):
     job: str
 
 
-Command = Annotated[Prepare | Preview | Train | Verify | Stop | Alive, Field(discriminator="op")]
+Command = Annotated[Prepare | Preview | Train | Verify | MakeExport | Stop | Alive, Field(discriminator="op")]
 
 
 class PhaseEntered(BaseModel):
@@ -172,6 +189,15 @@ class Verified(BaseModel):
     versions: dict[str, str]
 
 
+class Exported(BaseModel):
+    """A complete folder lies at `path` and has been loaded again; it is the supervisor's to upload and then delete."""
+
+    event: Literal["exported"] = "exported"
+    job: str
+    path: str
+    export: Export
+
+
 class Stopped(BaseModel):
     """Asked to stop and did; the last `checkpoint` event holds all that was trained, unless the disk was full."""
 
@@ -206,6 +232,7 @@ TrainerEvent = Annotated[
     | CheckpointSaved
     | Done
     | Verified
+    | Exported
     | Stopped
     | Failed,
     Field(discriminator="event"),

@@ -70,6 +70,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     EVALUATING = "evaluating"
     VERIFYING = "verifying"
+    EXPORTING = "exporting"
     PUBLISHING = "publishing"
 
 
@@ -172,6 +173,25 @@ class Quantization(StrEnum):
     NONE = "none"
 
 
+class ExportName(StrEnum):
+    """A form that an adapter is published in beside its own, in this order.
+
+    `merged` lays it on the base's original weights, `merged_dequantized` on those that it was trained against, both as
+    a folder of bf16 safetensors. The GGUF files are llama.cpp's: the adapter alone, and what `merged` holds.
+    """
+
+    MERGED = "merged"
+    MERGED_DEQUANTIZED = "merged_dequantized"
+    GGUF_ADAPTER = "gguf_adapter"
+    GGUF_MERGED = "gguf_merged"
+
+
+def _each_once(names: list[ExportName]) -> list[ExportName]:
+    if repeated := sorted({name.value for name in names if names.count(name) > 1}):
+        raise ValueError(f"names {', '.join(repeated)} more than once; each export is made once")
+    return names
+
+
 class TrainerParams(Request):
     """Settings of the loop that OpenAI does not have. Steps are optimizer steps."""
 
@@ -183,6 +203,7 @@ class TrainerParams(Request):
     save_every: Annotated[int, Field(ge=1)] | None = None
     early_stopping: Annotated[int, Field(ge=1, description="evaluations without improvement")] | None = None
     skip_bad_rows: Annotated[int, Field(ge=0, description="rows of a file that may be bad and are left out")] = 0
+    exports: Annotated[list[ExportName], AfterValidator(_each_once)] = []
 
 
 class JobCreate(Request):

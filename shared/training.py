@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
-from shared.schemas import MethodName, Quantization, Text, Wire
+from shared.schemas import ExportName, MethodName, Quantization, Text, Wire
 
 
 class Recipe(Wire):
@@ -250,6 +250,23 @@ class Proof(Wire):
     tensors: int
     tokenizer_sha256: str
     vllm: Servable
+
+
+class Export(Wire):
+    """A form that the adapter was published in besides, loaded again before it was; or why there is none (`error`).
+
+    `path` is where it begins among the adapter's files. `loss` is on the held-out rows, in nats a token, of DPO over the
+    chosen answers; `difference` is that loss less the adapter's own, and `max_logit_difference` the largest between the
+    two on a few rows. Nothing is scored of an adapter in GGUF: its tensors are the adapter's, bit for bit.
+    """
+
+    name: ExportName
+    path: str | None = None
+    bytes: int | None = None
+    loss: float | None = None
+    difference: float | None = None
+    max_logit_difference: float | None = None
+    error: str | None = None
 
 
 class Metrics(Wire):

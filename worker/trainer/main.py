@@ -33,6 +33,7 @@ from shared.protocol import (
     COMMAND,
     Alive,
     Failed,
+    MakeExport,
     Measured,
     PhaseEntered,
     Prepare,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 #: What the session answers one after the other.
-Work = Prepare | Preview | Train | Verify
+Work = Prepare | Preview | Train | Verify | MakeExport
 
 #: A child that has said nothing for so many seconds, and gets somewhere, says that.
 WORKING_EVERY = 5.0
@@ -178,6 +179,8 @@ class Session:
                     self._train(command)
                 case Verify():
                     self._verify(command)
+                case MakeExport():
+                    self._export(command)
         except TrainingFailed as error:
             self._fail(
                 command, error.code, error.message, hint=error.hint, param=error.param, retryable=error.retryable
@@ -228,6 +231,12 @@ class Session:
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(verify(command, stopping=stopping, tick=tick))
+
+    def _export(self, command: MakeExport) -> None:
+        from worker.trainer.exports import export  # noqa: PLC0415 (import cost)
+
+        stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
+        self.emit(export(command, stopping=stopping, tick=tick))
 
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""

@@ -129,6 +129,14 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     return model
 
 
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """A published adapter, put on as any user would."""
+    with warnings.catch_warnings():
+        # peft 0.21 still asks for a name that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, folder)
+
+
 def take_off(adapted: PeftModel) -> None:
     """Leave the base exactly as it was before `put_on`."""
     adapted.unload()

@@ -8,7 +8,6 @@ read.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -111,10 +110,7 @@ def check(proof: Proof, report: Report) -> None:
 def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     """As any user would; then look whether it took all of the file, and nothing but the file."""
     try:
-        with warnings.catch_warnings():
-            # peft 0.21 still asks for a name that transformers 5 has renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = PeftModel.from_pretrained(base.model, folder)
+        adapted = model.load_adapter(base.model, folder)
     except RuntimeError as error:
         if "size mismatch for " not in str(error):
             raise

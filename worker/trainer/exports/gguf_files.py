@@ -1,0 +1,217 @@
+"""GGUF files of an adapter and of a merged model, and reading them again by code that is not ours.
+
+Owns: the order of a file, and that what is read back is what was to be written. Tensors are written one at a time, so
+that nothing is held twice. What things are called is in `llama_cpp.py` and `vocabulary.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from shared.protocol import Task
+from shared.training import Recipe
+from worker.trainer.encoding import Encoder
+from worker.trainer.exports import llama_cpp, vocabulary
+
+ADAPTER = "adapter.gguf"
+MODEL = "model.gguf"
+PEFT_PREFIX = "base_model.model."
+#: What llama.cpp reads in fp32 alone, besides all that has one dimension.
+FP32 = ("position_embd.weight", "_norm.weight")
+#: Norms come back from another's arithmetic: 1 is added to Gemma's, taken off again, and rounded to bf16.
+ROUNDING = {"rtol": 2**-8, "atol": 1e-6}
+
+Tensors = dict[str, torch.Tensor]
+Fingerprint = dict[str, bytes | torch.Tensor]
+
+
+class Unlike(Exception):
+    """What was read back is not what was to be written."""
+
+
+def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: Task, recipe: Recipe) -> None:
+    """`tensors` under the keys of the PEFT format, in fp32 as they are."""
+    writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
+    _describe(writer, GGUFType.ADAPTER, task)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    # llama.cpp scales by alpha / r, rsLoRA by alpha / sqrt(r).
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, recipe.alpha * (math.sqrt(recipe.r) if recipe.use_rslora else 1.0))
+    _write(writer, lambda: _lora_tensors(tensors, config))
+
+
+def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig) -> None:
+    """Read by the `gguf` package, mapped back by transformers, and bit for bit the adapter's. Raises Unlike."""
+    form = llama_cpp.FORMS[config.model_type]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(_as_read(config))
+    processor = _processor(form, config)
+    theirs = get_gguf_hf_weights_map(skeleton, processor)
+    found: Tensors = {}
+    for tensor in GGUFReader(path).tensors:
+        name, _, part = tensor.name.rpartition(".lora_")
+        values = np.array(tensor.data)
+        if part == "b" and form.pairs_rotary:
+            values = processor.process(values, name).weights
+        key = f"{PEFT_PREFIX}{theirs[name].removesuffix('.weight')}.lora_{part.upper()}.weight"
+        found[key] = torch.from_numpy(values)
+    if differing := [key for key in sorted(found.keys() | tensors.keys()) if not _same(found.get(key), tensors.get(key))]:
+        raise Unlike(f"{len(differing)} of {len(tensors)} tensors come back otherwise, {differing[0]} for one")
+
+
+def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encoder) -> None:
+    """The whole of a model in bf16, norms and biases in fp32, with the tokenizer and the chat template."""
+    config = merged.config
+    writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
+    _describe(writer, GGUFType.MODEL, task)
+    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    llama_cpp.write_hyperparameters(writer, config)
+    words = vocabulary.of(encoder.tokenizer, config.vocab_size)
+    vocabulary.write(writer, words, encoder.tokenizer, encoder.stops)
+    _write(writer, lambda: _model_tensors(merged))
+
+
+def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """By transformers' reader of GGUF, which takes fewer hyperparameters from a file than llama.cpp does: the rest come
+    from `config`, and those that it does take must agree with that. Raises Unlike.
+    """
+    for key, value in load_gguf_checkpoint(path)["config"].items():
+        wanted = llama_cpp.rope_theta(config) if key == "rope_theta" else getattr(config, key, value)
+        if isinstance(value, int | float) and wanted is not None and not math.isclose(value, wanted, rel_tol=1e-6):
+            raise Unlike(f"its {key} is read as {value}, the model's is {wanted}")
+    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        config=_as_read(config),
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=False,
+    )
+    return found
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """What is left of a model to compare another with, once it has made room: digests, and what is small itself."""
+    return {name: _print(tensor) for name, tensor in model.state_dict().items()}
+
+
+def check_tensors(found: PreTrainedModel, wanted: Fingerprint) -> None:
+    """Every matrix is the merged model's bit for bit, every norm and bias but for rounding. Raises Unlike."""
+    state = found.state_dict()
+    if differing := [name for name, kept in wanted.items() if name not in state or not _agrees(state[name], kept)]:
+        raise Unlike(f"{len(differing)} of {len(wanted)} tensors come back otherwise, {differing[0]} for one")
+
+
+def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, texts: list[str]) -> None:
+    """The tokenizer that transformers rebuilds from the file reads every text as the base's does. Raises Unlike."""
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if words.pre in vocabulary.IGNORE_MERGES:
+        theirs.backend_tokenizer.model.ignore_merges = True  # llama.cpp knows it by the pre-tokenizer's name
+    for text in texts:
+        wanted, read = encoder.tokenizer(text)["input_ids"], theirs(text)["input_ids"]
+        if wanted != read:
+            i = next((i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), min(len(wanted), len(read)))
+            raise Unlike(f"its tokenizer reads a text otherwise from token {i} on: {read[i:i+3]}, wanted {wanted[i:i+3]}")
+    if theirs.chat_template != encoder.tokenizer.chat_template:
+        raise Unlike("its chat template is another")
+
+
+def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
+    writer.add_type(kind)
+    writer.add_name(task.base_name)
+    if task.base_license is not None:
+        writer.add_license(task.base_license)
+
+
+def _lora_tensors(tensors: Tensors, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    name_of = llama_cpp.names(config)
+    for key, tensor in sorted(tensors.items()):
+        module, _, part = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        named = _known(name_of(module), module)
+        turned = llama_cpp.with_paired_rotary(f"{module}.weight", tensor, config) if part == "B" else tensor
+        yield f"{named}.weight.lora_{part.lower()}", turned.float()
+
+
+def _model_tensors(merged: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    name_of = llama_cpp.names(merged.config)
+    factors = llama_cpp.rope_factors(merged.config)
+    if factors is not None:
+        yield llama_cpp.ROPE_FACTORS, torch.tensor(factors)
+    for name, tensor in merged.state_dict().items():
+        if name == "lm_head.weight" and merged.config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
+        named = f"{_known(name_of(module), name)}.{kind}"
+        turned = llama_cpp.laid_out(name, tensor, merged.config)
+        yield named, turned.float() if turned.ndim == 1 or named.endswith(FP32) else turned
+
+
+def _known(name: str | None, ours: str) -> str:
+    if name is None:
+        raise Unlike(f"llama.cpp has no name for {ours}")
+    return name
+
+
+def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
+    """The names and shapes of all come before the first: so `tensors` is gone through twice, and none is kept."""
+    for name, tensor in tensors():
+        kind = GGMLQuantizationType.F32 if tensor.dtype == torch.float32 else GGMLQuantizationType.BF16
+        writer.add_tensor_info(name, list(tensor.shape), _array(tensor[:0]).dtype, tensor.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in tensors():
+        writer.write_tensor_data(_array(tensor))
+    writer.close()
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """NumPy has no bf16: its bits, as whole numbers."""
+    tensor = tensor.detach().cpu().contiguous()
+    found: npt.NDArray[np.generic] = (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
+    return found
+
+
+def _as_read(config: PretrainedConfig) -> PretrainedConfig:
+    """To llama.cpp a Mistral is a Llama, and so it is to who reads its file."""
+    if config.model_type != "mistral":
+        return config
+    shared = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    return LlamaConfig.from_dict(shared)
+
+
+def _processor(form: llama_cpp.Form, config: PretrainedConfig) -> TensorProcessor:
+    """transformers' way back from llama.cpp's layout."""
+    made: TensorProcessor = TENSOR_PROCESSORS.get(form.name, TensorProcessor)(config=config.to_dict())
+    return made
+
+
+def _print(tensor: torch.Tensor) -> bytes | torch.Tensor:
+    if tensor.ndim == 1:
+        return tensor.detach().float().cpu().clone()
+    return hashlib.sha256(_array(tensor.to(torch.bfloat16)).tobytes()).digest()
+
+
+def _agrees(tensor: torch.Tensor, kept: bytes | torch.Tensor) -> bool:
+    if isinstance(kept, bytes):
+        return _print(tensor) == kept
+    return tensor.shape == kept.shape and torch.allclose(tensor.float().cpu(), kept, **ROUNDING)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other.float())

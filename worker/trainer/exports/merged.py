@@ -1,0 +1,73 @@
+"""An adapter laid on its base for good: a folder of bf16 safetensors that any reader of the base takes.
+
+Owns: which weights it is laid on, and the folder. The model is held once, merged where it lies, one matrix at a time,
+and written shard by shard. Must not touch the base that it was given: it may be compared with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from shared.protocol import Task
+from worker.trainer import model
+from worker.trainer.model import Base
+
+#: Under the 4 GiB that go up in one put, which the lease epoch fences.
+SHARD = "4GB"
+GENERATION = "generation_config.json"
+
+
+def original(task: Task, adapter: Path, device: torch.device) -> PreTrainedModel:
+    """The adapter on the base as it was published, in the type of its files."""
+    return _merge(_plain(task, "auto", device), adapter)
+
+
+def dequantized(task: Task, adapter: Path, quantized: Base) -> PreTrainedModel:
+    """The adapter on the values that it was trained against, which are those of `quantized`."""
+    plain = _plain(task, quantized.compute_dtype, quantized.device)
+    with torch.no_grad():
+        for name, module in quantized.model.named_modules():
+            if isinstance(module, Linear4bit | Linear8bitLt):
+                into = plain.get_submodule(name)
+                found = dequantize_module_weight(module)
+                # Quantized, a Conv1D is an ordinary linear.
+                into.weight.copy_(found.T if isinstance(into, Conv1D) else found)
+    return _merge(plain, adapter)
+
+
+def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Weights in shards, config, tokenizer, and the base's own settings of generation."""
+    # What writes it refuses settings that are of no effect, which published bases have: theirs is copied as it is.
+    merged.generation_config = GenerationConfig()
+    # A local path must not become the model's identity.
+    merged.config._name_or_path = ""
+    merged.save_pretrained(folder, max_shard_size=SHARD)
+    (folder / GENERATION).unlink(missing_ok=True)
+    if (theirs := Path(task.base_dir) / GENERATION).is_file():
+        shutil.copyfile(theirs, folder / GENERATION)
+    tokenizer.save_pretrained(folder)
+
+
+def _plain(task: Task, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        task.base_dir,
+        dtype=dtype,
+        device_map={"": device},
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return plain
+
+
+def _merge(plain: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D."""
+    found: PreTrainedModel = model.load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
+    return found.to(torch.bfloat16)
