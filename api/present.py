@@ -14,7 +14,7 @@ from shared.responses import Job as JobOut
 from shared.responses import Model as ModelOut
 from shared.schemas import JobCreate, Method, Phase, State
 from shared.storage import Entry
-from shared.training import FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
+from shared.training import Export, FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
 
 
 def file_out(file: File) -> FileOut:
@@ -138,6 +138,7 @@ def _adapter_out(adapter: Adapter) -> AdapterOut:
         bytes=adapter.bytes,
         files=_artifacts(adapter.prefix, adapter.files),
         proof=Proof.model_validate(adapter.proof) if adapter.proof else None,
+        exports=[Export.model_validate(export) for export in adapter.exports],
         signed_by=adapter.signed_by,
     )
 

@@ -32,6 +32,7 @@ class Point(StrEnum):
     BEFORE_PUBLISH = "before_publish"
     AFTER_ADAPTER_UPLOAD = "after_adapter_upload"
     AFTER_PROOF = "after_proof"
+    AFTER_EXPORTS = "after_exports"
     AFTER_RESULT_UPLOAD = "after_result_upload"
     AFTER_MANIFEST = "after_manifest"
     AFTER_FINISH = "after_finish"

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from pydantic import BaseModel, ConfigDict
 
 from shared.errors import InvalidRequest
-from shared.training import Proof, Recipe
+from shared.training import Export, Proof, Recipe
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
@@ -63,6 +63,7 @@ class Manifest(BaseModel):
     validation_file: Dataset | None
     recipe: Recipe
     proof: Proof
+    exports: list[Export] = []
     versions: dict[str, str]
     signed_by: str | None
     files: list[HashedFile]

@@ -230,7 +230,8 @@ class Preview(Base):
 class Adapter(Base):
     """The published result of one job, known to clients as `name`.
 
-    `proof` is what was shown of the published files before the job succeeded; `signed_by` the public key, base64.
+    `proof` is what was shown of the published files before the job succeeded; `signed_by` the public key, base64;
+    `exports` are the further forms that it was published in, or why one is not.
     """
 
     __tablename__ = "adapters"
@@ -243,6 +244,7 @@ class Adapter(Base):
     files: Mapped[list[Any]]
     bytes: Mapped[int]
     proof: Mapped[dict[str, Any] | None]
+    exports: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     signed_by: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     deleted_at: Mapped[datetime | None]

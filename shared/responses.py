@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Generic, Literal, TypeVar
 
+from pydantic import Field
+
 from shared.schemas import Hyperparameters, Lora, Metadata, Method, Phase, Quantization, State, TrainerParams, Wire
-from shared.training import FileReport, JobError, Metrics, Plan, Proof, Report
+from shared.training import Export, FileReport, JobError, Metrics, Plan, Proof, Report
 
 
 class File(Wire):
@@ -49,6 +51,7 @@ class AdapterOut(Wire):
     bytes: int
     files: list[Artifact]
     proof: Proof | None = None
+    exports: list[Export] = Field(default_factory=list)
     signed_by: str | None = None
 
 

@@ -255,9 +255,9 @@ class Proof(Wire):
 class Export(Wire):
     """A form that the adapter was published in besides, loaded again before it was; or why there is none (`error`).
 
-    `path` is where it begins among the adapter's files. `loss` is on the held-out rows, in nats a token, of DPO over the
-    chosen answers; `difference` is that loss less the adapter's own, and `max_logit_difference` the largest between the
-    two on a few rows. Nothing is scored of an adapter in GGUF: its tensors are the adapter's, bit for bit.
+    `path` is where it begins among the adapter's files. `loss` is on the held-out rows, in nats a token, of DPO over
+    the chosen answers; `difference` is that loss less the adapter's own, and `max_logit_difference` the largest between
+    the two on a few rows. Nothing is scored of an adapter in GGUF: its tensors are the adapter's, bit for bit.
     """
 
     name: ExportName

@@ -24,6 +24,7 @@ from shared.settings import get_settings
 from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
 from shared.training import Plan
+from worker.exporting import Published
 from worker.patience import Patience
 
 COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -64,13 +65,24 @@ def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, e
 
 
 def seal(
-    prefix: str, files: list[Entry], job: Job, *, name: str, verified: Verified, epoch: int, patience: Patience
+    prefix: str,
+    files: list[Entry],
+    job: Job,
+    *,
+    name: str,
+    verified: Verified,
+    exported: Published,
+    epoch: int,
+    patience: Patience,
 ) -> tuple[list[Entry], str | None]:
-    """Put signature and manifest beside the files; returns the entries of all, and who signed (None: nobody)."""
+    """Put signature and manifest beside the files and the exports; returns the entries of all, and who signed (None:
+    nobody).
+    """
+    files = [*files, *exported.files]
     path = get_settings().signing_key_file
     key = manifest.private_key(path) if path is not None else None
     signed_by = manifest.name_of(key.public_key()) if key is not None else None
-    text = patience.do(lambda: _manifest(job, files, name, verified, signed_by)).text()
+    text = patience.do(lambda: _manifest(job, files, name, verified, exported, signed_by=signed_by)).text()
     put = partial(storage.put_named, prefix, epoch=epoch)
     sealed = list(files)
     if key is not None:
@@ -103,7 +115,9 @@ def result_row(job: Job, result: Result) -> File:
     )
 
 
-def _manifest(job: Job, files: list[Entry], name: str, verified: Verified, signed_by: str | None) -> Manifest:
+def _manifest(
+    job: Job, files: list[Entry], name: str, verified: Verified, exported: Published, *, signed_by: str | None
+) -> Manifest:
     with session_scope() as session:
         base = session.get_one(BaseModel, job.base_model)
         training = session.get_one(File, job.training_file)
@@ -122,6 +136,7 @@ def _manifest(job: Job, files: list[Entry], name: str, verified: Verified, signe
         validation_file=manifest.Dataset(id=validation.id, sha256=validation.sha256) if validation else None,
         recipe=Plan.model_validate(job.plan).recipe,
         proof=verified.proof,
+        exports=exported.exports,
         versions=verified.versions,
         signed_by=signed_by,
         files=[HashedFile.model_validate(file) for file in files],

@@ -26,7 +26,9 @@ from shared.models import Adapter, Job, Tenant
 from shared.protocol import (
     CheckpointSaved,
     Done,
+    Exported,
     Failed,
+    MakeExport,
     Measured,
     Notice,
     PhaseEntered,
@@ -44,7 +46,7 @@ from shared.schemas import Desired, JobCreate, Phase, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from shared.training import JobError, Metrics, Plan
-from worker import cache, publishing
+from worker import cache, exporting, publishing
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
@@ -56,7 +58,9 @@ RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
-GoodWord = Done | Verified | None
+PUBLISHED = "published"  # what lies in the bucket, fetched back
+#: What an attempt goes on from. An export that failed is one of these: the job goes on without it.
+LastWord = Done | Verified | Exported | Failed | None
 T = TypeVar("T")
 
 
@@ -153,7 +157,7 @@ class Attempt:
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
-    def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
+    def talk(self, command: Prepare | Train | Verify | MakeExport, slot: int) -> LastWord:
         """Start a trainer, tell it what to do, and listen until it has had its last word; it is gone on return.
 
         Returns what there is to go on from; any other end has been dealt with.
@@ -166,10 +170,12 @@ class Attempt:
         try:
             self.lease.hold()
             session.send(command)
-            return self.listen(session, saves=isinstance(command, Train))
+            return self.listen(session, command)
         except Ended as end:
             session.kill()  # before the job is given up: one that is stuck lives
             self.lease.check()
+            if isinstance(command, MakeExport):
+                return Failed(job=self.job.id, code="trainer_crashed", message=str(end), retryable=True)
             if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
                 self.flush()
                 self.guarded(lambda s: attempts.shrunk(s, self.job.id, self.lease.epoch))
@@ -187,11 +193,14 @@ class Attempt:
 
     # ------------------------------------------------------------ listening
 
-    def listen(self, session: TrainerSession, *, saves: bool) -> GoodWord:  # noqa: PLR0912 (one branch an event)
+    def listen(  # noqa: PLR0912 (one branch an event)
+        self, session: TrainerSession, command: Prepare | Train | Verify | MakeExport
+    ) -> LastWord:
         """Obey the lease and the user, and take in events until one of them is the last.
 
-        A trainer that `saves` is asked to stop and given time; of any other nothing would be kept.
+        A trainer that trains is asked to stop and given time; of any other nothing would be kept.
         """
+        saves = isinstance(command, Train)
         asked = False
         while True:
             self.lease.check()
@@ -229,8 +238,11 @@ class Attempt:
                 case Prepared(plan=plan):
                     self.plan(plan)
                     return None
-                case Done() | Verified():
+                case Done() | Verified() | Exported():
                     self.flush()
+                    return event
+                case Failed() if isinstance(command, MakeExport):
+                    log.warning("export.failed", export=command.name, code=event.code, message=event.message)
                     return event
                 case Stopped(step=step):
                     log.info("trainer.stopped", step=step)
@@ -295,12 +307,14 @@ class Attempt:
             return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
         reach(Point.AFTER_PROOF)
         self.tell("info", f"the published adapter, fetched back and loaded anew: loss {verified.proof.tuned.loss:.4f}")
+        exported = self.export(trained, done, verified, prefix, slot)
+        reach(Point.AFTER_EXPORTS)
         self.enter(Phase.PUBLISHING)
         result = publishing.put_result(job, patience=self.patience)
         reach(Point.AFTER_RESULT_UPLOAD)
         name = self.patience.do(self._name)
         sealed, signed_by = publishing.seal(
-            prefix, files, job, name=name, verified=verified, epoch=epoch, patience=self.patience
+            prefix, files, job, name=name, verified=verified, exported=exported, epoch=epoch, patience=self.patience
         )
         reach(Point.AFTER_MANIFEST)
         proof = verified.proof.model_dump(mode="json")
@@ -315,6 +329,7 @@ class Attempt:
                 files=sealed,
                 bytes=sum(file["bytes"] for file in sealed),
                 proof=proof,
+                exports=[export.model_dump(mode="json") for export in exported.exports],
                 signed_by=signed_by,
             )
             file = publishing.result_row(job, result)
@@ -332,7 +347,7 @@ class Attempt:
 
         None, with the job ended or given back, where they do not stand.
         """
-        folder = self.work_dir / "published"
+        folder = self.work_dir / PUBLISHED
         try:
             publishing.fetch_back(
                 prefix, files, Path(done.path), folder, epoch=self.lease.epoch, patience=self.patience
@@ -351,6 +366,17 @@ class Attempt:
         )
         said = self.talk(command, slot)
         return said if isinstance(said, Verified) else None
+
+    def export(self, trained: Train, done: Done, verified: Verified, prefix: str, slot: int) -> exporting.Published:
+        """The further forms that the user asked for, of the bytes that were proven."""
+        if self.request.trainer.exports:
+            self.enter(Phase.EXPORTING)
+
+        def put(path: str, folder: Path) -> list[storage.Entry]:
+            return self.patience.do(lambda: storage.put_files(prefix + path, folder, epoch=self.lease.epoch))
+
+        commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
+        return exporting.publish(commands, make=lambda command: self.talk(command, slot), put=put, tell=self.tell)
 
     def _name(self) -> str:
         with session_scope() as session:

@@ -18,6 +18,10 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("adapters", sa.Column("proof", postgresql.JSONB(none_as_null=True), nullable=True))
+    op.add_column(
+        "adapters",
+        sa.Column("exports", postgresql.JSONB(none_as_null=True), server_default=sa.text("'[]'"), nullable=False),
+    )
     op.add_column("adapters", sa.Column("signed_by", sa.Text(), nullable=True))
     op.create_table(
         "previews",
@@ -45,4 +49,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("previews")
     op.drop_column("adapters", "signed_by")
+    op.drop_column("adapters", "exports")
     op.drop_column("adapters", "proof")

@@ -21,7 +21,11 @@ import redis
 from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
+from client.download import pull
+from client.verify import verify
 from deploy.local.folder import Folder, Record
+from shared.manifest import MANIFEST, Manifest
+from shared.responses import Artifact
 
 TERMINAL = {"succeeded", "failed", "cancelled"}
 LONG = {"max_steps": 400, "save_every": 20}
@@ -79,6 +83,37 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
     assert client.models.delete(job.fine_tuned_model).deleted
     assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model is None
     ends_once(stack, client, job.id)
+
+
+def test_a_job_with_exports(client: openai.OpenAI, submit: Callable[..., Any], tmp_path: Path) -> None:
+    """Two that can be made, of which the manifest tells; and what is pulled is whole."""
+    job = wait(client, submit(max_steps=6, exports=["merged", "gguf_adapter"]).id)
+    assert job.status == "succeeded", job.error
+    adapter = (job.model_extra or {})["adapter"]
+    merged, gguf = adapter["exports"]
+    assert (merged["name"], merged["path"], merged["error"]) == ("merged", "exports/merged/", None)
+    assert merged["difference"] == pytest.approx(merged["loss"] - adapter["proof"]["tuned"]["loss"])
+    assert (gguf["name"], gguf["loss"], gguf["error"]) == ("gguf_adapter", None, None)
+    sizes = {file["path"]: file["bytes"] for file in adapter["files"]}
+    assert sizes["exports/gguf_adapter/adapter.gguf"] == gguf["bytes"]
+    assert "exports/merged/model.safetensors" in sizes
+    pull([Artifact.model_validate(file) for file in adapter["files"]], tmp_path)
+    found = verify(tmp_path)
+    assert (found.ok, found.files) == (True, len(sizes) - 2)
+    assert [export.name for export in Manifest.model_validate_json((tmp_path / MANIFEST).read_bytes()).exports] == [
+        "merged", "gguf_adapter",
+    ]  # fmt: skip
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert any(message.startswith("exported merged: loaded anew, loss") for message in said)
+
+
+def test_an_export_that_cannot_be_made_is_refused_before_training(
+    client: openai.OpenAI, submit: Callable[..., Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="names merged more than once"):
+        submit(exports=["merged", "merged"])
+    with pytest.raises(openai.BadRequestError, match="gguf_adapter"):
+        submit(exports=["onnx"])
 
 
 def test_a_preference_job_from_file_to_adapter(client: openai.OpenAI, tiny: str) -> None:

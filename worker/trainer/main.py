@@ -233,7 +233,7 @@ class Session:
         self.emit(verify(command, stopping=stopping, tick=tick))
 
     def _export(self, command: MakeExport) -> None:
-        from worker.trainer.exports import export  # noqa: PLC0415 (import cost)
+        from worker.trainer.exports.make import export  # noqa: PLC0415 (import cost)
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(export(command, stopping=stopping, tick=tick))

@@ -13,6 +13,7 @@ from shared.protocol import Task
 from shared.training import Plan
 from worker.trainer import data, recipe
 from worker.trainer.encoding import Encoder, Row, longest_document
+from worker.trainer.exports import allowed
 from worker.trainer.survey import doubts, survey
 
 
@@ -32,6 +33,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
     base = recipe.architecture(task.base_dir)
     encoder = Encoder(task.base_dir)
+    allowed.check(task, encoder)
     dataset = data.load(task, encoder, tick=tick)
     longest = longest_document([*dataset.train, *(dataset.validation or [])])
     length = recipe.max_length(task.trainer, base, longest)

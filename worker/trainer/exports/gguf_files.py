@@ -34,7 +34,7 @@ PEFT_PREFIX = "base_model.model."
 #: What llama.cpp reads in fp32 alone, besides all that has one dimension.
 FP32 = ("position_embd.weight", "_norm.weight")
 #: Norms come back from another's arithmetic: 1 is added to Gemma's, taken off again, and rounded to bf16.
-ROUNDING = {"rtol": 2**-8, "atol": 1e-6}
+RELATIVE, ABSOLUTE = 2**-8, 1e-6
 
 Tensors = dict[str, torch.Tensor]
 Fingerprint = dict[str, bytes | torch.Tensor]
@@ -69,7 +69,9 @@ def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig) -> Non
             values = processor.process(values, name).weights
         key = f"{PEFT_PREFIX}{theirs[name].removesuffix('.weight')}.lora_{part.upper()}.weight"
         found[key] = torch.from_numpy(values)
-    if differing := [key for key in sorted(found.keys() | tensors.keys()) if not _same(found.get(key), tensors.get(key))]:
+    if differing := [
+        key for key in sorted(found.keys() | tensors.keys()) if not _same(found.get(key), tensors.get(key))
+    ]:
         raise Unlike(f"{len(differing)} of {len(tensors)} tensors come back otherwise, {differing[0]} for one")
 
 
@@ -125,8 +127,12 @@ def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, 
     for text in texts:
         wanted, read = encoder.tokenizer(text)["input_ids"], theirs(text)["input_ids"]
         if wanted != read:
-            i = next((i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), min(len(wanted), len(read)))
-            raise Unlike(f"its tokenizer reads a text otherwise from token {i} on: {read[i:i+3]}, wanted {wanted[i:i+3]}")
+            i = next(
+                (i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), min(len(wanted), len(read))
+            )
+            raise Unlike(
+                f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
+            )
     if theirs.chat_template != encoder.tokenizer.chat_template:
         raise Unlike("its chat template is another")
 
@@ -210,7 +216,7 @@ def _print(tensor: torch.Tensor) -> bytes | torch.Tensor:
 def _agrees(tensor: torch.Tensor, kept: bytes | torch.Tensor) -> bool:
     if isinstance(kept, bytes):
         return _print(tensor) == kept
-    return tensor.shape == kept.shape and torch.allclose(tensor.float().cpu(), kept, **ROUNDING)
+    return tensor.shape == kept.shape and torch.allclose(tensor.float().cpu(), kept, RELATIVE, ABSOLUTE)
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

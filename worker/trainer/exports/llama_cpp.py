@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
+#: Of Gemma 3's layers with a window.
+LOCAL_THETA = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +175,13 @@ def rope_theta(config: PretrainedConfig) -> float | None:
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    return rope.get("full_attention", rope)
+    of_global_layers: dict[str, Any] = rope.get("full_attention", rope)
+    return of_global_layers
 
 
 def _has_usual_layers(config: PretrainedConfig, local: int) -> bool:
-    usual = ["full_attention" if (i + 1) % (local + 1) == 0 else "sliding_attention" for i in range(len(config.layer_types))]
+    kinds = ("full_attention", "sliding_attention")
+    usual = [kinds[(i + 1) % (local + 1) != 0] for i in range(config.num_hidden_layers)]
     rope = getattr(config, "rope_parameters", None) or {}
-    return config.layer_types == usual and rope.get("sliding_attention", {}).get("rope_theta", 1e4) == 1e4
+    theta: float = rope.get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
+    return list(config.layer_types) == usual and theta == LOCAL_THETA

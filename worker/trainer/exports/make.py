@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
@@ -19,7 +20,7 @@ from shared.schemas import ExportName
 from shared.training import Export
 from worker.trainer import checkpoint, data, ladder, model, published, selftest
 from worker.trainer.batches import batches, collate
-from worker.trainer.encoding import Encoded, Encoder, Row
+from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
 from worker.trainer.exports import gguf_files, merged, vocabulary
 from worker.trainer.likelihood import Layout, own_logits
@@ -33,26 +34,35 @@ READ_TEXTS = 50
 #: Further texts that a tokenizer must read alike: digits, spaces, lines, letters beyond ASCII.
 TEXTS = ("12345 3.14", "  two  spaces\n\n\tand lines ", "Ünïcödé 帽子 🎩 don't", " leading")
 
-Check = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an export must come up to: the adapter's logits on `tried`, and where and in what type they were computed.
+
+    `go_on` raises Interrupted once a stop is asked for.
+    """
+
+    command: MakeExport
+    encoder: Encoder
+    rows: Rows
+    tried: list[Encoded]
+    logits: list[torch.Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    go_on: Callable[[], None]
 
 
-def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Check) -> Exported:
+def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Callable[[], None]) -> Exported:
     """Raises TrainingFailed where what was written does not read back, and Interrupted once `stopping` says so."""
-    task = command.task
-    if task.torch_threads > 0:
-        torch.set_num_threads(task.torch_threads)
-
-    def go_on() -> None:
-        if stopping():
-            raise Interrupted
-
+    if command.task.torch_threads > 0:
+        torch.set_num_threads(command.task.torch_threads)
     folder = Path(command.work_dir) / "exports" / command.name
     with checkpoint.whole(folder) as partial:
         try:
             if command.name is ExportName.GGUF_ADAPTER:
                 made = _adapter(command, partial)
             else:
-                made = _model(command, partial, go_on, tick)
+                made = _model(command, partial, stopping, tick)
         except gguf_files.Unlike as unlike:
             raise _unlike(command.name, str(unlike)) from unlike
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -63,76 +73,76 @@ def _adapter(command: MakeExport, folder: Path) -> Export:
     """Read back to the bit, so that there is nothing to score."""
     config = AutoConfig.from_pretrained(command.task.base_dir, local_files_only=True)
     tensors = published.tensors(Path(command.adapter_dir))
-    gguf_files.write_adapter(folder / gguf_files.ADAPTER, tensors, config, command.task, command.recipe)
-    gguf_files.check_adapter(folder / gguf_files.ADAPTER, tensors, config)
+    path = folder / gguf_files.ADAPTER
+    gguf_files.write_adapter(path, tensors, config, command.task, command.recipe)
+    gguf_files.check_adapter(path, tensors, config)
     return Export(name=command.name)
 
 
-def _model(command: MakeExport, folder: Path, go_on: Check, tick: Check) -> Export:
+def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick: Callable[[], None]) -> Export:
+    """One model is held at a time, beside the quantized base while its values are taken over."""
     task, adapter = command.task, Path(command.adapter_dir)
-    encoder = Encoder(task.base_dir)
-    rows = usable(data.load(task, encoder, tick=tick), command.recipe.max_length, seed=command.recipe.seed)
-    tried = [row.documents[0].cut(TRIED_TOKENS) for row in rows.heldout[:TRIED_ROWS]]
     base = model.load_base(task.base_dir, command.recipe.quantization)
-    go_on()
-    adapted = model.load_adapter(base.model, adapter)
-    wanted = _logits(base, tried)
-    adapted.unload()
-    device, dtype = base.device, base.compute_dtype
+    wanted = _wanted(command, base, stopping, tick)
+    wanted.go_on()
     if command.name is ExportName.MERGED_DEQUANTIZED:
         made = merged.dequantized(task, adapter, base)
-    del base, adapted
-    ladder.free()
-    if command.name is not ExportName.MERGED_DEQUANTIZED:
-        made = merged.original(task, adapter, device)
-    go_on()
-    if command.name is ExportName.GGUF_MERGED:
-        gguf_files.write_model(folder / gguf_files.MODEL, made, task, encoder)
-        config, kept = made.config, gguf_files.fingerprint(made)
-        del made
-        ladder.free()
-        go_on()
-        again = gguf_files.read_model(folder / gguf_files.MODEL, config, dtype, device)
-        gguf_files.check_tensors(again, kept)
-        _check_tokenizer(folder / gguf_files.MODEL, encoder, rows, config.vocab_size)
+        del base
     else:
-        merged.write(folder, made, encoder.tokenizer, task)
+        del base
+        ladder.free()
+        made = merged.original(task, adapter, wanted.device)
+    wanted.go_on()
+    if command.name is not ExportName.GGUF_MERGED:
+        merged.write(folder, made, wanted.encoder.tokenizer, task)
         del made
         ladder.free()
-        go_on()
-        again = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
-        )
-    return _measured(command, Base(again, device, dtype), rows, tried, wanted, encoder, go_on)
+        return _measured(wanted, merged.read(folder, wanted.dtype, wanted.device))
+    path = folder / gguf_files.MODEL
+    gguf_files.write_model(path, made, task, wanted.encoder)
+    _check_tokenizer(path, wanted, made.config.vocab_size)
+    config, kept = made.config, gguf_files.fingerprint(made)
+    del made
+    ladder.free()
+    again = gguf_files.read_model(path, config, wanted.dtype, wanted.device)
+    gguf_files.check_tensors(again, kept)
+    return _measured(wanted, again)
 
 
-def _measured(
-    command: MakeExport,
-    found: Base,
-    rows: Rows,
-    tried: Sequence[Encoded],
-    wanted: list[torch.Tensor],
-    encoder: Encoder,
-    go_on: Check,
-) -> Export:
-    """How far the export is from the adapter that was proven."""
-    largest = max(float((a - b).abs().max()) for a, b in zip(_logits(found, tried), wanted, strict=True))
-    layout, _ = selftest.layout(
-        found,
-        rows.train,
-        packing=False,
-        micro_batch=max(1, command.recipe.micro_batch >> command.memory_halvings),
-        pad=encoder.eos,
-    )
-    loss = _loss(found, [row.documents[0] for row in rows.heldout], layout, go_on)
-    if not math.isfinite(loss) or not math.isfinite(largest):
+def _wanted(command: MakeExport, base: Base, stopping: Callable[[], bool], tick: Callable[[], None]) -> Wanted:
+    """Leaves the base as it came."""
+    task, recipe = command.task, command.recipe
+
+    def go_on() -> None:
+        if stopping():
+            raise Interrupted
+
+    encoder = Encoder(task.base_dir)
+    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
+    tried = [row.documents[0].cut(TRIED_TOKENS) for row in rows.heldout[:TRIED_ROWS]]
+    adapted = model.load_adapter(base.model, Path(command.adapter_dir))
+    logits = _logits(base, tried)
+    adapted.unload()
+    return Wanted(command, encoder, rows, tried, logits, base.device, base.compute_dtype, go_on)
+
+
+def _measured(wanted: Wanted, again: PreTrainedModel) -> Export:
+    """How far what was loaded again is from the adapter that was proven."""
+    command, found = wanted.command, Base(again, wanted.device, wanted.dtype)
+    pairs = zip(_logits(found, wanted.tried), wanted.logits, strict=True)
+    largest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    narrow = max(1, command.recipe.micro_batch >> command.memory_halvings)
+    layout, _ = selftest.layout(found, wanted.rows.train, packing=False, micro_batch=narrow, pad=wanted.encoder.eos)
+    loss = _loss(found, [row.documents[0] for row in wanted.rows.heldout], layout, wanted.go_on)
+    if not math.isfinite(loss + largest):
         raise _unlike(command.name, f"its loss is {loss}, its largest difference of a logit {largest}")
-    # Of preferences, the chosen answers': against what the gains would be, a merged model no longer holds.
-    own = command.proof.tuned.loss if command.proof.tuned.chosen_loss is None else command.proof.tuned.chosen_loss
+    tuned = command.proof.tuned
+    # Of preferences, the chosen answers': a merged model has no base left that it could gain on.
+    own = tuned.loss if tuned.chosen_loss is None else tuned.chosen_loss
     return Export(name=command.name, loss=loss, difference=loss - own, max_logit_difference=largest)
 
 
-def _loss(found: Base, answers: Sequence[Encoded], layout: Layout, go_on: Check) -> float:
+def _loss(found: Base, answers: Sequence[Encoded], layout: Layout, go_on: Callable[[], None]) -> float:
     """Mean over the trained tokens, in nats."""
     tally = Tally()
     found.model.eval()
@@ -151,10 +161,11 @@ def _logits(found: Base, rows: Sequence[Encoded]) -> list[torch.Tensor]:
         return [own_logits(found.model, batch).float().cpu() for batch in loaded]
 
 
-def _check_tokenizer(path: Path, encoder: Encoder, rows: Rows, size: int) -> None:
-    texts = [encoder.text(row.documents[0].ids.tolist()) for row in rows.heldout[:READ_TEXTS]]
-    words = vocabulary.of(encoder.tokenizer, size)
-    gguf_files.check_tokenizer(path, words, encoder, [*texts, *TEXTS])
+def _check_tokenizer(path: Path, wanted: Wanted, size: int) -> None:
+    rows = wanted.rows.heldout[:READ_TEXTS]
+    texts = [wanted.encoder.text(row.documents[0].ids.tolist()) for row in rows]
+    words = vocabulary.of(wanted.encoder.tokenizer, size)
+    gguf_files.check_tokenizer(path, words, wanted.encoder, [*texts, *TEXTS])
 
 
 def _unlike(name: ExportName, found: str) -> TrainingFailed:

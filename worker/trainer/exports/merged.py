@@ -55,6 +55,14 @@ def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     tokenizer.save_pretrained(folder)
 
 
+def read(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """As any user would."""
+    again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+    )
+    return again
+
+
 def _plain(task: Task, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         task.base_dir,

@@ -7,6 +7,7 @@ that we know; SentencePiece's BPE by scores, which follow from the order of its 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +53,15 @@ def of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     pre = "default" if kind == "llama" else _pre(backend)
     added = {token["id"]: token["special"] for token in backend["added_tokens"]}
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
-    types = [_type(i, token, by_id, added, model.get("unk_token"), kind) for i, token in enumerate(tokens)]
+    unknown = model.get("unk_token") if kind == "llama" else None
+    types = [_type(token, added.get(i), unknown) if i in by_id else TokenType.UNUSED for i, token in enumerate(tokens)]
     scores = _scores(tokens, types, merges) if kind == "llama" else None
     return Vocabulary(kind, pre, tokens, types, merges, scores, _adds_space(backend))
 
 
-def write(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> None:
+def write(
+    writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]
+) -> None:
     """The tokenizer's share of a model's metadata. `stops` are the tokens that end a generation."""
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -102,18 +106,13 @@ def _pre(backend: dict[str, Any]) -> str:
     raise Unsupported(f"a tokenizer that cuts text in a way of its own; known are gpt-2, {', '.join(SPLITS)}")
 
 
-def _type(
-    i: int, token: str, by_id: dict[int, str], added: dict[int, bool], unknown: str | None, kind: str
-) -> TokenType:
-    if i not in by_id:
-        return TokenType.UNUSED
-    if kind == "llama" and token == unknown:
+def _type(token: str, special: bool | None, unknown: str | None) -> TokenType:
+    """`special` is None of a token that was not added to the vocabulary."""
+    if token == unknown:
         return TokenType.UNKNOWN
-    if i in added:
-        return TokenType.CONTROL if added[i] else TokenType.USER_DEFINED
-    if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
-        return TokenType.BYTE
-    return TokenType.NORMAL
+    if special is not None:
+        return TokenType.CONTROL if special else TokenType.USER_DEFINED
+    return TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
 
 
 def _scores(tokens: list[str], types: list[TokenType], merges: list[str]) -> list[float]:

@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from shared.errors import TrainingFailed
 from shared.protocol import MakeExport, Task
 from shared.schemas import ExportName, Quantization
 from shared.training import Export, Proof
 from tests.tiny import tiny_base
+from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
 from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving
 from worker.trainer.encoding import Encoder
-from worker.trainer.exports import llama_cpp
 from worker.trainer.exports.make import export
 from worker.trainer.prepare import prepare, usable
 from worker.trainer.verify import TOLERANCE
-
-from ..conftest import MakeTask, WriteRows, quotes
 
 #: What llama.cpp takes for granted is as it should be.
 KINDS: dict[str, dict[str, Any]] = {
@@ -73,7 +70,8 @@ def command_of(task: Task, tmp_path: Path) -> MakeExport:
     save_file(checkpoint.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
     (folder / "adapter_config.json").write_text(json.dumps(adapter.adapter_config(adapted, task, recipe)))
     off, on = (
-        evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean for which in (False, True)
+        evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean
+        for which in (False, True)
     )
     proof = Proof(
         base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=0, max_logit_difference=1, tensors=1,

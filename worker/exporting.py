@@ -1,0 +1,76 @@
+"""The exports that a job asked for: each made by a trainer of its own, then put beside the adapter.
+
+Owns: where they lie (`exports/<name>/…` under the adapter's prefix), and that one which cannot be made costs itself
+alone: the adapter is proven by then. Must not write a row, nor decide what becomes of the job (`runner.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from shared.protocol import Done, Exported, Failed, MakeExport, Train, Verified
+from shared.storage import Entry
+from shared.training import Export
+
+FOLDER = "exports/"
+
+#: Has one made; puts what is in a folder under a path; a line for the job's events.
+Make = Callable[[MakeExport], object]
+Put = Callable[[str, Path], list[Entry]]
+Tell = Callable[[str, str], None]
+
+
+class Published(NamedTuple):
+    """What came of each, and their files by their paths beside the adapter's."""
+
+    exports: list[Export]
+    files: list[Entry]
+
+
+def commands(trained: Train, done: Done, verified: Verified, adapter: Path) -> list[MakeExport]:
+    """One for each that the job asked for, of the proven files in `adapter`."""
+    return [
+        MakeExport(
+            job=trained.job,
+            task=trained.task,
+            recipe=trained.recipe,
+            name=name,
+            adapter_dir=str(adapter),
+            work_dir=trained.work_dir,
+            proof=verified.proof,
+            memory_halvings=done.memory_halvings,
+        )
+        for name in trained.task.trainer.exports
+    ]
+
+
+def publish(commands: Sequence[MakeExport], *, make: Make, put: Put, tell: Tell) -> Published:
+    """One after the other, so that a disk holds one at a time. `make` answers Exported or Failed.
+
+    What an earlier attempt has put there is written over; a file more that it had, no manifest names.
+    """
+    exports: list[Export] = []
+    files: list[Entry] = []
+    for command in commands:
+        name, said = command.name, make(command)
+        assert isinstance(said, Exported | Failed), said
+        if isinstance(said, Failed):
+            tell("warn", f"no export {name.value}: {said.message}; the adapter is not affected")
+            exports.append(Export(name=name, error=said.message))
+            continue
+        path = f"{FOLDER}{name.value}/"
+        for file in put(path, Path(said.path)):
+            files.append(Entry(path=path + file["path"], bytes=file["bytes"], sha256=file["sha256"]))
+        shutil.rmtree(said.path)
+        exports.append(said.export.model_copy(update={"path": path}))
+        tell("info", f"exported {name.value}: {_told(said.export)}")
+    return Published(exports, files)
+
+
+def _told(export: Export) -> str:
+    if export.loss is None or export.difference is None:
+        return "read back, bit for bit the adapter"
+    return f"loaded anew, loss {export.loss:.4f}, {export.difference:+.4f} against the adapter"
