@@ -269,12 +269,16 @@ class Fleet:
         """Every succeeded job's adapter is what an undisturbed run leaves; returns how many were compared."""
         client = local.s3_client(self.s3)
         rows = self.sql(
-            "SELECT j.id, j.seed, (j.plan #>> '{recipe,total_steps}')::int, a.prefix FROM jobs j"
+            "SELECT j.id, j.seed, (j.plan #>> '{recipe,total_steps}')::int, a.prefix,"
+            " jsonb_path_query_array(a.exports, '$[*].path') FROM jobs j"
             " JOIN adapters a ON a.job_id = j.id WHERE j.state = 'succeeded'"
         )
-        for job, seed, steps, prefix in rows:
+        for job, seed, steps, prefix, exported in rows:
             found = client.get_object(Bucket=self.s3.bucket, Key=prefix + stub.ADAPTER)["Body"].read()
             assert found == stub.expected(job, seed, steps), f"{job} has another adapter than an undisturbed run"
+            for path in exported:
+                found = client.get_object(Bucket=self.s3.bucket, Key=f"{prefix}{path}{stub.ADAPTER}")["Body"].read()
+                assert found == stub.expected(job, seed, steps), f"{job} has exported another adapter to {path}"
         return len(rows)
 
     # ------------------------------------------------------------ inside

@@ -57,7 +57,7 @@ def main() -> int:
             _silence = command["task"]["silence_seconds"]
             threading.Thread(target=_watch, args=(_silence,), daemon=True).start()
         try:
-            {"prepare": _prepare, "train": _train, "verify": _verify}[command["op"]](command)
+            {"prepare": _prepare, "train": _train, "verify": _verify, "export": _export}[command["op"]](command)
         except OSError as error:
             _emit("failed", command["job"], code="disk_full", message=str(error), retryable=True)
     return 0
@@ -104,7 +104,7 @@ def _boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-# ---------------------------------------------------------------- the three commands
+# ---------------------------------------------------------------- the four commands
 
 
 def _prepare(command: dict[str, Any]) -> None:
@@ -224,6 +224,14 @@ def _verify(command: dict[str, Any]) -> None:
         "vllm": {"servable": False, "max_lora_rank": None, "reasons": ["it is a chain of hashes"]},
     }
     _emit("verified", job, proof=proof, versions={"stub": "1"})
+
+
+def _export(command: dict[str, Any]) -> None:
+    """The adapter once more."""
+    name, adapter = command["name"], Path(command["adapter_dir"], ADAPTER).read_bytes()
+    folder = Path(command["work_dir"], "exports", name)
+    _write(folder, {ADAPTER: adapter})
+    _emit("exported", command["job"], path=str(folder), export={"name": name, "bytes": len(adapter)})
 
 
 # ---------------------------------------------------------------- files and events

@@ -43,7 +43,7 @@ def ours(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def job(ours: Fleet) -> Iterator[str]:
     """An accepted job; when the test is done nothing may be violated, and the adapter is the right one."""
-    [job] = ours.submit(max_steps=STEPS, save_every=4, step_ms=15)
+    [job] = ours.submit(max_steps=STEPS, save_every=4, step_ms=15, exports=["merged"])
     yield job
     found = ours.check()
     assert found.overlaps == 0

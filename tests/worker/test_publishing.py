@@ -19,9 +19,10 @@ from deploy.local.folder import Folder
 from shared import jobs, settings, storage
 from shared.db import session_scope
 from shared.manifest import MANIFEST, SIGNATURE, Manifest, is_signed_by
-from shared.models import Adapter, Job
+from shared.models import Adapter, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas import Desired, State
+from shared.training import Export
 from tests.shared.test_jobs import REPORT
 from worker.lease import Lease, boottime
 from worker.patience import Patience
@@ -62,6 +63,19 @@ TRAINER = f"""
             else:
                 retryable = sys.argv[1] == "doubt"
                 say("failed", code="adapter_" + sys.argv[1], message="so it is", retryable=retryable)
+        elif command["op"] == "export":
+            pathlib.Path(sys.argv[2] + "-" + command["name"]).touch()
+            if command["name"] == "merged":
+                folder = pathlib.Path(command["work_dir"], "exports", "merged")
+                folder.mkdir(parents=True)
+                (folder / "model.safetensors").write_bytes(b"merged")
+                say("exported", path=str(folder), export={{"name": "merged", "bytes": 6, "loss": 1, "difference": 0.5}})
+            elif command["name"] == "merged_dequantized":
+                sys.exit(3)
+            elif command["name"] == "gguf_adapter":
+                say("failed", code="export_unlike", message="it is another", retryable=False)
+            else:
+                time.sleep(600)
 """
 
 Attempt = Callable[..., Job]
@@ -161,6 +175,71 @@ def test_a_wish_is_heard_while_the_adapter_is_proven(
     done = attempt("hang", draining=ask_once_it_is_proven, HEARTBEAT_SECONDS="0.1")
     assert (done.state, done.crash_count) == (state, 0)
     assert published(done) is None
+
+
+# ---------------------------------------------------------------- exports
+
+
+def test_what_an_export_dies_of_costs_that_export_alone(attempt: Attempt, job: str) -> None:
+    ask_for(job, "merged", "merged_dequantized", "gguf_adapter")
+    done = attempt("stand")
+    assert (done.state, done.crash_count) == (State.SUCCEEDED, 0), done.error
+    adapter = published(done)
+    assert adapter is not None
+    merged, dead, unlike = (Export.model_validate(export) for export in adapter.exports)
+    assert (merged.path, merged.difference, merged.error) == ("exports/merged/", 0.5, None)
+    assert (dead.path, dead.error) == (None, "the trainer ended with exit code 3")
+    assert (unlike.path, unlike.error) == (None, "it is another")
+    paths = ["adapter_model.safetensors", "exports/merged/model.safetensors"]
+    assert [file["path"] for file in adapter.files] == [*paths, MANIFEST]
+    manifest = Manifest.model_validate_json(b"".join(storage.read(adapter.prefix + MANIFEST)))
+    assert [file.path for file in manifest.files] == paths
+    assert manifest.exports == [merged, dead, unlike]
+    assert b"".join(storage.read(adapter.prefix + paths[1])) == b"merged"
+    said = events(job)
+    assert "exported merged: loaded anew, loss 1.0000, +0.5000 against the adapter" in said
+    assert "no export gguf_adapter: it is another; the adapter is not affected" in said
+
+
+@pytest.mark.parametrize(
+    ("wish", "state"), [(None, State.QUEUED), (Desired.CANCEL, State.CANCELLED)], ids=["drain", "cancel"]
+)
+def test_an_export_is_left_for_a_drain_and_for_a_wish(
+    attempt: Attempt, job: str, verifying: Path, wish: Desired | None, state: State
+) -> None:
+    ask_for(job, "gguf_merged")
+    exporting = verifying.with_name("verifying-gguf_merged")
+
+    def draining() -> bool:
+        if not exporting.exists():
+            return False
+        if wish is not None and row(job).desired_state == Desired.RUN:
+            with session_scope() as session:
+                jobs.ask(session, row(job).tenant_id, job, wish)
+        return wish is None
+
+    done = attempt("stand", draining=draining, HEARTBEAT_SECONDS="0.1")
+    assert (done.state, done.crash_count) == (state, 0)
+    assert published(done) is None
+
+
+def test_an_export_that_gets_nowhere_is_given_up(attempt: Attempt, job: str) -> None:
+    ask_for(job, "gguf_merged")
+    done = attempt("stand", STUCK_SECONDS="0.3")
+    adapter = published(done)
+    assert adapter is not None
+    assert "got nowhere" in adapter.exports[0]["error"]
+
+
+def ask_for(job: str, *names: str) -> None:
+    with session_scope() as session:
+        found = session.get_one(Job, job)
+        found.request = found.request | {"trainer": {"exports": list(names)}}
+
+
+def events(job: str) -> list[str]:
+    with session_scope() as session:
+        return list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job)).all())
 
 
 # ---------------------------------------------------------------- back from the bucket

@@ -1,0 +1,93 @@
+"""An adapter of random numbers on a tiny base of any architecture, and the command for one of its exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shared.protocol import MakeExport, Task
+from shared.schemas import ExportName, Method, Quantization
+from shared.training import Export, Proof
+from tests.tiny import tiny_base
+from tests.worker.trainer.conftest import quotes
+from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving
+from worker.trainer.encoding import Encoder
+from worker.trainer.exports.make import export
+from worker.trainer.prepare import prepare, usable
+
+#: With what llama.cpp takes for granted.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "tie_word_embeddings": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi3": {},
+    "gpt2": {},
+}
+
+MakeCommand = Callable[..., MakeExport]
+
+
+@pytest.fixture
+def make_command(tmp_path: Path) -> MakeCommand:
+    """`command.model_copy(update={"name": …})` is the command for another export of the same adapter."""
+
+    def make(kind: str, quantization: Quantization = Quantization.NONE, **lora: Any) -> MakeExport:
+        base_dir, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+        tiny_base(base_dir, kind, **KINDS[kind])
+        rows.write_text("".join(json.dumps(row) + "\n" for row in quotes(24)), encoding="utf-8")
+        task = Task.model_validate(
+            {
+                "base_dir": str(base_dir), "base_name": "acme/tiny", "base_revision": "0" * 40,
+                "training_file": str(rows), "validation_file": None, "method": Method.of("supervised"),
+                "lora": {"r": 4} | lora, "quantization": quantization, "trainer": {}, "seed": 7, "torch_threads": 1,
+                "max_row_bytes": 1 << 20,
+            }
+        )  # fmt: skip
+        return _command(task, tmp_path)
+
+    return make
+
+
+def made(command: MakeExport, name: ExportName) -> Export:
+    """The export; its folder lies under the command's `work_dir`."""
+    done = export(command.model_copy(update={"name": name}), stopping=lambda: False, tick=lambda: None)
+    assert done.path == str(Path(command.work_dir) / "exports" / name)
+    assert done.export.bytes == sum(path.stat().st_size for path in Path(done.path).iterdir())
+    return done.export
+
+
+def _command(task: Task, work_dir: Path) -> MakeExport:
+    recipe, encoder = prepare(task).recipe, Encoder(task.base_dir)
+    rows = usable(data.load(task, encoder), recipe.max_length, seed=recipe.seed)
+    base = model.load_base(task.base_dir, recipe.quantization)
+    layout, _ = selftest.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
+    torch.manual_seed(1)
+    adapted = model.put_on(base, recipe)
+    for name, parameter in model.trainable(adapted).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = work_dir / "adapter"
+    folder.mkdir()
+    save_file(checkpoint.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
+    (folder / "adapter_config.json").write_text(json.dumps(adapter.adapter_config(adapted, task, recipe)))
+    off, on = (
+        evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean
+        for which in (False, True)
+    )
+    proof = Proof(
+        base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=0, max_logit_difference=1, tensors=1,
+        tokenizer_sha256="", vllm=serving.vllm({"r": recipe.r}, "LlamaForCausalLM"),
+    )  # fmt: skip
+    return MakeExport(
+        job="j", task=task, recipe=recipe, name=ExportName.MERGED, adapter_dir=str(folder), work_dir=str(work_dir),
+        proof=proof,
+    )  # fmt: skip
