@@ -28,7 +28,7 @@ from deploy.local.commands import AsJson, Data
 from shared.errors import Conflict, MillinerError, NotFound
 from shared.preview import MOST_ROWS
 from shared.responses import Artifact, Model
-from shared.schemas import MethodName, Quantization, State
+from shared.schemas import ExportName, MethodName, Quantization, State
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if new.", file_okay=False)]
@@ -203,6 +203,7 @@ def submit_job(
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    export: Annotated[list[ExportName] | None, typer.Option(help="A further form of it; may be repeated.")] = None,
     no_packing: Annotated[bool, typer.Option("--no-packing", help="One row in a sequence.")] = False,
     priority: Annotated[int | None, typer.Option(help="Higher goes first, -100 to 100.", show_default="0")] = None,
     metadata: Metadata = None,
@@ -229,6 +230,7 @@ def submit_job(
             "max_steps": max_steps,
             "eval_every": eval_every,
             "save_every": save_every,
+            "exports": export or None,
             "packing": False if no_packing else None,
         },
         quantization=quantization,
@@ -371,7 +373,8 @@ def report_job(job_id: JobId, data: Data = None, as_json: AsJson = False) -> Non
     job = job_of(connect(data).fine_tuning.jobs.retrieve(job_id))
     if job.report is None:
         raise Conflict(f"{job_id} has no report: it is {job.status}; see: milliner show {job_id}", code="no_report")
-    _print(job.report, report.document(job.report), as_json)
+    exports = job.adapter.exports if job.adapter else []
+    _print(job.report, report.document(job.report, exports), as_json)
 
 
 @app.command()

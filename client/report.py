@@ -5,12 +5,14 @@ Owns: the layout of scores, samples side by side, and cost. Must not print.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.show import duration, scores, size, verdict
-from shared.training import Continuation, Report, Sample
+from client.show import duration, exported, scores, size, verdict
+from shared.training import Continuation, Export, Report, Sample
 
 _SOURCES = {
     "validation_file": "the rows of the validation file",
@@ -20,14 +22,17 @@ _SOURCES = {
 _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEMENT CHARACTER}")
 
 
-def document(item: Report) -> RenderableType:
-    """All of it, top to bottom: scores, samples, cost."""
+def document(item: Report, exports: Sequence[Export] = ()) -> RenderableType:
+    """All of it, top to bottom: scores, samples, cost, and further forms of the adapter."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
     parts: list[RenderableType] = [scores(item), verdict(item.change), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
     if item.samples:
         parts += [Text("\nsamples at temperature 0", style="bold"), *map(_sample, item.samples)]
-    return Group(*parts, Text("\ncost", style="bold"), _cost(item))
+    parts += [Text("\ncost", style="bold"), _cost(item)]
+    if exports:
+        parts += [Text("\nexports", style="bold"), *map(exported, exports)]
+    return Group(*parts)
 
 
 def _sample(item: Sample) -> Table:

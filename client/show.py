@@ -19,7 +19,7 @@ from rich.text import Text
 
 from shared.responses import Event, File, Job, Model
 from shared.schemas import State
-from shared.training import DataReport, JobError, LengthBucket, LossChange, Plan, Proof, Report, Verdict
+from shared.training import DataReport, Export, JobError, LengthBucket, LossChange, Plan, Proof, Report, Verdict
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -128,6 +128,8 @@ def outcome(item: Job) -> RenderableType:
         adapter.add_row("name", item.fine_tuned_model or "")
         if item.adapter.proof:
             adapter.add_row("proof", proof(item.adapter.proof))
+        for export in item.adapter.exports:
+            adapter.add_row("export", exported(export))
         adapter.add_row("signed by", item.adapter.signed_by or "nobody")
         adapter.add_row("fetch it", f"milliner pull {item.id} DIR")
         parts.append(adapter)
@@ -218,6 +220,17 @@ def proof(item: Proof) -> str:
         f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "
         f"(off by {max(item.base_deviation, item.tuned_deviation):.1g}); {vllm}{reasons}"
     )
+
+
+def exported(item: Export) -> Text:
+    """A further form of an adapter: where it lies and how far from the adapter it is, or why there is none."""
+    if item.error is not None:
+        return Text(f"no {item.name}: {item.error}", style="yellow")
+    text = f"{item.path} ({size(item.bytes)})"
+    if item.loss is None or item.difference is None:
+        return Text(f"{text}: bit for bit the adapter")
+    largest = f", a logit by {item.max_logit_difference:.2g} at most" if item.max_logit_difference is not None else ""
+    return Text(f"{text}: loss {item.loss:.4f}, {item.difference:+.4f} against the adapter{largest}")
 
 
 def failure(error: JobError) -> Text:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.protocol import Task
+from shared.schemas import ExportName
 from shared.training import Metrics, Recipe, Report
 from worker.trainer import serving
 
@@ -37,6 +38,7 @@ def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics])
         _recipe(recipe, report),
         _limits(report),
         _usage(task, recipe),
+        _exports(task),
     )
     return "\n".join(section for section in sections if section)
 
@@ -154,6 +156,29 @@ With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:
 ```bash
 python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
 llama-cli -m base.gguf --lora hat.gguf
+```
+"""
+
+
+def _exports(task: Task) -> str:
+    """Of those that were asked for, by what uses them; what came of each is not known yet."""
+    usual = {
+        ExportName.MERGED: "vllm serve DIR/exports/merged",
+        ExportName.MERGED_DEQUANTIZED: "vllm serve DIR/exports/merged_dequantized",
+        ExportName.GGUF_ADAPTER: "llama-cli -m base.gguf --lora DIR/exports/gguf_adapter/adapter.gguf",
+        ExportName.GGUF_MERGED: "llama-cli -m DIR/exports/gguf_merged/model.gguf",
+    }
+    if not task.trainer.exports:
+        return ""
+    lines = "\n".join(usual[name] for name in task.trainer.exports)
+    return f"""## Exports
+
+Further forms of this adapter, each loaded again before it was published. How far it is from the adapter, in loss and
+logits, or why there is none, is in `manifest.json` under `exports`. `merged` has the base's original weights,
+`merged_dequantized` those that were trained against; neither needs this adapter any more.
+
+```bash
+{lines}
 ```
 """
 

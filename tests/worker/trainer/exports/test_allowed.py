@@ -1,0 +1,93 @@
+"""What cannot be exported is refused before training, by a word of what is in the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from shared.errors import TrainingFailed
+from shared.schemas import ExportName
+from tests.tiny import tiny_base
+from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
+from worker.trainer.exports import vocabulary
+from worker.trainer.prepare import prepare
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def refused(task: Any, said: str) -> None:
+    with pytest.raises(TrainingFailed, match=said) as failed:
+        prepare(task)
+    assert (failed.value.code, failed.value.param) == ("invalid_exports", "trainer.exports")
+    assert failed.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        ("gpt_neox", {}, "the architecture 'gpt_neox'; known are gemma2, gemma3_text, gpt2, llama"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu'; llama has 'silu'"),
+        ("llama", {"rope_parameters": YARN}, "scaled by 'yarn'"),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 32}, "attention scaled by 32"),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": False}, "a head of its own"),
+        (
+            "gemma3_text",
+            {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention", "sliding_attention"]},
+            "another pattern of local layers than 5 in 6",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", [ExportName.GGUF_ADAPTER, ExportName.GGUF_MERGED])
+def test_a_base_that_llama_cpp_computes_otherwise(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, kind: str, config: dict[str, Any], said: str, name: str
+) -> None:
+    tiny_base(tmp_path / "base", kind, **config)
+    task = make_task(write_rows(quotes(8)), base_dir=str(tmp_path / "base"), trainer={"exports": [name]})
+    refused(task, said)
+    prepare(task.model_copy(update={"trainer": task.trainer.model_copy(update={"exports": [ExportName.MERGED]})}))
+
+
+def test_an_adapter_that_llama_cpp_does_not_know(make_task: MakeTask, write_rows: WriteRows) -> None:
+    rows = write_rows(quotes(8))
+    refused(make_task(rows, lora={"use_dora": True}, trainer={"exports": ["gguf_adapter"]}), "no DoRA")
+    prepare(make_task(rows, lora={"use_dora": True}, trainer={"exports": ["gguf_merged"]}))
+
+
+def test_what_would_be_the_same_twice(make_task: MakeTask, write_rows: WriteRows) -> None:
+    rows = write_rows(quotes(8))
+    refused(make_task(rows, trainer={"exports": ["merged_dequantized"]}), "the base is not quantized")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "cuts text in a way of its own"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizes by Lowercase"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_cannot_be_told_of(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, part: dict[str, Any], said: str
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in Path(llama).iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    told = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(told | part))
+    task = make_task(write_rows(quotes(8)), base_dir=str(base), trainer={"exports": ["gguf_merged"]})
+    refused(task, said)
+    prepare(task.model_copy(update={"trainer": task.trainer.model_copy(update={"exports": [ExportName.GGUF_ADAPTER]})}))
+
+
+def test_a_vocabulary_is_padded_to_the_embeddings(llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    found = vocabulary.of(tokenizer, 400)
+    assert (found.kind, found.pre, len(found.tokens)) == ("gpt2", "gpt-2", 400)
+    assert found.tokens[399] == "[PAD399]"
+    assert [found.tokens[i] for i in range(4)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
+    with pytest.raises(vocabulary.Unsupported, match="with 200 embeddings"):
+        vocabulary.of(tokenizer, 200)
