@@ -6,7 +6,8 @@ import pytest
 
 from client import report, show
 from shared.responses import Job
-from shared.training import LossChange, Report
+from shared.schemas import ExportName
+from shared.training import Export, LossChange, Report
 
 from .conftest import CHANGE, REPORT, SAMPLE
 from .test_show import drawn
@@ -78,3 +79,22 @@ def test_what_a_model_writes_does_not_command_the_terminal() -> None:
     assert not {"\x1b", "\x07", "\x9b"} & set(text)
     assert "�]0;owned�" in text
     assert "fine�2J" in text
+
+
+def test_exports_are_told_of_with_their_distance_or_their_error(learned: Report) -> None:
+    exports = [
+        Export(
+            name=ExportName.MERGED, path="exports/merged/", bytes=272_584_990, loss=3.2552, difference=-0.0725,
+            max_logit_difference=9.6875,
+        ),
+        Export(name=ExportName.GGUF_ADAPTER, path="exports/gguf_adapter/", bytes=19_566_720),
+        Export(name=ExportName.GGUF_MERGED, error="the trainer was killed by SIGKILL"),
+    ]  # fmt: skip
+    assert "exports" not in drawn(report.document(learned))
+    text = drawn(report.document(learned, exports))
+    for line in (
+        "exports/merged/ (272.6 MB): loss 3.2552, -0.0725 against the adapter, a logit by 9.7 at most",
+        "exports/gguf_adapter/ (19.6 MB): bit for bit the adapter",
+        "no gguf_merged: the trainer was killed by SIGKILL",
+    ):
+        assert line in text

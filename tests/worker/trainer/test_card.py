@@ -67,3 +67,13 @@ def test_the_table_of_evaluations_ends_with_the_last(
     ]
     assert len(shown) <= card.MOST_EVALUATIONS + 1
     assert shown[-1] == "| 99 | 2.0000 |"
+
+
+def test_a_card_tells_how_to_use_what_else_was_asked_for(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1, "exports": ["merged", "gguf_merged"]})
+    text = (Path(run(task, tmp_path).of(Done)[0].path) / "README.md").read_text()
+    exports = text.partition("## Exports")[2]
+    assert "vllm serve DIR/exports/merged\nllama-cli -m DIR/exports/gguf_merged/model.gguf\n" in exports
+    assert "gguf_adapter" not in exports
