@@ -49,26 +49,29 @@ def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: 
     writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
     _describe(writer, GGUFType.ADAPTER, task)
     writer.add_string(Keys.Adapter.TYPE, "lora")
-    # llama.cpp scales by alpha / r, rsLoRA by alpha / sqrt(r).
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, recipe.alpha * (math.sqrt(recipe.r) if recipe.use_rslora else 1.0))
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(recipe))
     _write(writer, lambda: _lora_tensors(tensors, config))
 
 
-def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig) -> None:
+def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe: Recipe) -> None:
     """Read by the `gguf` package, mapped back by transformers, and bit for bit the adapter's. Raises Unlike."""
+    reader = GGUFReader(path)
+    alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
+    if not math.isclose(alpha, _alpha(recipe), rel_tol=1e-6):
+        raise Unlike(f"its alpha is read as {alpha}, the adapter's comes to {_alpha(recipe)}")
     form = llama_cpp.FORMS[config.model_type]
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(_as_read(config))
     processor = _processor(form, config)
     theirs = get_gguf_hf_weights_map(skeleton, processor)
     found: Tensors = {}
-    for tensor in GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         name, _, part = tensor.name.rpartition(".lora_")
         values = np.array(tensor.data)
         if part == "b" and form.pairs_rotary:
             values = processor.process(values, name).weights
-        key = f"{PEFT_PREFIX}{theirs[name].removesuffix('.weight')}.lora_{part.upper()}.weight"
-        found[key] = torch.from_numpy(values)
+        module = theirs.get(name, name).removesuffix(".weight")
+        found[f"{PEFT_PREFIX}{module}.lora_{part.upper()}.weight"] = torch.from_numpy(values)
     if differing := [
         key for key in sorted(found.keys() | tensors.keys()) if not _same(found.get(key), tensors.get(key))
     ]:
@@ -92,6 +95,8 @@ def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device:
     from `config`, and those that it does take must agree with that. Raises Unlike.
     """
     for key, value in load_gguf_checkpoint(path)["config"].items():
+        if key.endswith("_token_id"):
+            continue  # the tokenizer's, with which a config need not agree
         wanted = llama_cpp.rope_theta(config) if key == "rope_theta" else getattr(config, key, value)
         if isinstance(value, int | float) and wanted is not None and not math.isclose(value, wanted, rel_tol=1e-6):
             raise Unlike(f"its {key} is read as {value}, the model's is {wanted}")
@@ -133,8 +138,10 @@ def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, 
             raise Unlike(
                 f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
             )
-    if theirs.chat_template != encoder.tokenizer.chat_template:
-        raise Unlike("its chat template is another")
+    for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
+        wanted, read = getattr(encoder.tokenizer, name), getattr(theirs, name)
+        if wanted is not None and wanted != read:
+            raise Unlike(f"its {name} is read as {read!r}, the base's is {wanted!r}")
 
 
 def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
@@ -142,6 +149,11 @@ def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
     writer.add_name(task.base_name)
     if task.base_license is not None:
         writer.add_license(task.base_license)
+
+
+def _alpha(recipe: Recipe) -> float:
+    """llama.cpp scales by alpha / r, rsLoRA by alpha / sqrt(r)."""
+    return recipe.alpha * (math.sqrt(recipe.r) if recipe.use_rslora else 1.0)
 
 
 def _lora_tensors(tensors: Tensors, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:

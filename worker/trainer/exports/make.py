@@ -75,7 +75,7 @@ def _adapter(command: MakeExport, folder: Path) -> Export:
     tensors = published.tensors(Path(command.adapter_dir))
     path = folder / gguf_files.ADAPTER
     gguf_files.write_adapter(path, tensors, config, command.task, command.recipe)
-    gguf_files.check_adapter(path, tensors, config)
+    gguf_files.check_adapter(path, tensors, config, command.recipe)
     return Export(name=command.name)
 
 

@@ -89,6 +89,14 @@ def test_llama_cpp_scales_an_rs_lora_as_peft_does(make_command: MakeCommand, tmp
     assert fields["adapter.type"].contents() == "lora"
 
 
+def test_a_base_may_stop_by_several_tokens(make_command: MakeCommand) -> None:
+    """As Llama 3's config says; a GGUF file has one EOS, which is the tokenizer's."""
+    command = make_command("llama")
+    path = Path(command.task.base_dir) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 2]}))
+    assert made(command, ExportName.GGUF_MERGED).error is None
+
+
 def test_a_stop_is_heard(make_command: MakeCommand) -> None:
     command = make_command("llama")
     with pytest.raises(Interrupted):
