@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.protocol import MakeExport, Task
-from shared.schemas import ExportName, Method, Quantization
+from shared.schemas import ExportName, Method, MethodName, Quantization
 from shared.training import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
 }
 
+PAIRS = [{"prompt": f"Hat {i}?", "chosen": "a felt hat " * (1 + i % 3), "rejected": "a cap"} for i in range(8)]
+
 MakeCommand = Callable[..., MakeExport]
 
 
@@ -40,14 +42,17 @@ MakeCommand = Callable[..., MakeExport]
 def make_command(tmp_path: Path) -> MakeCommand:
     """`command.model_copy(update={"name": …})` is the command for another export of the same adapter."""
 
-    def make(kind: str, quantization: Quantization = Quantization.NONE, **lora: Any) -> MakeExport:
+    def make(
+        kind: str, quantization: Quantization = Quantization.NONE, *, method: MethodName = "supervised", **lora: Any
+    ) -> MakeExport:
         base_dir, rows = tmp_path / "base", tmp_path / "rows.jsonl"
         tiny_base(base_dir, kind, **KINDS[kind])
-        rows.write_text("".join(json.dumps(row) + "\n" for row in quotes(24)), encoding="utf-8")
+        told = quotes(24) if method == "supervised" else PAIRS
+        rows.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
         task = Task.model_validate(
             {
                 "base_dir": str(base_dir), "base_name": "acme/tiny", "base_revision": "0" * 40,
-                "training_file": str(rows), "validation_file": None, "method": Method.of("supervised"),
+                "training_file": str(rows), "validation_file": None, "method": Method.of(method),
                 "lora": {"r": 4} | lora, "quantization": quantization, "trainer": {}, "seed": 7, "torch_threads": 1,
                 "max_row_bytes": 1 << 20,
             }

@@ -66,6 +66,15 @@ def test_what_else_is_merged(
     assert off(found, command) < tolerance
 
 
+def test_of_preferences_the_chosen_answers_are_compared(make_command: MakeCommand) -> None:
+    """A merged model has no base left to gain on."""
+    command = make_command("llama", method="dpo")
+    found, chosen = made(command, ExportName.MERGED), command.proof.tuned.chosen_loss
+    assert chosen is not None
+    assert found.loss == pytest.approx(chosen, rel=TOLERANCE)
+    assert found.difference == pytest.approx(found.loss - chosen)
+
+
 def test_a_merged_folder_is_a_model_of_its_own(make_command: MakeCommand, tmp_path: Path) -> None:
     command = make_command("gpt2")
     before = {path.name: path.read_bytes() for path in Path(command.task.base_dir).iterdir()}
