@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     trainer_command: str | None = Field(
         None, description="Command that starts a trainer; unset means `python -m worker.trainer.main`."
     )
+    warm_seconds: float = Field(
+        300.0, description="How long an idle trainer keeps its imports and its base in memory; 0 ends it with its job."
+    )
     signing_key_file: Path | None = Field(
         None, description="PEM of the Ed25519 key that signs published adapters; unset leaves them unsigned."
     )

@@ -44,7 +44,7 @@ from shared.schemas import Desired, JobCreate, Phase, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from shared.training import JobError, Metrics, Plan
-from worker import cache, publishing
+from worker import cache, publishing, warm
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
@@ -56,7 +56,7 @@ RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
-GoodWord = Done | Verified | None
+GoodWord = Prepared | Done | Verified | None
 T = TypeVar("T")
 
 
@@ -154,19 +154,20 @@ class Attempt:
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
 
     def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
-        """Start a trainer, tell it what to do, and listen until it has had its last word; it is gone on return.
+        """Take a trainer, tell it what to do, and listen until it has had its last word.
 
-        Returns what there is to go on from; any other end has been dealt with.
+        Returns what there is to go on from; any other end has been dealt with, and the trainer is gone.
         """
         self.lease.hold()
-        session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
-        log.info("trainer.started", pid=session.pid)
+        purpose, said = warm.Purpose.PROOF if isinstance(command, Verify) else warm.Purpose.WORK, None
+        session = warm.take(purpose, visible_device=cache.visible_device(slot))
         self.lease.guard(session)
         reach(Point.AFTER_TRAINER_START)
         try:
             self.lease.hold()
             session.send(command)
-            return self.listen(session, saves=isinstance(command, Train))
+            said = self.listen(session, saves=isinstance(command, Train))
+            return said
         except Ended as end:
             session.kill()  # before the job is given up: one that is stuck lives
             self.lease.check()
@@ -183,7 +184,10 @@ class Attempt:
             return None
         finally:
             self.lease.guard(None)
-            session.close()
+            if said is None:
+                warm.close(session)
+            else:
+                warm.keep(purpose, session)
 
     # ------------------------------------------------------------ listening
 
@@ -209,6 +213,8 @@ class Attempt:
             if self.lease.is_stuck():
                 raise Stuck(f"the trainer got nowhere for {self.settings.stuck_seconds:.0f} s")
             event = session.receive(timeout=TICK)
+            if event is not None and event.job != self.job.id:
+                continue  # a straggler of the work before
             if event is not None:
                 self.lease.progressed()
             if self.pending and time.monotonic() - self.recorded_at >= RECORD_EVERY:
@@ -228,7 +234,7 @@ class Attempt:
                     self.keep(event)
                 case Prepared(plan=plan):
                     self.plan(plan)
-                    return None
+                    return event
                 case Done() | Verified():
                     self.flush()
                     return event
