@@ -1,7 +1,7 @@
 """A run at Weights & Biases, by its own package: what it speaks to its server is documented nowhere.
 
-Owns: that nothing of this machine or its environment goes along: no host, no command line, no packages, no console, no
-Git. Must not be imported by the supervisor: the package starts a process of its own.
+Owns: that nothing of this machine or its environment goes along: no host, no user, no command line, no packages, no
+console, no Git. Must not be imported by the supervisor: the package starts a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WandbRun:
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
-        self._next = run.step
+        self._next = run.starting_step
 
     def log(self, batch: list[tuple[int, Values]]) -> None:
         for step, values in batch:
@@ -57,6 +57,9 @@ def open_run(start: Start) -> WandbRun:
             base_url=start.url,
             init_timeout=INIT_SECONDS,
             host="milliner",
+            program="milliner",
+            username="milliner",
+            email="",
             console="off",
             silent=True,
             disable_code=True,
