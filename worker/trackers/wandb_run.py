@@ -10,6 +10,7 @@ from pathlib import Path
 
 import wandb
 
+from shared.schemas import Wandb
 from worker.trackers.pipe import Ending, Start, Values
 
 INIT_SECONDS = 15.0
@@ -42,8 +43,16 @@ def open_run(start: Start) -> WandbRun:
     """The run whose id is the job's, gone on with where it is there. Raises wandb.Error."""
     asked = start.integration.wandb
     assert asked is not None
+    try:
+        return WandbRun(_init(start, asked))
+    except Exception:
+        wandb.teardown()  # what a failed try leaves behind would hold the run's id against the next
+        raise
+
+
+def _init(start: Start, asked: Wandb) -> wandb.Run:
     ours = ["milliner/finetune", f"milliner/{start.base_model}", f"milliner/{start.job}"]
-    run = wandb.init(
+    return wandb.init(
         id=start.job,
         resume="allow",
         project=asked.project,
@@ -71,4 +80,3 @@ def open_run(start: Start) -> WandbRun:
             x_save_requirements=False,
         ),
     )
-    return WandbRun(run)

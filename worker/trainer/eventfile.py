@@ -1,8 +1,8 @@
 """A run's curves as a TensorBoard event file.
 
-The format has not changed since TensorFlow 0.x and is a page long: records of a length, a payload, and a masked CRC-32C
-of each; the payload is the protobuf message `Event`, of which scalars need four fields. Libraries that write it bring a
-web server, or an S3 client into a process that is to have none, and name the file by host and clock (decision 6).
+Of the format, a page is needed: records of a length, a payload, and a masked CRC-32C of each; the payload is a protobuf
+message, `Event`, of which scalars need four fields. Libraries that write it bring a web server, or an S3 client into a
+process that is to have none, and name the file by host and clock (decision 6).
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/util/event.proto
 """
 
