@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from queue import Empty, Full, Queue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import IO, NamedTuple
 
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -89,7 +89,8 @@ class Tracker:
         self._complain = complain
         self._steps: Queue[Metrics] = Queue(STEPS)
         self._over, self._lost = Event(), Event()
-        self._answered = self._complained = False
+        self._answered = False
+        self._to_tell = Lock()  # taken for good by the first complaint
         context = contextvars.copy_context()  # for the log
         name = f"tracker-{integration.type}"
         Thread(target=context.run, args=(self._serve,), name=name, daemon=True).start()
@@ -102,7 +103,7 @@ class Tracker:
 
     def last_call(self) -> None:
         if not self._answered:
-            self._tell("it has not answered by the time the job ended")
+            self._tell("it has not answered yet, and the job is about to end")
 
     def end(self, *, lost: bool) -> None:
         if lost:
@@ -170,11 +171,10 @@ class Tracker:
                     self._tell(trouble)
 
     def _tell(self, trouble: str) -> None:
-        """Once."""
-        if not self._complained:
-            self._complained = True
+        """Once, whichever thread is the first."""
+        if self._to_tell.acquire(blocking=False):
             name = NAMES[self._integration.type]
-            self._complain(f"{name} does not take this job's metrics: {trouble}. The job goes on without it")
+            self._complain(f"{name} does not take this job's metrics, and the job goes on without it: {trouble}")
 
 
 class Access(NamedTuple):

@@ -130,7 +130,7 @@ def _read(backlog: Backlog) -> None:
         message = MESSAGE.validate_json(line)
         if isinstance(message, End):
             backlog.end(message.ending)
-            Timer(FAREWELL, _die).start()
+            Timer(FAREWELL, _die).start()  # a daemon, as this thread is
             return
         assert isinstance(message, Step)
         backlog.add(message)
