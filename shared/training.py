@@ -272,6 +272,19 @@ class Metrics(Wire):
     trained_tokens: int | None = None
     tokens_per_second: float | None = None
 
+    def scalars(self) -> dict[str, float]:
+        """As trackers want them, which make a chart of each name and a group of what comes before a slash.
+
+        OpenAI's `full_valid_…` are left out: they are the `valid_…` once more.
+        """
+        found: dict[str, float] = self.model_dump(exclude_none=True, exclude={"step", "total_steps"})
+        grouped = {}
+        for name, value in found.items():
+            group = "valid" if name.startswith("valid_") else "train"
+            if not name.startswith("full_valid_"):
+                grouped[f"{group}/{name.removeprefix(group + '_')}"] = float(value)
+        return grouped
+
 
 class JobError(Wire):
     """Why a job failed. `code`, `message`, `param` are OpenAI's; the rest is ours."""

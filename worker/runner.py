@@ -50,6 +50,7 @@ from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
 from worker.session import Died, Ended, TrainerSession
 from worker.staging import stage
+from worker.tracking import Tracking
 from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
@@ -119,12 +120,15 @@ class Attempt:
         self.pending: list[Metrics] = []
         self.recorded_at = 0.0
         self.pace = Pace()
+        self.tracking = Tracking(job, [], complain=self.complain)
 
     def run(self, slot: int) -> None:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
         try:
             self.request = JobCreate.model_validate(self.job.request)
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
+            if self.queue is Queue.TRAIN:
+                self.tracking = Tracking(self.job, self.request.integrations or [], complain=self.complain)
             command = stage(
                 self.job,
                 self.request,
@@ -152,6 +156,8 @@ class Attempt:
                 return
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
+        finally:
+            self.tracking.end(lost=self.lease.is_lost())
 
     def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
         """Take a trainer, tell it what to do, and listen until it has had its last word.
@@ -230,6 +236,7 @@ class Attempt:
                 case Measured(metrics=metrics):
                     self.pace.note(metrics, session.heard_at)
                     self.pending.append(metrics)
+                    self.tracking.note(metrics)
                 case CheckpointSaved():
                     self.keep(event)
                 case Prepared(plan=plan):
@@ -326,6 +333,7 @@ class Attempt:
             file = publishing.result_row(job, result)
             return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 
+        self.tracking.last_call()
         state = self.guarded(finish)
         log.info("job.finished", state=state)
         reach(Point.AFTER_FINISH)
@@ -384,6 +392,7 @@ class Attempt:
 
     def end(self, error: JobError) -> None:
         """End the job for good: another attempt would meet the same."""
+        self.tracking.last_call()
         self.guarded(lambda s: attempts.failed(s, self.job.id, self.lease.epoch, error))
 
     def crash(self, error: JobError) -> None:

@@ -62,6 +62,7 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
         "report.json",
         "metrics.jsonl",
         "README.md",
+        f"runs/{job.id}/events.out.tfevents.milliner",
         "manifest.json",
         "manifest.json.sig",
     }

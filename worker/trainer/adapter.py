@@ -6,6 +6,7 @@ Owns: the published layout. Must not write a local path, nor a key that older re
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint
+from worker.trainer import card, checkpoint, eventfile
 
 
 def write(
@@ -23,6 +24,7 @@ def write(
     adapted: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    job: str,
     task: Task,
     recipe: Recipe,
     report: Report,
@@ -36,6 +38,7 @@ def write(
         config = adapter_config(adapted, task, recipe)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+        eventfile.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
 

@@ -176,6 +176,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
             folder,
             run.adapted,
             encoder.tokenizer,
+            job=job,
             task=run.command.task,
             recipe=run.recipe,
             report=found,
