@@ -49,7 +49,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
     targets = lora.target_modules
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if recipe.labels is None else "SEQ_CLS",
         "base_model_name_or_path": task.base_name,
         "revision": task.base_revision,
         "r": recipe.r,
@@ -62,5 +62,5 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
         "fan_in_fan_out": lora.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(adapted.heads) or None,
     }

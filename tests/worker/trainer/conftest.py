@@ -155,7 +155,8 @@ def run(
         observer.events.append(event)
         seen(event)
 
-    load_base = partial(model.load_base, task.base_dir, task.quantization)
+    labels = command.recipe.labels
+    load_base = partial(model.load_base, task.base_dir, task.quantization, labels=len(labels) if labels else None)
     train(command, load_base, emit=emit, stopping=observer.stopping)
     return observer
 
