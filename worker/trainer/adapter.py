@@ -11,17 +11,17 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint
+from worker.trainer import card, checkpoint, classifier
+from worker.trainer.encoding import Encoder
 
 
 def write(
     folder: Path,
     adapted: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
     task: Task,
     recipe: Recipe,
@@ -31,10 +31,12 @@ def write(
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
-        tokenizer.save_pretrained(partial)
+        encoder.tokenizer.save_pretrained(partial)
         save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
         config = adapter_config(adapted, task, recipe)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if recipe.labels is not None:
+            classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")

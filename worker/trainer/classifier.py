@@ -7,10 +7,10 @@ quantized, bears no LoRA, is trained in full and published whole. Must not load 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 #: Between backbone and labels, BERT has a pooler, which masked language models are saved without.
 POOLER = "pooler"
@@ -35,6 +35,19 @@ def unquantized(base_dir: str) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     return [*map(re.escape, head(model, ())), rf".*\b{POOLER}"]
+
+
+def config(base_dir: str, labels: Sequence[str], *, pad: int) -> PreTrainedConfig:
+    """The base's config as a classifier's: which label each output is, and what rows are padded with.
+
+    It is published beside the adapter, whose own config knows neither.
+    """
+    found = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    found.id2label = dict(enumerate(labels))
+    found.label2id = {label: i for i, label in enumerate(labels)}
+    found.get_text_config().pad_token_id = pad
+    found.architectures = [AutoModelForSequenceClassification._model_mapping[type(found)].__name__]
+    return found
 
 
 def is_of(name: str, head: Iterable[str]) -> bool:

@@ -171,7 +171,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
         adapter.write(
             folder,
             run.adapted,
-            encoder.tokenizer,
+            encoder,
             task=run.command.task,
             recipe=run.recipe,
             report=found,
