@@ -173,8 +173,8 @@ def labelled(row: dict[str, Any]) -> Labelled:
     if not isinstance(label, str | int) or isinstance(label, bool):
         raise _Bad("label", f"found {_found(label)}", "a string or an integer")
     label = str(label)
-    if not label.strip() or len(label) > LONGEST_LABEL:
-        raise _Bad("label", f"found {_found(label)}", f"a name of 1 to {LONGEST_LABEL} characters")
+    if not label.strip() or not label.isprintable() or len(label) > LONGEST_LABEL:
+        raise _Bad("label", f"found {_found(label)}", f"a name of 1 to {LONGEST_LABEL} printable characters")
     first, second = next((pair for pair in PAIRS if pair[0] in row), PAIRS[0])
     alone = second is None or (second == "text_pair" and row.get(second) is None)
     return Labelled(_string(row, first), None if alone else _string(row, str(second)), label)

@@ -71,7 +71,7 @@ def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.Op
         ({"suffix": "x" * 65}, "suffix", "at most 64 characters"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "17 pairs; at most 16"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised' or 'dpo' (found 'reinforcement')"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "'dpo' or 'classification' (found 'reinforcement')"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "only method.dpo is allowed"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method.dpo.hyperparameters.beta", "2"),
         ({"method": {"type": "dpo"}}, "training_file", "found text rows; method 'dpo' trains on preference rows"),

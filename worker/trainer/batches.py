@@ -37,18 +37,18 @@ class Batch:
     attention_mask: torch.Tensor | None
     lines: tuple[int, ...]
     lengths: tuple[int, ...]
-    type_ids: torch.Tensor
-    labels: tuple[str, ...]
+    type_ids: torch.Tensor | None = None
+    labels: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        mask = self.attention_mask
+        mask, types = self.attention_mask, self.type_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
             targets=self.targets.to(device),
             attention_mask=None if mask is None else mask.to(device),
-            type_ids=self.type_ids.to(device),
+            type_ids=None if types is None else types.to(device),
         )
 
 
