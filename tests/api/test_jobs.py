@@ -61,6 +61,18 @@ def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.Op
     assert refused.value.code == "invalid_training_file"
 
 
+def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("labels.csv", b"sentence,label\nfelt,1\nwool,0\n"), purpose="fine-tune")
+    method: Any = {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 3}}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert job.method is not None
+    assert (job.method.type, job.hyperparameters.n_epochs) == ("classification", 3)
+    with pytest.raises(openai.BadRequestError, match="found classification rows; method 'supervised'") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    assert refused.value.code == "invalid_training_file"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
