@@ -163,8 +163,8 @@ def run(
         observer.events.append(event)
         seen(event)
 
-    labels = command.recipe.labels
-    load_base = partial(model.load_base, task.base_dir, task.quantization, labels=len(labels) if labels else None)
+    classes = {"labels": len(command.recipe.labels)} if command.recipe.labels else {}
+    load_base = partial(model.load_base, task.base_dir, task.quantization, **classes)
     train(command, load_base, emit=emit, stopping=observer.stopping)
     return observer
 
