@@ -20,7 +20,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, classifier, data, evaluate, ladder, model, published, selftest, serving
+from worker.trainer import checkpoint, classifier, data, evaluate, ladder, lanes, model, published, selftest, serving
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
@@ -66,6 +66,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
         pad=encoder.eos if recipe.labels is None else encoder.pad,
+        lanes=lanes.most(base, recipe),
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
