@@ -79,7 +79,6 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 ENCODER_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
-TYPED = ["input_ids", "token_type_ids", "attention_mask"]
 GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 
 
@@ -107,10 +106,11 @@ def tiny_gpt2(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
-def encoder_tokenizer() -> PreTrainedTokenizerFast:
-    """`[CLS] a [SEP] b [SEP]`, the second text of another type, as BERT's template has it."""
+def encoder_tokenizer(*, typed: bool) -> PreTrainedTokenizerFast:
+    """`[CLS] a [SEP] b [SEP]`; the second text is of another type, which a model that is `typed` is told."""
     special = {"cls_token": "<|im_start|>", "sep_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    tokenizer = tiny_tokenizer(eos_token=None, model_input_names=TYPED, **special)
+    names = ["input_ids", *["token_type_ids"] * typed, "attention_mask"]
+    tokenizer = tiny_tokenizer(eos_token=None, model_input_names=names, **special)
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A <|im_end|>",
@@ -126,4 +126,4 @@ def tiny_encoder(folder: Path, model_type: str, **config: Any) -> None:
     special = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
     made = AutoConfig.for_model(model_type, **ENCODER_SIZES, **special, initializer_range=0.2, **config)
     AutoModelForMaskedLM.from_config(made).save_pretrained(folder)
-    encoder_tokenizer().save_pretrained(folder)
+    encoder_tokenizer(typed=config.get("type_vocab_size") != 1).save_pretrained(folder)
