@@ -190,8 +190,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("DIR")
 config = AutoConfig.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer.pad_token_id = config.pad_token_id
 base = AutoModelForSequenceClassification.from_pretrained(
     "{task.base_name}"{_revision(task)}, config=config, dtype=torch.float32{", ignore_mismatched_sizes=True" * had_one}
 )

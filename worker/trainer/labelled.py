@@ -40,6 +40,11 @@ class Labelled(Encoded):
         return range(int(self.parts.max()) + 1)
 
     @property
+    def runs_together(self) -> bool:
+        """Two texts with nothing between them, as some decoders' tokenizers leave them."""
+        return bool(((self.parts[:-1] == 0) & (self.parts[1:] == 1)).any())
+
+    @property
     def content(self) -> bytes:
         return b"\0".join((self.ids.tobytes(), self.types.tobytes(), self.label.encode()))
 

@@ -71,6 +71,11 @@ def doubts(found: Sequence[LabelCount], train: Sequence[Row]) -> list[str]:
     if rare := [one.label for one in found if one.rows < FEW_ROWS]:
         are = "labels have" if len(rare) > 1 else "label has"
         warnings.append(f"{len(rare)} {are} fewer than {FEW_ROWS} rows ({_named(rare)}): add rows, or merge labels")
+    if joint := sum(row.runs_together for row in _labelled(train)):
+        warnings.append(
+            f"{joint} rows are two texts, between which the base's tokenizer puts nothing: begin the second one with a "
+            "line break or a word that parts them, here and when the classifier is asked"
+        )
     total, most = sum(one.rows for one in found), max(found, key=lambda one: one.rows)
     if most.rows >= MOST_SHARE * total:
         warnings.append(

@@ -18,9 +18,11 @@ from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas import Quantization
 from tests.tiny import tiny_base, tiny_encoder
 from worker.trainer import classifier, data, evaluate, model
+from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder
 from worker.trainer.labelled import Labelled
 from worker.trainer.likelihood import Layout
+from worker.trainer.methods import classify
 from worker.trainer.prepare import prepare
 from worker.trainer.verify import verify
 
@@ -200,6 +202,22 @@ def test_rows_score_the_same_alone_and_padded(
             label = torch.tensor([labels.index(row["label"])])
             theirs = adapted(**asked(encoder.tokenizer, row), labels=label).loss
             assert float(theirs) == pytest.approx(float(nats), rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "context"), [("bert", 256), ("roberta", 255), ("deberta-v2", 256), ("gpt2", 256)])
+def test_a_row_may_be_as_long_as_the_base_has_positions(
+    kind: str, context: int, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows
+) -> None:
+    """RoBERTa's begin after its padding's."""
+    rows = [{"text": "a hat " * 200, "label": label} for label in (0, 1)]
+    task = classification(make_task, write_rows(rows), make_base(kind))
+    encoder, recipe = Encoder(task.base_dir), recipe_of(task)
+    assert recipe.max_length == context
+    base = model.load_base(task.base_dir, Quantization.NONE, labels=2)
+    longest = data.load(task, encoder).train[0].cut(context).documents
+    assert len(longest[0]) == context
+    with torch.no_grad(), base.precision():
+        assert classify.logits(base.model, collate([longest], packing=False, pad=encoder.pad)).isfinite().all()
 
 
 # ---------------------------------------------------------------- the head

@@ -80,6 +80,13 @@ def test_a_label_of_which_all_rows_are_held_out_is_named(plan: Any) -> None:
     assert set(warned) == {True, False}
 
 
+def test_two_texts_that_run_together_are_warned_of(plan: Any, bert: str) -> None:
+    rows = [row | {"text_pair": "of felt"} for row in rows_of("felt", "wool")]
+    decoder, encoder = (plan(rows, **where).warnings for where in ({}, {"base_dir": bert}))
+    assert any("2 rows are two texts, between which the base's tokenizer puts nothing" in told for told in decoder)
+    assert not any("two texts" in told for told in encoder)
+
+
 @pytest.mark.parametrize(("kind", "said"), [("supervised", "reads and does not write"), ("dpo", "method 'dpo' trains")])
 def test_an_encoder_learns_no_answers(
     make_task: MakeTask, write_rows: WriteRows, bert: str, kind: Any, said: str
