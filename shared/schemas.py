@@ -122,7 +122,11 @@ class Dpo(Request):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
-MethodName = Literal["supervised", "dpo"]
+class Classification(Request):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+MethodName = Literal["supervised", "dpo", "classification"]
 
 
 class Method(Request):
@@ -131,22 +135,34 @@ class Method(Request):
     type: MethodName = "supervised"
     supervised: Supervised | None = None
     dpo: Dpo | None = None
+    classification: Classification | None = None
 
     @model_validator(mode="after")
     def _no_settings_of_another_type(self) -> Self:
-        foreign = self.dpo if self.type == "supervised" else self.supervised
-        if foreign is not None:
+        settings = {"supervised": self.supervised, "dpo": self.dpo, "classification": self.classification}
+        if any(found is not None for type_, found in settings.items() if type_ != self.type):
             raise ValueError(
                 f"holds the settings of another type; with type {self.type!r} only method.{self.type} is allowed"
             )
         return self
 
     @property
+    def settings(self) -> Supervised | Dpo | Classification | None:
+        """Those of its type, if any were given."""
+        match self.type:
+            case "supervised":
+                return self.supervised
+            case "dpo":
+                return self.dpo
+            case "classification":
+                return self.classification
+
+    @property
     def hyperparameters(self) -> Hyperparameters:
         """Those of its type."""
-        if self.type == "dpo":
-            return (self.dpo or Dpo()).hyperparameters
-        return (self.supervised or Supervised()).hyperparameters
+        if self.settings is None:
+            return DpoHyperparameters() if self.type == "dpo" else Hyperparameters()
+        return self.settings.hyperparameters
 
     @classmethod
     def of(cls, type_: MethodName, **hyperparameters: Any) -> Self:
@@ -279,7 +295,7 @@ class JobCreate(Request):
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> Self:
         told = self.method.hyperparameters
-        settings = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+        settings = self.method.settings
         if self.hyperparameters is not None and not (settings and "hyperparameters" in settings.model_fields_set):
             told = self.hyperparameters
         self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))

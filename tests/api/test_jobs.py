@@ -71,6 +71,18 @@ def test_a_job_shows_its_integrations(client: openai.OpenAI, dataset: FileObject
     assert (shown.type, shown.wandb.project, shown.wandb.name, shown.wandb.tags) == ("wandb", "hats", "felt", ["a"])
 
 
+def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("labels.csv", b"sentence,label\nfelt,1\nwool,0\n"), purpose="fine-tune")
+    method: Any = {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 3}}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert job.method is not None
+    assert (job.method.type, job.hyperparameters.n_epochs) == ("classification", 3)
+    with pytest.raises(openai.BadRequestError, match="found classification rows; method 'supervised'") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    assert refused.value.code == "invalid_training_file"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
@@ -81,7 +93,7 @@ def test_a_job_shows_its_integrations(client: openai.OpenAI, dataset: FileObject
         ({"suffix": "x" * 65}, "suffix", "at most 64 characters"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "17 pairs; at most 16"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised' or 'dpo' (found 'reinforcement')"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "'dpo' or 'classification' (found 'reinforcement')"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "only method.dpo is allowed"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method.dpo.hyperparameters.beta", "2"),
         ({"method": {"type": "dpo"}}, "training_file", "found text rows; method 'dpo' trains on preference rows"),

@@ -107,7 +107,7 @@ class Session:
         self._pipe = pipe
         self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
-        self._resident: tuple[tuple[str, Quantization], Base] | None = None
+        self._resident: tuple[tuple[str, Quantization, int | None], Base] | None = None
         self._step: int | None = None
         self._silence: float | None = None
         self._watched = False
@@ -226,7 +226,7 @@ class Session:
 
         train(
             command,
-            lambda: self._base(command.task.base_dir, command.recipe.quantization),
+            lambda: self._base(command.task.base_dir, command.recipe.quantization, command.recipe.labels),
             emit=self.emit,
             stopping=lambda: self._is_stopping(command.job),
             tick=lambda: self.tick(command.job),
@@ -244,13 +244,13 @@ class Session:
         self.tick(job)
         return job in self._stopping
 
-    def _base(self, base_dir: str, quantization: Quantization) -> Base:
+    def _base(self, base_dir: str, quantization: Quantization, labels: list[str] | None) -> Base:
         from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)
 
-        key = (base_dir, quantization)
+        key = (base_dir, quantization, len(labels) if labels else None)
         if self._resident is None or self._resident[0] != key:
             self._resident = None  # first let go of the old one: two do not fit
-            self._resident = (key, load_base(base_dir, quantization))
+            self._resident = (key, load_base(base_dir, quantization, labels=key[2]))
         return self._resident[1]
 
     def _fail(
