@@ -183,7 +183,9 @@ def submit_job(
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Rows to evaluate on.")
     ] = None,
-    method: Annotated[MethodName, typer.Option(help="What the rows are: answers, or preferences.")] = "supervised",
+    method: Annotated[
+        MethodName, typer.Option(help="What the rows are: answers, preferences, or labels.")
+    ] = "supervised",
     suffix: Annotated[str | None, typer.Option(help="Part of the adapter's name.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows an optimizer step.", show_default="auto")] = None,

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.show import duration, exported, scores, size, verdict
+from client.show import duration, exported, scores, size, unit, verdict
 from shared.training import Continuation, Export, Report, Sample
 
 _SOURCES = {
@@ -25,10 +25,11 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEM
 def document(item: Report, exports: Sequence[Export] = ()) -> RenderableType:
     """All of it, top to bottom: scores, samples, cost, and further forms of the adapter."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
-    parts: list[RenderableType] = [scores(item), verdict(item.change), measured]
+    parts: list[RenderableType] = [scores(item), verdict(item.change, unit(item)), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
     if item.samples:
-        parts += [Text("\nsamples at temperature 0", style="bold"), *map(_sample, item.samples)]
+        title = "samples at temperature 0" if item.majority is None else "samples"
+        parts += [Text(f"\n{title}", style="bold"), *map(_sample, item.samples)]
     parts += [Text("\ncost", style="bold"), _cost(item)]
     if exports:
         parts += [Text("\nexports", style="bold"), *map(exported, exports)]

@@ -9,7 +9,18 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from shared.schemas import Hyperparameters, Lora, Metadata, Method, Phase, Quantization, State, TrainerParams, Wire
+from shared.schemas import (
+    Hyperparameters,
+    Integration,
+    Lora,
+    Metadata,
+    Method,
+    Phase,
+    Quantization,
+    State,
+    TrainerParams,
+    Wire,
+)
 from shared.training import Export, FileReport, JobError, Metrics, Plan, Proof, Report
 
 
@@ -74,7 +85,7 @@ class Job(Wire):
     seed: int
     suffix: str | None
     estimated_finish: int | None
-    integrations: list[Any]
+    integrations: list[Integration]
     metadata: Metadata | None
     phase: Phase | None
     reason: str | None

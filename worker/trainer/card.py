@@ -7,6 +7,7 @@ no praise, no guess, nothing of the machine.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from worker.trainer import serving
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
 MOST_EVALUATIONS = 20
+MOST_LABELS = 20
 
 _HELDOUT = {
     "validation_file": "the rows of a validation file",
@@ -30,14 +32,14 @@ _HELDOUT = {
 def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics]) -> str:
     """The whole card, in Markdown."""
     sections = (
-        _front_matter(task),
+        _front_matter(task, recipe),
         f"# LoRA adapter for {task.base_name}\n",
         _origin(task),
-        _result(report),
+        _result(report) if recipe.labels is None else _labels_result(recipe.labels, report),
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe),
+        _usage(task, recipe) if recipe.labels is None else _labels_usage(task),
         _exports(task),
     )
     return "\n".join(section for section in sections if section)
@@ -51,11 +53,12 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)
 
 
-def _front_matter(task: Task) -> str:
+def _front_matter(task: Task, recipe: Recipe) -> str:
     lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
-    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- lora", "- milliner", "---", ""])
+    purpose = "text-generation" if recipe.labels is None else "text-classification"
+    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", "- lora", "- milliner", "---", ""])
 
 
 def _origin(task: Task) -> str:
@@ -78,6 +81,22 @@ def _result(report: Report) -> str:
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
         f"Over {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
         f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n"
+    )
+
+
+def _labels_result(labels: Sequence[str], report: Report) -> str:
+    rows = [
+        (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}", f"{score.macro_f1 or 0:.3f}")
+        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+    ]
+    if (most := report.majority) is not None:
+        rows.append((f"always “{_cell(most.label)}”", "", f"{most.accuracy:.1%}", ""))
+    return (
+        f"## Result\n\n{_table(('', 'loss (nats a row)', 'accuracy', 'macro F1'), rows)}\n"
+        f"Over {report.base.tokens:,} rows: {_HELDOUT[report.heldout_source]}. "
+        f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n\n"
+        f"{len(labels)} labels: {', '.join(f'“{_cell(label)}”' for label in labels[:MOST_LABELS])}"
+        f"{', …' if len(labels) > MOST_LABELS else ''}. `config.json` has them all.\n"
     )
 
 
@@ -120,9 +139,10 @@ def _limits(report: Report) -> str:
         if report.quantization.value != "none"
         else ""
     )
+    accuracy = "token accuracy" if report.majority is None else "accuracy"
     return (
         "## Limits\n\n"
-        "- It was measured by loss and token accuracy on rows like those that it was trained on, and by nothing else.\n"
+        f"- It was measured by loss and {accuracy} on rows like those that it was trained on, and by nothing else.\n"
         "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
         f"{quantized}"
         "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
@@ -130,8 +150,6 @@ def _limits(report: Report) -> str:
 
 
 def _usage(task: Task, recipe: Recipe) -> str:
-    commit = re.fullmatch("[0-9a-f]{40}", task.base_revision)
-    revision = f', revision="{task.base_revision}"' if commit else ""
     return f"""## Use
 
 `DIR` is the folder of this file. With [PEFT](https://huggingface.co/docs/peft):
@@ -141,7 +159,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("DIR")
-base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{revision})
+base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{_revision(task)})
 model = PeftModel.from_pretrained(base, "DIR")
 ```
 
@@ -181,6 +199,46 @@ logits, or why there is none, is in `manifest.json` under `exports`. `merged` ha
 {lines}
 ```
 """
+
+
+def _labels_usage(task: Task) -> str:
+    """With a head of another width in the base's files, if they are a classifier's, they do not load unasked."""
+    config = json.loads((Path(task.base_dir) / "config.json").read_text(encoding="utf-8"))
+    had_one = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return f"""## Use
+
+`DIR` is the folder of this file. Its `config.json` names the labels; the head is in the adapter, in fp32. With
+[PEFT](https://huggingface.co/docs/peft):
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+config = AutoConfig.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer.pad_token_id = config.pad_token_id
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{task.base_name}"{_revision(task)}, config=config, dtype=torch.float32{", ignore_mismatched_sizes=True" * had_one}
+)
+model = PeftModel.from_pretrained(base, "DIR").eval()
+inputs = tokenizer("a text", return_tensors="pt")
+with torch.no_grad():
+    print(config.id2label[model(**inputs).logits.argmax().item()])
+```
+
+vLLM serves no adapter that brings a head (`proof.vllm` in `manifest.json`).
+"""
+
+
+def _revision(task: Task) -> str:
+    """Only if it is a commit that hubs know."""
+    return f', revision="{task.base_revision}"' if re.fullmatch("[0-9a-f]{40}", task.base_revision) else ""
+
+
+def _cell(text: str) -> str:
+    """What a dataset says, on one line of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

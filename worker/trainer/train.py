@@ -30,6 +30,7 @@ from shared.training import Metrics, Recipe, Report, Sample
 from worker.trainer import (
     adapter,
     checkpoint,
+    classifier,
     data,
     evaluate,
     ladder,
@@ -119,12 +120,14 @@ def train(
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
+    if recipe.labels is not None:
+        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, warnings = selftest.layout(
         base,
         rows.train,
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
-        pad=encoder.eos,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
         lanes=lanes.most(base, recipe),
     )
     for warning in warnings:
@@ -175,7 +178,8 @@ def _finish(run: Run, encoder: Encoder) -> None:
         adapter.write(
             folder,
             run.adapted,
-            encoder.tokenizer,
+            encoder,
+            job=job,
             task=run.command.task,
             recipe=run.recipe,
             report=found,
@@ -194,7 +198,8 @@ def _loop(run: Run) -> RowScores:
     if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout) or _is_trained(run):
         scored = _score(run, adapter=False)
         run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
-        run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
+        untrained = ", which is chance: its head is untrained" if run.base.blank else ""
+        run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows{untrained}")
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     while True:
         if run.state.evaluation_due:
@@ -433,6 +438,8 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     """None, said aloud, where they cannot be written: a run that is trained and scored must not end for them."""
     try:
         answers = [row.documents[0] for row in run.rows.heldout]
+        if run.recipe.labels is not None:
+            return samples.classified(run.base, run.adapted, answers, encoder, labels=run.recipe.labels)
         return samples.compare(run.base, run.adapted, answers, encoder, layout=run.layout, stopping=run.stopping)
     except evaluate.Interrupted:
         raise
@@ -461,6 +468,9 @@ def _say_decisions(run: Run) -> None:
         f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
         f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
     )
+    if recipe.labels is not None:
+        head = ", ".join(run.base.head)
+        run.say(f"{len(recipe.labels)} labels, from {head}: trained in full; rows to be classified are never packed")
     if run.state.memory_halvings:
         run.say(f"memory ran out before: {ladder.difference(run.rungs[0], layout)}, the same mathematically")
     if run.state.step:

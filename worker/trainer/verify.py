@@ -19,10 +19,11 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, data, evaluate, ladder, lanes, model, published, selftest, serving
+from worker.trainer import checkpoint, classifier, data, evaluate, ladder, lanes, model, published, selftest, serving
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
+from worker.trainer.methods import classify
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
 
@@ -47,19 +48,23 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config = published.config(folder, task)
-    tensors = published.tensors(folder)
+    config = published.config(folder, task, recipe.labels)
+    tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
-    base = model.load_base(task.base_dir, recipe.quantization)
+    base = model.load_base(task.base_dir, recipe.quantization, labels=len(recipe.labels) if recipe.labels else None)
+    if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
+        raise published.foreign_keys(sorted(misnamed))
+    if recipe.labels is not None:
+        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, _ = selftest.layout(
         base,
         rows.train,
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
-        pad=encoder.eos,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
         lanes=lanes.most(base, recipe),
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
@@ -133,14 +138,14 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
 
 def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
     """The largest that the adapter makes, row by row through the model's own forward."""
-    largest = 0.0
+    largest, logits = 0.0, classify.logits if base.head else own_logits
     adapted.eval()
     with torch.no_grad(), base.precision():
         for row in rows:
             batch = collate([[row.documents[0].cut(TRIED_TOKENS)]], packing=False, pad=0).to(base.device)
-            tuned = own_logits(base.model, batch).float()
+            tuned = logits(base.model, batch).float()
             with adapted.disable_adapter():
-                plain = own_logits(base.model, batch).float()
+                plain = logits(base.model, batch).float()
             found = float((tuned - plain).abs().max())
             largest = found if math.isnan(found) else max(largest, found)
     return largest

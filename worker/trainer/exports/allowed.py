@@ -18,6 +18,13 @@ from worker.trainer.exports import llama_cpp, vocabulary
 
 def check(task: Task, encoder: Encoder) -> None:
     """Raises TrainingFailed for the first export that this base, or this adapter, cannot be given."""
+    if task.trainer.exports and task.method.type == "classification":
+        raise TrainingFailed(
+            "a classifier has no exports: its head is trained beside the LoRA, and stays with it",
+            code="invalid_exports",
+            param="trainer.exports",
+            hint="leave trainer.exports out; the adapter's own folder is what is served",
+        )
     for name in task.trainer.exports:
         if (refused := _REFUSALS[name](task, encoder)) is not None:
             reason, hint = refused
