@@ -43,14 +43,14 @@ TRAINER = f"""
     for line in sys.stdin:
         command = json.loads(line)
         if command["op"] == "train":
-            pathlib.Path("trained.pid").write_text(str(os.getpid()))
+            pathlib.Path(sys.argv[2] + ".pid").write_text(str(os.getpid()))
             folder = pathlib.Path(command["work_dir"], "adapter")
             folder.mkdir()
             (folder / "adapter_model.safetensors").write_bytes(b"weights")
             say("done", path=str(folder), report={REPORT.model_dump(mode="json")!r})
         elif command["op"] == "verify":
             pathlib.Path(sys.argv[2]).touch()
-            if pathlib.Path("/proc", pathlib.Path("trained.pid").read_text()).exists():
+            if pathlib.Path("/proc", pathlib.Path(sys.argv[2] + ".pid").read_text()).exists():
                 sys.exit("the trainer still lives")
             if pathlib.Path(command["adapter_dir"], "adapter_model.safetensors").read_bytes() != b"weights":
                 sys.exit("these are other weights")
@@ -94,6 +94,7 @@ def attempt(job: str, tmp_path: Path, verifying: Path, monkeypatch: pytest.Monke
     script.write_text(textwrap.dedent(TRAINER))
 
     def once(how: str, *, draining: Callable[[], bool] = lambda: False, **told: str) -> Job:
+        told.setdefault("WARM_SECONDS", "0")  # each test has a trainer of its own
         told["TRAINER_COMMAND"] = f"{sys.executable} -S -E {script} {how} {verifying}"
         for name, value in told.items():
             monkeypatch.setenv(f"MILLINER_{name}", value)

@@ -91,3 +91,9 @@ def test_a_vocabulary_is_padded_to_the_embeddings(llama: str) -> None:
     assert [found.tokens[i] for i in range(4)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
     with pytest.raises(vocabulary.Unsupported, match="with 200 embeddings"):
         vocabulary.of(tokenizer, 200)
+
+
+def test_a_classifier_stays_with_its_head(make_task: MakeTask, write_rows: WriteRows) -> None:
+    rows = write_rows([{"text": f"hat {i}", "label": "ab"[i % 2]} for i in range(8)])
+    task = make_task(rows, method="classification", trainer={"exports": ["merged"]})
+    refused(task, "a classifier has no exports")
