@@ -70,5 +70,7 @@ def _parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def _point(adapted: PeftModel, tensors: Start) -> None:
+    """Autocast keeps casts by parameter, and would go on with those of the other memory."""
+    torch.clear_autocast_cache()
     for name, parameter in _parameters(adapted).items():
         parameter.data = tensors[name]
