@@ -38,7 +38,9 @@ class Base:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast for adapters in fp32 on a bf16 base: bf16 adapters would lose small updates."""
-        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        # Its cache of cast weights is of all threads, and is emptied by whichever leaves first.
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled, cache_enabled=False):
             yield
 
 
@@ -109,7 +111,7 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
-    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
+    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
@@ -119,9 +121,9 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
     # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in own_dropouts:
+    for module, name, _ in muted:
         setattr(module, name, 0.0)
-    model.muted = own_dropouts
+    model.muted = muted
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
@@ -155,15 +157,7 @@ def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
-def _is_transposed(model: PreTrainedModel) -> bool:
-    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
-
-    An adapter says so even if it was trained on those: whoever loads it may not quantize.
-    """
-    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
-
-
-def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
+def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
     """Where the base itself draws random numbers in training: (module, attribute, rate)."""
     return [
         (module, name, rate)
@@ -171,6 +165,14 @@ def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, fl
         for name in (["p"] if isinstance(module, torch.nn.Dropout) else ["attention_dropout"])
         if isinstance(rate := getattr(module, name, None), float) and rate > 0
     ]
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+
+    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    """
+    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:

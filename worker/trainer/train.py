@@ -13,7 +13,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,8 +31,10 @@ from worker.trainer import (
     adapter,
     checkpoint,
     data,
+    decisions,
     evaluate,
     ladder,
+    lanes,
     lora,
     methods,
     model,
@@ -42,13 +44,13 @@ from worker.trainer import (
     selftest,
     start,
 )
-from worker.trainer.batches import batches, trained_tokens
+from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import Tally
+from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
@@ -96,6 +98,11 @@ class Run:
     def say(self, message: str, level: str = "info") -> None:
         _say(self.emit, self.command.job, message, level)
 
+    def go_on(self) -> None:
+        """Raises Interrupted once a stop is asked for."""
+        if self.stopping():
+            raise evaluate.Interrupted
+
 
 def train(
     command: Train,
@@ -118,7 +125,12 @@ def train(
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
     layout, warnings = selftest.layout(
-        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+        base,
+        rows.train,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        pad=encoder.eos,
+        lanes=lanes.most(base, recipe),
     )
     for warning in warnings:
         _say(emit, job, warning, "warn")
@@ -158,7 +170,14 @@ def _start(
         lora.let_go(adapted)
     now = time.monotonic()
     run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, best, state.step, now)
-    _say_decisions(run)
+    if run.start is not None:
+        run.say(f"it starts as {command.task.start_name}")
+    for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
+        run.say(decision)
+    if state.memory_halvings:
+        run.say(f"memory ran out before: {ladder.difference(rungs[0], run.layout)}, the same mathematically")
+    if state.step:
+        run.say(f"going on from the checkpoint of step {state.step}")
     return run
 
 
@@ -190,8 +209,7 @@ def _loop(run: Run) -> RowScores:
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
-        if run.stopping():
-            raise evaluate.Interrupted
+        run.go_on()
         trained = _is_trained(run)
         overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
         if trained or overdue or run.state.step % run.recipe.save_every == 0:
@@ -267,15 +285,21 @@ def _accumulate(run: Run, examples: list[Row]) -> Tally:
     An error, or Interrupted, leaves no gradient and no random number drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
+    parameters = list(model.trainable(run.adapted).values())
+
+    def gradients(batch: Batch) -> tuple[Loss, Sequence[torch.Tensor | None]]:
+        with run.base.precision():
+            loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe, start=run.start)
+        # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
+        return loss, torch.autograd.grad(loss.sums.sum() / weight, parameters, allow_unused=True)
+
     random_before = checkpoint.torch_random()
     try:
-        for batch in batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
-            if run.stopping():
-                raise evaluate.Interrupted
-            with run.base.precision():
-                loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe, start=run.start)
-            # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
-            torch.autograd.backward(loss.sums.sum() / weight)
+        # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
+        for loss, found in lanes.run(gradients, layout.split(examples), layout.lanes, before=run.go_on):
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             tally.add(loss)
     except Exception:
         run.optimizer.zero_grad()
@@ -455,31 +479,6 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     ladder.free()
     run.say(f"no samples in the report: {reason}", "warn")
     return []
-
-
-def _say_decisions(run: Run) -> None:
-    recipe, layout = run.recipe, run.layout
-    trainable_parameters, total = run.adapted.get_nb_trainable_parameters()
-    run.say(
-        f"{len(run.rows.train)} rows train, {len(run.rows.heldout)} are held out ({run.rows.heldout_source}); "
-        f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs"
-    )
-    run.say(
-        f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}: {trainable_parameters:,} of {total:,} "
-        f"parameters; rate {recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
-        + (f"; B learns {recipe.loraplus_lr_ratio:g} times as fast (LoRA+)" if recipe.loraplus_lr_ratio else "")
-    )
-    if run.command.task.start_name is not None:
-        run.say(f"it starts as {run.command.task.start_name}")
-    run.say(
-        f"base in {recipe.quantization.value} on {run.base.device.type}, computing in "
-        f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
-        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
-    )
-    if run.state.memory_halvings:
-        run.say(f"memory ran out before: {ladder.difference(run.rungs[0], layout)}, the same mathematically")
-    if run.state.step:
-        run.say(f"going on from the checkpoint of step {run.state.step}")
 
 
 def _say(emit: Emit, job: str, message: str, level: str) -> None:
