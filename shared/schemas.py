@@ -171,7 +171,10 @@ class Method(Request):
 
 
 class Lora(Request):
-    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job."""
+    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job.
+
+    `loraplus_lr_ratio` is how many times the rate B learns at (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
 
     r: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     alpha: Auto | Annotated[float, Field(gt=0, le=1024)] = "auto"
@@ -179,6 +182,7 @@ class Lora(Request):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] | None = None
 
 
 class Quantization(StrEnum):
@@ -260,7 +264,10 @@ class Integration(Request):
 
 
 class JobCreate(Request):
-    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins."""
+    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins.
+
+    `from_checkpoint` is what the adapter starts as; `model` may name it too, and the base is then its base.
+    """
 
     model: Text
     training_file: Text
@@ -275,6 +282,7 @@ class JobCreate(Request):
     quantization: Quantization = Quantization.NF4
     trainer: TrainerParams = TrainerParams()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    from_checkpoint: Text | None = None
     dry_run: bool = False
 
     @field_validator("metadata")

@@ -147,7 +147,8 @@ class Attempt:
         except Lost:
             raise
         except storage.Corrupt as lost:
-            hint = "the bucket has lost or changed it: upload the dataset again, or have the base model imported again"
+            hint = "the bucket has lost or changed it: upload the dataset again, have the base model imported again, "
+            hint += "or start from another adapter"
             self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
