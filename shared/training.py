@@ -15,9 +15,13 @@ from shared.schemas import MethodName, Quantization, Text, Wire
 
 
 class Recipe(Wire):
-    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's."""
+    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
+
+    With `full_finetuning` all weights are trained: `r` and `alpha` are 0, and the rest of the LoRA's is not used.
+    """
 
     method: MethodName = "supervised"
+    full_finetuning: bool = False
     beta: float | None = None
     n_epochs: int
     batch_size: int
@@ -226,7 +230,7 @@ class Report(Wire):
 
 
 class Servable(Wire):
-    """Whether vLLM takes the adapter, by the limits in its source; the least that `--max-lora-rank` must say."""
+    """Whether vLLM takes what is published, by its source; the least that `--max-lora-rank` must say for an adapter."""
 
     servable: bool
     max_lora_rank: int | None

@@ -1,6 +1,6 @@
-"""The model card of an adapter: README.md with the front matter that model hubs read.
+"""The model card of an adapter, or of a base trained whole: README.md with the front matter that model hubs read.
 
-Owns: saying what was done and measured, how it was evaluated, and how to put the adapter on. Only facts of this run:
+Owns: saying what was done and measured, how it was evaluated, and how to use it. Only facts of this run:
 no praise, no guess, nothing of the machine.
 """
 
@@ -29,14 +29,14 @@ _HELDOUT = {
 def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics]) -> str:
     """The whole card, in Markdown."""
     sections = (
-        _front_matter(task),
-        f"# LoRA adapter for {task.base_name}\n",
+        _front_matter(task, recipe),
+        f"# {task.base_name}, fine-tuned\n" if recipe.full_finetuning else f"# LoRA adapter for {task.base_name}\n",
         _origin(task),
-        _result(report),
+        _result(report, recipe),
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe),
+        _model_usage() if recipe.full_finetuning else _usage(task, recipe),
     )
     return "\n".join(section for section in sections if section)
 
@@ -49,11 +49,14 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)
 
 
-def _front_matter(task: Task) -> str:
-    lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
+def _front_matter(task: Task, recipe: Recipe) -> str:
+    kind, library, tags = (
+        ("finetune", "transformers", []) if recipe.full_finetuning else ("adapter", "peft", ["- lora"])
+    )
+    lines = ["---", f"base_model: {task.base_name}", f"base_model_relation: {kind}", f"library_name: {library}"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
-    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- lora", "- milliner", "---", ""])
+    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", *tags, "- milliner", "---", ""])
 
 
 def _origin(task: Task) -> str:
@@ -63,14 +66,15 @@ def _origin(task: Task) -> str:
     return _table(("made from", ""), rows)
 
 
-def _result(report: Report) -> str:
+def _result(report: Report, recipe: Recipe) -> str:
     loss, gained = "loss (nats a token)", ""
     if (share := report.tuned.reward_accuracy) is not None:
         loss = "loss (DPO, nats a pair)"
         gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
+    tuned = "fine-tuned" if recipe.full_finetuning else "with this adapter"
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
-        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+        for name, score in (("base", report.base), (tuned, report.tuned))
     ]
     return (
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
@@ -93,11 +97,8 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 
 def _recipe(recipe: Recipe, report: Report) -> str:
-    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
-    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
     rows = [
-        ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
-        ("on", targets),
+        *_shape(recipe),
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
@@ -112,6 +113,15 @@ def _recipe(recipe: Recipe, report: Report) -> str:
     return "## Recipe\n\n" + _table(("", ""), rows)
 
 
+def _shape(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.full_finetuning:
+        return [("trained", "all weights, in fp32")]
+    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
+    lora = f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"
+    return [("LoRA", lora), ("on", targets)]
+
+
 def _limits(report: Report) -> str:
     quantized = (
         f"- The base was held in {report.quantization.value}: with other weights of it, scores differ a little.\n"
@@ -121,7 +131,7 @@ def _limits(report: Report) -> str:
     return (
         "## Limits\n\n"
         "- It was measured by loss and token accuracy on rows like those that it was trained on, and by nothing else.\n"
-        "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
+        "- Whatever the base's own card says of bias, safety and licence holds here, too.\n"
         f"{quantized}"
         "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
     )
@@ -154,6 +164,33 @@ With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:
 ```bash
 python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
 llama-cli -m base.gguf --lora hat.gguf
+```
+"""
+
+
+def _model_usage() -> str:
+    return """## Use
+
+`DIR` is the folder of this file. It is a whole model and needs no other:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+With [vLLM](https://docs.vllm.ai) (whether it takes this model is in `manifest.json`, under `proof.vllm`):
+
+```bash
+vllm serve DIR
+```
+
+With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```bash
+python convert_hf_to_gguf.py DIR --outfile tuned.gguf
+llama-cli -m tuned.gguf
 ```
 """
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 
 from shared.training import Recipe, Score
 from worker.trainer import methods
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Row
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Tally
 from worker.trainer.model import Base
@@ -41,7 +41,7 @@ class RowScores:
 
 def score(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     rows: Sequence[Row],
     recipe: Recipe,
     *,
@@ -65,7 +65,7 @@ def score(
 
 
 @contextmanager
-def forward_only(base: Base, adapted: PeftModel, *, adapter: bool) -> Iterator[None]:
+def forward_only(base: Base, adapted: Adapted, *, adapter: bool) -> Iterator[None]:
     """The model as it answers rather than learns, with its adapter or as the base alone; in train mode afterwards."""
     adapted.eval()
     try:

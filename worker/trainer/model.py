@@ -1,6 +1,7 @@
 """The frozen base and the adapter on it.
 
-Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on and taking it off.
+Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on, or weights of its own to be
+trained (`full.py`), and taking them off.
 Must not run remote code, reach the network, or change a frozen weight: the base may serve the next job.
 """
 
@@ -25,6 +26,7 @@ from shared.schemas import Quantization
 from shared.training import Recipe
 from worker.trainer import attention, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
+from worker.trainer.full import Adapted, Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,34 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def put_on(base: Base, recipe: Recipe) -> PeftModel:
-    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first).
+def put_on(base: Base, recipe: Recipe) -> Adapted:
+    """What the recipe trains, in train mode. Raises TrainingFailed, with the base untouched, if it cannot be put on."""
+    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
+    model = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
+    # Base and tuned are compared with each other there: chance must not tell them apart.
+    for module, name, _ in own_dropouts:
+        setattr(module, name, 0.0)
+    model.muted = own_dropouts
+    model.train()
+    return model
 
-    Raises TrainingFailed, with the base untouched, for targets that cannot bear one.
-    """
+
+def _whole(base: Base) -> Whole:
+    if getattr(base.model, "hf_quantizer", None) is not None:
+        raise TrainingFailed(
+            "the base model's own files are quantized, and quantized weights cannot be trained",
+            code="unsupported_base_model",
+            param="trainer.full_finetuning",
+            hint="leave it out and train a LoRA, or choose a base whose files are not quantized",
+        )
+    return Whole(base.model)
+
+
+def _lora(base: Base, recipe: Recipe) -> PeftModel:
+    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first)."""
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
-    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
@@ -118,18 +139,13 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
-    # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in own_dropouts:
-        setattr(module, name, 0.0)
-    model.muted = own_dropouts
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
-    model.train()
     return model
 
 
-def take_off(adapted: PeftModel) -> None:
+def take_off(adapted: Adapted) -> None:
     """Leave the base exactly as it was before `put_on`."""
     adapted.unload()
     for module, name, value in adapted.muted:
@@ -150,8 +166,8 @@ def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
     )
 
 
-def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters by name, in the model's order: the order of the optimizer."""
+def trainable(adapted: Adapted) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name, in the model's order: the order of the optimizer."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftModel
 
 from shared.fit import ADAPTER_BYTES
 from shared.training import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
 from worker.trainer import bootstrap, checkpoint
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
+from worker.trainer.full import Adapted
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows
 
@@ -28,7 +28,7 @@ FP32_BYTES = 4
 
 def make(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     recipe: Recipe,
     rows: Rows,
     *,
@@ -41,7 +41,7 @@ def make(
 ) -> Report:
     """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
-    base_parameters = total_parameters - trainable_parameters
+    base_parameters = total_parameters if recipe.full_finetuning else total_parameters - trainable_parameters
     carved = rows.heldout_source == "training_file_carved"
     return Report(
         base=before.mean,
@@ -92,7 +92,7 @@ def full_finetuning(parameters: int) -> FullFineTuning:
     )
 
 
-def held_bytes(adapted: PeftModel) -> int:
+def held_bytes(adapted: Adapted) -> int:
     """Of the frozen base: parameters and buffers as they are stored, and what quantization keeps beside them."""
     stored: list[torch.Tensor] = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
     stored += adapted.buffers()

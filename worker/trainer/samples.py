@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from shared.training import Continuation, Sample
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout, head
 from worker.trainer.model import Base
 
@@ -41,7 +41,7 @@ class Prompted:
 
 def compare(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     rows: Sequence[Encoded],
     encoder: Encoder,
     *,
@@ -99,7 +99,7 @@ def prompt_length(row: Encoded, *, bos: int) -> int:
 
 def continue_greedily(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     prompts: Sequence[Sequence[int]],
     stops: frozenset[int],
     *,

@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
@@ -33,6 +32,7 @@ from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Tally
 from worker.trainer.model import Base
@@ -59,7 +59,7 @@ class Run:
     stopping: Callable[[], bool]
     rows: Rows
     base: Base
-    adapted: PeftModel
+    adapted: Adapted
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
@@ -121,7 +121,7 @@ def _start(
     command: Train,
     rows: Rows,
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     layout: Layout,
     *,
     emit: Emit,
@@ -424,8 +424,9 @@ def _say_decisions(run: Run) -> None:
         f"{len(run.rows.train)} rows train, {len(run.rows.heldout)} are held out ({run.rows.heldout_source}); "
         f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs"
     )
+    lora_shape = f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}"
     run.say(
-        f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}: {trainable_parameters:,} of {total:,} "
+        f"{'all weights' if recipe.full_finetuning else lora_shape}: {trainable_parameters:,} of {total:,} "
         f"parameters; rate {recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
     )
     run.say(

@@ -20,9 +20,10 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, data, evaluate, ladder, model, published, selftest, serving
+from worker.trainer import checkpoint, data, evaluate, ladder, model, published, published_model, selftest, serving
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import own_logits
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
@@ -48,8 +49,10 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config = published.config(folder, task)
-    tensors = published.tensors(folder)
+    if recipe.full_finetuning:
+        published_model.check_config(folder, task)
+    else:
+        config, tensors = published.config(folder, task), published.tensors(folder)
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
@@ -60,7 +63,14 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
-    adapted = _put_on(base, folder, tensors)
+    architecture = type(base.model).__name__
+    adapted: Adapted
+    if recipe.full_finetuning:
+        adapted = published_model.put_on(base, folder)
+        count, vllm = len(adapted.weights), serving.vllm_model(architecture)
+    else:
+        adapted = _put_on(base, folder, tensors)
+        count, vllm = len(tensors), serving.vllm(config, architecture)
     difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
     off, on = (
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
@@ -73,9 +83,9 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tuned_deviation=abs(on.loss - command.report.tuned.loss),
         tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
-        tensors=len(tensors),
+        tensors=count,
         tokenizer_sha256=fingerprint,
-        vllm=serving.vllm(config, type(base.model).__name__),
+        vllm=vllm,
     )
     check(proof, command.report)
     return Verified(job=command.job, proof=proof, versions={package: version(package) for package in PACKAGES})
@@ -130,7 +140,7 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     return adapted
 
 
-def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
+def _logit_difference(base: Base, adapted: Adapted, rows: Sequence[Row]) -> float:
     """The largest that the adapter makes, row by row through the model's own forward."""
     largest = 0.0
     adapted.eval()

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft import PeftModel
-
 from shared.training import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.encoding import Row
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import dpo, sft
 from worker.trainer.methods.loss import Loss, Tally
@@ -19,7 +18,7 @@ from worker.trainer.methods.loss import Loss, Tally
 __all__ = ["Loss", "Tally", "loss", "weight"]
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe) -> Loss:
+def loss(adapted: Adapted, batch: Batch, layout: Layout, recipe: Recipe) -> Loss:
     """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean."""
     if recipe.beta is not None:
         return dpo.loss(adapted, batch, layout, beta=recipe.beta)

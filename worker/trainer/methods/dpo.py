@@ -8,15 +8,15 @@ that), or the two would differ by chance. Must not know how likelihoods are comp
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 
 from worker.trainer.batches import Batch
+from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout, likelihood
 from worker.trainer.methods.loss import Loss
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float) -> Loss:
+def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float) -> Loss:
     """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the base.
 
     Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
