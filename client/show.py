@@ -147,7 +147,8 @@ def plan(item: Plan) -> RenderableType:
     grid.add_row("steps", f"{recipe.total_steps:,}: {recipe.n_epochs} epoch{'s' * (recipe.n_epochs != 1)}")
     grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
     grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
-    grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
+    rank = f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})"
+    grid.add_row("rank", "none: all weights are trained" if recipe.full_finetuning else rank)
     if recipe.beta is not None:
         grid.add_row("method", f"{recipe.method}, beta {recipe.beta:g}")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
@@ -212,7 +213,9 @@ def verdict(change: LossChange) -> Text:
 
 def proof(item: Proof) -> str:
     """What was seen of the published files, in a line."""
-    vllm = f"vLLM: --max-lora-rank {item.vllm.max_lora_rank}" if item.vllm.servable else "not for vLLM"
+    rank = item.vllm.max_lora_rank
+    served = "vLLM serves it as it is" if rank is None else f"vLLM: --max-lora-rank {rank}"
+    vllm = served if item.vllm.servable else "not for vLLM"
     reasons = f" ({'; '.join(item.vllm.reasons)})" if item.vllm.reasons else ""
     return (
         f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "

@@ -130,6 +130,11 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
 
 def _knobs(request: EstimateCreate) -> Hyperparameters:
     """Those of `method` before their old twin at the top, as for a job."""
+    if request.trainer.full_finetuning:
+        raise InvalidRequest(
+            f"full fine-tuning is not estimated: it holds {fit.FULL_BYTES} bytes a parameter, and activations",
+            param="trainer.full_finetuning",
+        )
     if request.method is not None and request.method.type != "supervised":
         raise InvalidRequest(
             f"method {request.method.type!r} is not estimated; allowed: supervised", param="method.type"

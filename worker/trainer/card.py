@@ -50,13 +50,13 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _front_matter(task: Task, recipe: Recipe) -> str:
-    kind, library, tags = (
-        ("finetune", "transformers", []) if recipe.full_finetuning else ("adapter", "peft", ["- lora"])
-    )
+    full = recipe.full_finetuning
+    kind, library = ("finetune", "transformers") if full else ("adapter", "peft")
     lines = ["---", f"base_model: {task.base_name}", f"base_model_relation: {kind}", f"library_name: {library}"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
-    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", *tags, "- milliner", "---", ""])
+    tags = ["- milliner"] if full else ["- lora", "- milliner"]
+    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", *tags, "---", ""])
 
 
 def _origin(task: Task) -> str:

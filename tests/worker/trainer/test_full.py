@@ -1,4 +1,4 @@
-"""All weights trained: the gradient is transformers' own, the base comes back as it was, and anyone can load the result."""
+"""All weights trained: gradients are transformers' own, the base comes back as it was, anyone can load the result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def full(make_task: MakeTask, write_rows: WriteRows) -> Callable[..., Task]:
 def test_every_gradient_is_that_of_a_plain_forward(
     kind: str, packing: bool, full: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row alone through transformers' own model and cross entropy; ours in micro-batches and chunks of the head."""
+    """Each row alone through transformers' own model; ours in micro-batches, the head in chunks of five tokens."""
     monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     tiny_base(tmp_path / "base", kind, **KINDS[kind])
     task = full(quotes(9), base_dir=str(tmp_path / "base"))

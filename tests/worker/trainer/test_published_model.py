@@ -1,4 +1,4 @@
-"""The proof of a base trained whole, through the real child: a sound model stands it, each planted fault has its code."""
+"""The proof of a base trained whole, through the real child: a sound model stands it, a planted fault has its code."""
 
 from __future__ import annotations
 
