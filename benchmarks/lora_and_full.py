@@ -1,8 +1,8 @@
 """A LoRA against full fine-tuning on one machine, the same base, rows and steps: `python -m benchmarks.lora_and_full`.
 
 Owns: the comparison and its table. Each run is the real trainer child in a process of its own, spoken to as in
-`train.py`, at the rate that `auto` gives it; losses are those of its report, on the same held-out rows. The base is held
-in bf16 in both. Writes lora_and_full.json and lora_and_full.md. With --quick: a few steps, on any base.
+`train.py`, at the rate that `auto` gives it; losses are those of its report, on the same held-out rows. The base is
+not quantized. Writes lora_and_full.json and lora_and_full.md. With --quick: a few steps, on any base.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"`{found['command']}` on {found['date']}: {about['cpu']}, {about['cores']} cores "
         f"({', '.join(about['flags'])}), load {about['load_before']} before; {packages}.",
-        f"{found['base']} in bf16, {lora['steps']} steps on the same {lora['trained_tokens']:,} tokens, each at its own "
-        f"rate; the base alone has a loss of {lora['base_loss']:.4f} on {found['heldout_rows']} held-out rows.",
+        f"{found['base']}, not quantized; {lora['steps']} steps on the same {lora['trained_tokens']:,} tokens, each at "
+        f"its own rate; the base alone has a loss of {lora['base_loss']:.4f} on {found['heldout_rows']} held-out rows.",
         "",
         "| | parameters trained | rate | held-out loss | seconds in steps | peak RSS | weights to keep |",
         "|---|---|---|---|---|---|---|",
@@ -108,8 +108,8 @@ def table(found: dict[str, Any]) -> str:
     for name, run in runs.items():
         share = run["trainable_parameters"] / run["total_parameters"]
         lines.append(
-            f"| {name} | {run['trainable_parameters']:,} ({share:.2%}) | {run['learning_rate']:.2e} | {run['loss']:.4f} | "
-            f"{run['seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} GB | {run['published_bytes'] / 1e6:,.1f} MB |"
+            f"| {name} | {run['trainable_parameters']:,} ({share:.2%}) | {run['learning_rate']:.2e} "
+            f"| {run['loss']:.4f} | {run['seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} GB | {run['published_bytes'] / 1e6:,.1f} MB |"
         )
     gained = (lora["base_loss"] - lora["loss"]) / (full["base_loss"] - full["loss"])
     lines += [
