@@ -107,10 +107,16 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, run in runs.items():
         share = run["trainable_parameters"] / run["total_parameters"]
-        lines.append(
-            f"| {name} | {run['trainable_parameters']:,} ({share:.2%}) | {run['learning_rate']:.2e} "
-            f"| {run['loss']:.4f} | {run['seconds']:.1f} | {run['peak_bytes'] / 1e9:.2f} GB | {run['published_bytes'] / 1e6:,.1f} MB |"
+        cells = (
+            name,
+            f"{run['trainable_parameters']:,} ({share:.2%})",
+            f"{run['learning_rate']:.2e}",
+            f"{run['loss']:.4f}",
+            f"{run['seconds']:.1f}",
+            f"{run['peak_bytes'] / 1e9:.2f} GB",
+            f"{run['published_bytes'] / 1e6:,.1f} MB",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     gained = (lora["base_loss"] - lora["loss"]) / (full["base_loss"] - full["loss"])
     lines += [
         "",

@@ -80,6 +80,12 @@ def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.Op
         ({"extra_body": {"lora": {"r": 0}}}, "lora.r", "greater than or equal to 1"),
         ({"extra_body": {"trainer": {"stepz": 8}}}, "trainer.stepz", "allowed: early_stopping"),
         ({"extra_body": {"quantization": "fp4"}}, "quantization", "'nf4', 'int8' or 'none' (found 'fp4')"),
+        (
+            {"extra_body": {"quantization": "nf4", "trainer": {"full_finetuning": True}}},
+            "quantization",
+            "allowed: \"none\", or leave it out (found 'nf4')",
+        ),
+        ({"extra_body": {"lora": {"r": 4}, "trainer": {"full_finetuning": True}}}, "lora", "has no adapter"),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),
     ],
 )

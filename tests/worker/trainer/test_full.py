@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -176,6 +177,9 @@ def test_overfits_and_anyone_loads_what_is_published(kind: str, full: Callable[.
             total += tuned(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert (total / tokens, tokens) == (pytest.approx(found.tuned.loss, abs=0.02), found.tuned.tokens)
+    front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert (front["base_model_relation"], front["library_name"]) == ("finetune", "transformers")
+    assert front["tags"] == ["milliner"]
     texts = [p.read_text() for p in folder.iterdir() if p.suffix != ".safetensors"]
     assert not any(task.base_dir in text or str(tmp_path) in text for text in texts)
     assert "vllm serve DIR" in (folder / "README.md").read_text()
