@@ -52,14 +52,18 @@ def trained_tokens(examples: Sequence[Row]) -> int:
     return sum(example.trained_tokens for example in examples)
 
 
-def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> Iterator[Batch]:
-    """Split examples into micro-batches of at most `micro_batch` packed rows, or else examples.
+def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1) -> Iterator[Batch]:
+    """Split examples into micro-batches, `lanes` of which hold at most `micro_batch` packed rows, or else examples.
 
+    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
     Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
     """
     rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
-    for start in range(0, len(rows), micro_batch):
-        documents = [[d for e in row for d in e.documents] for row in rows[start : start + micro_batch]]
+    rounds = -(-len(rows) // (micro_batch // lanes * lanes))
+    parts = min(len(rows), rounds * lanes)
+    for part in range(parts):
+        mine = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+        documents = [[d for e in row for d in e.documents] for row in mine]
         yield collate(documents if packing else [[d] for row in documents for d in row], packing=packing, pad=pad)
 
 

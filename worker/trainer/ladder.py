@@ -21,9 +21,10 @@ def rungs(widest: Layout, *, longest: int) -> list[Layout]:
 
     A packed row holds up to PACK_LENGTH tokens; where every example is shorter, one alone is the last resort.
     """
-    found = [replace(widest, micro_batch=widest.micro_batch >> i) for i in range(widest.micro_batch.bit_length())]
+    sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
+    found = [replace(widest, micro_batch=size, lanes=min(widest.lanes, size)) for size in sizes]
     if widest.packing and longest < PACK_LENGTH:
-        found.append(replace(widest, micro_batch=1, packing=False))
+        found.append(replace(found[-1], packing=False))
     return found
 
 

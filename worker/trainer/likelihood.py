@@ -12,7 +12,7 @@ chunks are checkpointed: their logits are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from worker.trainer.batches import IGNORED, Batch
+from worker.trainer.batches import IGNORED, Batch, batches
+from worker.trainer.encoding import Row
 
 #: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
 #: kernel after each use, and a chunk that stays in the cache is 3 % faster.
@@ -35,12 +36,20 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone."""
+    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
+
+    `micro_batch` rows are in memory at a time, shared out among `lanes` (see `lanes.py`).
+    """
 
     packing: bool
     chunked: bool
     micro_batch: int
     pad: int
+    lanes: int = 1
+
+    def split(self, examples: Sequence[Row]) -> Iterator[Batch]:
+        """Examples as micro-batches of this layout."""
+        return batches(examples, packing=self.packing, micro_batch=self.micro_batch, pad=self.pad, lanes=self.lanes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,9 @@ class Base:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast for adapters in fp32 on a bf16 base: bf16 adapters would lose small updates."""
-        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        # Its cache of cast weights is of all threads, and is emptied by whichever leaves first.
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled, cache_enabled=False):
             yield
 
 
@@ -105,12 +107,12 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
 
 def put_on(base: Base, recipe: Recipe) -> Adapted:
     """What the recipe trains, in train mode. Raises TrainingFailed, with the base untouched, if it cannot be put on."""
-    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
+    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
     model = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
     # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in own_dropouts:
+    for module, name, _ in muted:
         setattr(module, name, 0.0)
-    model.muted = own_dropouts
+    model.muted = muted
     model.train()
     return model
 
@@ -171,15 +173,7 @@ def trainable(adapted: Adapted) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
-def _is_transposed(model: PreTrainedModel) -> bool:
-    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
-
-    An adapter says so even if it was trained on those: whoever loads it may not quantize.
-    """
-    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
-
-
-def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
+def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
     """Where the base itself draws random numbers in training: (module, attribute, rate)."""
     return [
         (module, name, rate)
@@ -187,6 +181,14 @@ def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, fl
         for name in (["p"] if isinstance(module, torch.nn.Dropout) else ["attention_dropout"])
         if isinstance(rate := getattr(module, name, None), float) and rate > 0
     ]
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+
+    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    """
+    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:

@@ -26,7 +26,9 @@ TRIED_ROWS = 4
 TRIED_TOKENS = 256
 
 
-def layout(base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> tuple[Layout, list[str]]:
+def layout(
+    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1
+) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
     tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
@@ -39,7 +41,7 @@ def layout(base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, 
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
-    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad), warnings
+    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad, lanes=lanes), warnings
 
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:

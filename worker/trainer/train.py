@@ -13,7 +13,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,15 +26,28 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas import Phase
 from shared.training import Metrics, Recipe, Report, Sample
-from worker.trainer import adapter, checkpoint, data, evaluate, ladder, lora, methods, model, report, samples, selftest
-from worker.trainer.batches import batches, trained_tokens
+from worker.trainer import (
+    adapter,
+    checkpoint,
+    data,
+    evaluate,
+    ladder,
+    lanes,
+    lora,
+    methods,
+    model,
+    report,
+    samples,
+    selftest,
+)
+from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import Tally
+from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
@@ -80,6 +93,11 @@ class Run:
     def say(self, message: str, level: str = "info") -> None:
         _say(self.emit, self.command.job, message, level)
 
+    def go_on(self) -> None:
+        """Raises Interrupted once a stop is asked for."""
+        if self.stopping():
+            raise evaluate.Interrupted
+
 
 def train(
     command: Train,
@@ -102,7 +120,12 @@ def train(
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
     layout, warnings = selftest.layout(
-        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+        base,
+        rows.train,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        pad=encoder.eos,
+        lanes=lanes.most(base, recipe),
     )
     for warning in warnings:
         _say(emit, job, warning, "warn")
@@ -176,8 +199,7 @@ def _loop(run: Run) -> RowScores:
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
-        if run.stopping():
-            raise evaluate.Interrupted
+        run.go_on()
         trained = _is_trained(run)
         overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
         if trained or overdue or run.state.step % run.recipe.save_every == 0:
@@ -237,15 +259,21 @@ def _accumulate(run: Run, examples: list[Row]) -> Tally:
     An error, or Interrupted, leaves no gradient and no random number drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
+    parameters = list(model.trainable(run.adapted).values())
+
+    def gradients(batch: Batch) -> tuple[Loss, Sequence[torch.Tensor | None]]:
+        with run.base.precision():
+            loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe)
+        # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
+        return loss, torch.autograd.grad(loss.sums.sum() / weight, parameters, allow_unused=True)
+
     random_before = checkpoint.torch_random()
     try:
-        for batch in batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
-            if run.stopping():
-                raise evaluate.Interrupted
-            with run.base.precision():
-                loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe)
-            # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
-            torch.autograd.backward(loss.sums.sum() / weight)
+        # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
+        for loss, found in lanes.run(gradients, layout.split(examples), layout.lanes, before=run.go_on):
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             tally.add(loss)
     except Exception:
         run.optimizer.zero_grad()

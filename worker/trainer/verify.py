@@ -20,7 +20,18 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, data, evaluate, ladder, model, published, published_model, selftest, serving
+from worker.trainer import (
+    checkpoint,
+    data,
+    evaluate,
+    ladder,
+    lanes,
+    model,
+    published,
+    published_model,
+    selftest,
+    serving,
+)
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.full import Adapted
@@ -59,7 +70,12 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     tick()
     base = model.load_base(task.base_dir, recipe.quantization)
     layout, _ = selftest.layout(
-        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+        base,
+        rows.train,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        pad=encoder.eos,
+        lanes=lanes.most(base, recipe),
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
