@@ -14,10 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
@@ -84,7 +83,7 @@ def _write_model(folder: Path, whole: Whole, base_dir: Path) -> None:
     # Saving writes into the one, and refuses some of the others that hubs hold.
     model.config, model.generation_config = copy.deepcopy(model.config), GenerationConfig()
     try:
-        with whole.holding(_stored_type(base_dir)):
+        with whole.as_published():
             model.save_pretrained(folder)
     finally:
         model.config, model.generation_config = own
@@ -94,12 +93,6 @@ def _write_model(folder: Path, whole: Whole, base_dir: Path) -> None:
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # may be a folder of whoever made the base
     _write_json(folder / "config.json", config)
-
-
-def _stored_type(base_dir: Path) -> torch.dtype:
-    """That of the base's files, by its config; what says nothing is fp32."""
-    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
-    return config.dtype or torch.float32
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

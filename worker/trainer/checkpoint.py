@@ -107,9 +107,9 @@ def load(
 
 
 def adapter_tensors(adapted: Adapted) -> Tensors:
-    """A copy of the adapter on the CPU, under the keys of the PEFT format; of a base trained whole, as it is scored."""
+    """A copy on the CPU of what is published: the adapter under the keys of the PEFT format, or all weights."""
     if isinstance(adapted, Whole):
-        return {name: tensor.to("cpu") for name, tensor in adapted.rounded().items()}
+        return {name: tensor.to("cpu") for name, tensor in adapted.published().items()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
 

@@ -4,8 +4,8 @@ Owns: which of the two the model holds at a time. It answers to what the rest of
 "off" is the base, as ever. Must not change a weight of the base: it may serve the next job.
 
 The trained weights are in fp32, because a step is often smaller than what bf16 can tell apart; products run in the
-compute type, by autocast. In evaluation they are rounded to the type that the base is held in: a score is of what a
-reader of the published files gets, and of base and tuned in the same arithmetic.
+compute type, by autocast. In evaluation they are rounded to the type of the published files, and then to that in which
+the base is held: a score is of what a reader of those files gets, and of base and tuned in the same arithmetic.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Whole:
-    """The state of a base that is trained whole. Tied weights are one parameter, under the first of their names."""
+    """The state of a base that is trained whole. Tied weights are one parameter, under the first of their names.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `stored` is the type that the base's files are in, and what is published of it.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
         self.muted: list[tuple[torch.nn.Module, str, float]] = []
         self.originals: dict[str, Parameter] = dict(model.named_parameters())
         self.weights = {
             name: Parameter(original.detach().to(torch.float32, copy=True)) for name, original in self.originals.items()
         }
-        self._model = model
+        self._model, self._stored = model, stored
         names = {original: name for name, original in self.originals.items()}
         self._places = [
             (module, attribute, names[parameter])
@@ -73,8 +76,8 @@ class Whole:
         self._hold(self.weights)
 
     def eval(self) -> None:
+        self._hold({n: w.to(self.originals[n].dtype) for n, w in self.published().items()})
         self._model.eval()
-        self._hold(self.rounded())
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -90,20 +93,19 @@ class Whole:
         """The base's own weights back in their places, for good."""
         self._hold(self.originals)
 
+    def published(self) -> dict[str, torch.Tensor]:
+        """A copy of what is trained, in the type of the base's files."""
+        return {name: weight.detach().to(self._stored, copy=True) for name, weight in self.weights.items()}
+
     @contextmanager
-    def holding(self, dtype: torch.dtype) -> Iterator[None]:
-        """What is trained, in this type."""
+    def as_published(self) -> Iterator[PreTrainedModel]:
+        """The model with what is trained, in the type of the base's files."""
         held = self._held
-        self._hold({name: weight.detach().to(dtype) for name, weight in self.weights.items()})
+        self._hold(self.published())
         try:
-            yield
+            yield self._model
         finally:
             self._hold(held)
-
-    def rounded(self) -> dict[str, torch.Tensor]:
-        """A copy of what is trained, in the types of the base's own weights."""
-        types = {name: original.dtype for name, original in self.originals.items()}
-        return {name: weight.detach().to(types[name], copy=True) for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def set(self, tensors: Tensors) -> None:

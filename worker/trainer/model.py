@@ -18,7 +18,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
@@ -31,11 +31,15 @@ from worker.trainer.full import Adapted, Whole
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32."""
+    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32.
+
+    `stored_dtype` is that of its files.
+    """
 
     model: PreTrainedModel
     device: torch.device
     compute_dtype: torch.dtype
+    stored_dtype: torch.dtype = torch.float32
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -91,7 +95,7 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
     if device.type == "cuda":
         # On a CPU memory is plentiful and time is not, so activations are kept there.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Base(model, device, dtype)
+    return Base(model, device, dtype, _stored_type(base_dir))
 
 
 def close_nf4_trap(model: torch.nn.Module) -> None:
@@ -125,7 +129,7 @@ def _whole(base: Base) -> Whole:
             param="trainer.full_finetuning",
             hint="leave it out and train a LoRA, or choose a base whose files are not quantized",
         )
-    return Whole(base.model)
+    return Whole(base.model, stored=base.stored_dtype)
 
 
 def _lora(base: Base, recipe: Recipe) -> PeftModel:
@@ -218,6 +222,12 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _stored_type(base_dir: str) -> torch.dtype:
+    """By the config; one that says nothing is of fp32."""
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    return config.dtype or torch.float32
 
 
 def _is_quantized(base_dir: str) -> bool:

@@ -55,7 +55,7 @@ def put_on(base: Base, folder: Path) -> Whole:
     weights = _load(base, folder)
     if broken := sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())):
         raise published.not_finite(broken, len(weights))
-    whole = Whole(base.model)
+    whole = Whole(base.model, stored=base.stored_dtype)
     try:
         whole.set(weights)
     except ValueError as error:

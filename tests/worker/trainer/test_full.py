@@ -166,7 +166,9 @@ def test_overfits_and_anyone_loads_what_is_published(kind: str, full: Callable[.
     assert found.tuned.loss < 0.5
     assert found.trainable_parameters == found.total_parameters == found.full_finetuning.weights_bytes // 4
     folder = tmp_path / "adapter"
-    assert load_file(folder / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    published, stored = (load_file(place / "model.safetensors") for place in (folder, base))
+    assert {name: t.dtype for name, t in published.items()} == {name: t.dtype for name, t in stored.items()}
+    assert found.adapter_bytes == sum(tensor.nbytes for tensor in published.values())
     assert json.loads((folder / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     tuned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)

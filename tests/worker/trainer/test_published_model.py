@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.protocol import Done, Failed, Task, Verified, Verify
 from worker.trainer import serving
@@ -26,15 +27,17 @@ def child() -> Iterator[Child]:
         yield child
 
 
-@pytest.fixture(scope="module")
-def sound(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Verify:
-    """What the supervisor sends for a model that is as it should be."""
-    work = tmp_path_factory.mktemp("work")
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory) -> Verify:
+    """What the supervisor sends for a model that is as it should be, by the type of the base's files."""
+    work, base = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("base")
+    AutoModelForCausalLM.from_pretrained(llama, dtype=request.param).save_pretrained(base)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(base)
     rows = work / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in quotes(60)))
     task = Task.model_validate(
         {
-            "base_dir": llama, "base_name": "acme/tiny", "base_revision": "0" * 40, "training_file": str(rows),
+            "base_dir": str(base), "base_name": "acme/tiny", "base_revision": "0" * 40, "training_file": str(rows),
             "validation_file": None, "method": {}, "lora": {}, "quantization": "none",
             "trainer": {"max_steps": 6, "full_finetuning": True}, "seed": 7, "torch_threads": 1,
             "max_row_bytes": 1 << 20,
@@ -51,7 +54,9 @@ def test_a_sound_model_stands_and_reproduces_to_the_bit(child: Child, sound: Ver
     assert (proof.base_deviation, proof.tuned_deviation) == (0, 0)
     assert proof.tuned == sound.report.tuned
     assert proof.max_logit_difference > 0
-    assert proof.tensors == len(load_file(Path(sound.adapter_dir, WEIGHTS)))
+    published, stored = (load_file(Path(folder, WEIGHTS)) for folder in (sound.adapter_dir, sound.task.base_dir))
+    assert {name: t.dtype for name, t in published.items()} == {name: t.dtype for name, t in stored.items()}
+    assert proof.tensors == len(published)
     assert (proof.vllm.servable, proof.vllm.max_lora_rank) == (True, None)
 
 
@@ -100,6 +105,7 @@ FAULTS: dict[str, tuple[str, bool, Callable[[Path, Path], None]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("sound", [torch.bfloat16], indirect=True)
 def test_a_planted_fault_fails_with_its_own_code(child: Child, sound: Verify, tmp_path: Path, fault: str) -> None:
     code, retryable, plant = FAULTS[fault]
     folder = shutil.copytree(sound.adapter_dir, tmp_path / "model")
