@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint
-from worker.trainer.full import Adapted, Whole
+from worker.trainer.whole import Adapted, Whole
 
 GENERATION = "generation_config.json"
 

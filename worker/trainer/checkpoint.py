@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from shared import disk
 from shared.training import Metrics, Recipe, Score
-from worker.trainer.full import Adapted, Whole
 from worker.trainer.model import trainable
+from worker.trainer.whole import Adapted, Whole
 
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"

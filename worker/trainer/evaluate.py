@@ -18,10 +18,10 @@ from shared.training import Recipe, Score
 from worker.trainer import lanes, methods
 from worker.trainer.batches import Batch
 from worker.trainer.encoding import Row
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
+from worker.trainer.whole import Adapted
 
 
 class Interrupted(Exception):

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-from worker.trainer.full import Adapted
+from worker.trainer.whole import Adapted
 
 ADAPTER = "default"
 

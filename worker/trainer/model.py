@@ -1,7 +1,7 @@
 """The frozen base and the adapter on it.
 
 Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on, or weights of its own to be
-trained (`full.py`), and taking them off.
+trained (`whole.py`), and taking them off.
 Must not run remote code, reach the network, or change a frozen weight: the base may serve the next job.
 """
 
@@ -26,7 +26,7 @@ from shared.schemas import Quantization
 from shared.training import Recipe
 from worker.trainer import attention, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
-from worker.trainer.full import Adapted, Whole
+from worker.trainer.whole import Adapted, Whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from shared.errors import TrainingFailed
 from shared.protocol import Task
 from worker.trainer import published
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
-from worker.trainer.full import Whole
 from worker.trainer.model import Base
+from worker.trainer.whole import Whole
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -17,9 +17,9 @@ from shared.training import FullFineTuning, LossChange, Recipe, Report, Sample, 
 from worker.trainer import bootstrap, checkpoint
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
-from worker.trainer.full import Adapted
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows
+from worker.trainer.whole import Adapted
 
 #: Below this many rows the interval is too narrow: of simulated ones, 82 % held the truth at 5 rows, 90 % at 20.
 FEW_ROWS = 20

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from shared.training import Continuation, Sample
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout, head
 from worker.trainer.model import Base
+from worker.trainer.whole import Adapted
 
 ROWS = 4
 NEW_TOKENS = 48

@@ -45,12 +45,12 @@ from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
+from worker.trainer.whole import Adapted
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]

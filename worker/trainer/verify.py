@@ -34,10 +34,10 @@ from worker.trainer import (
 )
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import own_logits
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
+from worker.trainer.whole import Adapted
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from shared.training import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.encoding import Row
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import dpo, sft
 from worker.trainer.methods.loss import Loss, Tally
+from worker.trainer.whole import Adapted
 
 __all__ = ["Loss", "Tally", "loss", "weight"]
 

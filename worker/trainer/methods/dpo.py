@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from worker.trainer.batches import Batch
-from worker.trainer.full import Adapted
 from worker.trainer.likelihood import Layout, likelihood
 from worker.trainer.methods.loss import Loss
+from worker.trainer.whole import Adapted
 
 
 def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float) -> Loss:

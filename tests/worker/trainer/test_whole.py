@@ -22,11 +22,11 @@ from tests.tiny import tiny_base
 from worker.trainer import checkpoint, data, likelihood, model
 from worker.trainer.batches import IGNORED, batches, trained_tokens
 from worker.trainer.encoding import Encoded, Encoder
-from worker.trainer.full import Whole
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.prepare import prepare
 from worker.trainer.train import train
+from worker.trainer.whole import Whole
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -240,6 +240,15 @@ def model_bytes(work: Path) -> bytes:
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def test_a_base_that_comes_quantized_is_refused_and_left_alone(full: Callable[..., Task], llama: str) -> None:
+    base = model.load_base(llama, Quantization.NF4)
+    before = dict(base.model.named_parameters())
+    with pytest.raises(TrainingFailed, match="quantized weights cannot be trained") as failed:
+        model.put_on(base, recipe_of(full()))
+    assert failed.value.param == "trainer.full_finetuning"
+    assert all(base.model.get_parameter(name) is parameter for name, parameter in before.items())
 
 
 def test_a_base_that_is_too_large_is_refused_before_a_worker_is_held(full: Callable[..., Task]) -> None:

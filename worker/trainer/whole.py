@@ -22,9 +22,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Whole:
-    """The state of a base that is trained whole. Tied weights are one parameter, under the first of their names.
+    """A base and the weights that are trained in its stead. Tied ones are one parameter, under the first of their names.
 
-    `stored` is the type that the base's files are in, and what is published of it.
+    Parameters change places, and no data: nothing is written to the base's own, and autograd and autocast know them
+    apart. `stored` is the type of the base's files.
     """
 
     def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
