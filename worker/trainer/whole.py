@@ -22,7 +22,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Whole:
-    """A base and the weights that are trained in its stead. Tied ones are one parameter, under the first of their names.
+    """A base, and the weights that are trained in its stead. Tied ones are one, under the first of their names.
 
     Parameters change places, and no data: nothing is written to the base's own, and autograd and autocast know them
     apart. `stored` is the type of the base's files.
