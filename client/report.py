@@ -53,11 +53,12 @@ def _plain(text: str) -> str:
 
 def _cost(item: Report) -> Table:
     """What this job took, beside what training every parameter would; the latter is arithmetic."""
-    full, base_parameters = item.full_finetuning, item.total_parameters - item.trainable_parameters
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "this adapter, measured", "full fine-tuning in fp32, by arithmetic"):
-        table.add_column(column, overflow="fold")
+    full, base_parameters = item.full_finetuning, item.base_fp32_bytes // 4
     share = item.trainable_parameters / item.total_parameters
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    measured = "all weights, measured" if share == 1 else "this adapter, measured"
+    for column in ("", measured, "full fine-tuning in fp32, by arithmetic"):
+        table.add_column(column, overflow="fold")
     table.add_row("trained", f"{item.trainable_parameters:,} parameters ({share:.2%})", f"{base_parameters:,}")
     table.add_row("to keep", f"{size(item.adapter_bytes)}", f"{size(full.weights_bytes)}")
     frozen = f"{size(item.base_bytes)} in {item.quantization}"

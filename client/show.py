@@ -152,7 +152,8 @@ def plan(item: Plan) -> RenderableType:
     grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
     plus = f" (B {recipe.loraplus_lr_ratio:g} times that)" if recipe.loraplus_lr_ratio else ""
     grid.add_row("rate", f"{recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
-    grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
+    rank = f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})"
+    grid.add_row("rank", "none: all weights are trained" if recipe.full_finetuning else rank)
     if recipe.beta is not None:
         grid.add_row("method", f"{recipe.method}, beta {recipe.beta:g}")
     if recipe.labels is not None:
@@ -249,7 +250,9 @@ def verdict(change: LossChange, unit: str = "token", *, against: str | None = No
 
 def proof(item: Proof) -> str:
     """What was seen of the published files, in a line."""
-    vllm = f"vLLM: --max-lora-rank {item.vllm.max_lora_rank}" if item.vllm.servable else "not for vLLM"
+    rank = item.vllm.max_lora_rank
+    served = "vLLM serves it as it is" if rank is None else f"vLLM: --max-lora-rank {rank}"
+    vllm = served if item.vllm.servable else "not for vLLM"
     reasons = f" ({'; '.join(item.vllm.reasons)})" if item.vllm.reasons else ""
     return (
         f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "

@@ -25,6 +25,7 @@ class Task(BaseModel):
     base_name: str
     base_revision: str
     base_license: str | None = None
+    base_parameters: int | None = None
     training_file: str
     validation_file: str | None
     start_from: str | None = None
@@ -35,6 +36,7 @@ class Task(BaseModel):
     trainer: TrainerParams
     seed: int
     torch_threads: int = 0
+    full_finetuning_bytes: int | None = None
     max_row_bytes: int
     silence_seconds: float | None = None
 

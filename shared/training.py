@@ -18,9 +18,11 @@ class Recipe(Wire):
     """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
 
     `labels` are a classification's: the model answers with a label's place in this list.
+    With `full_finetuning` all weights are trained: `r` and `alpha` are 0, and the rest of the LoRA's is not used.
     """
 
     method: MethodName = "supervised"
+    full_finetuning: bool = False
     beta: float | None = None
     labels: list[str] | None = None
     n_epochs: int
@@ -260,7 +262,7 @@ class Report(Wire):
 
 
 class Servable(Wire):
-    """Whether vLLM takes the adapter, by the limits in its source; the least that `--max-lora-rank` must say."""
+    """Whether vLLM takes what is published, by its source; the least that `--max-lora-rank` must say for an adapter."""
 
     servable: bool
     max_lora_rank: int | None

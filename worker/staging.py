@@ -77,6 +77,7 @@ def task_of(
         base_name=base.public_id,
         base_revision=base.revision,
         base_license=base.license,
+        base_parameters=base.parameters,
         training_file=str(training_file),
         validation_file=str(validation_file) if validation_file else None,
         start_from=str(start_from) if start_from else None,
@@ -87,6 +88,7 @@ def task_of(
         trainer=request.trainer,
         seed=seed,
         torch_threads=settings.torch_threads,
+        full_finetuning_bytes=settings.full_finetuning_bytes,
         max_row_bytes=settings.max_row_bytes,
         silence_seconds=silence_seconds,
     )

@@ -119,6 +119,12 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
         ({"model": "ft:x"}, "model", "no model 'ft:x'"),
         ({"extra_body": {"trainer": {"stepz": 8}}}, "trainer.stepz", "allowed: early_stopping"),
         ({"extra_body": {"quantization": "fp4"}}, "quantization", "'nf4', 'int8' or 'none' (found 'fp4')"),
+        (
+            {"extra_body": {"quantization": "nf4", "trainer": {"full_finetuning": True}}},
+            "quantization",
+            "allowed: \"none\", or leave it out (found 'nf4')",
+        ),
+        ({"extra_body": {"lora": {"r": 4}, "trainer": {"full_finetuning": True}}}, "lora", "has no adapter"),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),
     ],
 )

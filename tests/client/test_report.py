@@ -53,6 +53,13 @@ def test_everything_is_said_once_and_in_order(learned: Report) -> None:
     assert [lines.index(text) for text in said] == sorted(lines.index(text) for text in said)
 
 
+def test_a_base_trained_whole_was_measured_and_not_reckoned() -> None:
+    counts = {"trainable_parameters": REPORT["total_parameters"]}
+    text = drawn(report.document(Report.model_validate(REPORT | counts)))
+    assert "all weights, measured" in text
+    assert "(100.00%)" in text
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -1,6 +1,6 @@
-"""The model card of an adapter: README.md with the front matter that model hubs read.
+"""The model card of an adapter, or of a base trained whole: README.md with the front matter that model hubs read.
 
-Owns: saying what was done and measured, how it was evaluated, and how to put the adapter on. Only facts of this run:
+Owns: saying what was done and measured, how it was evaluated, and how to use it. Only facts of this run:
 no praise, no guess, nothing of the machine.
 """
 
@@ -32,13 +32,13 @@ def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics])
     """The whole card, in Markdown."""
     sections = (
         _front_matter(task, recipe),
-        f"# LoRA adapter for {task.base_name}\n",
+        f"# {task.base_name}, fine-tuned\n" if recipe.full_finetuning else f"# LoRA adapter for {task.base_name}\n",
         _origin(task),
-        _result(report) if recipe.labels is None else _labels_result(recipe.labels, report),
+        _result(report, recipe) if recipe.labels is None else _labels_result(recipe.labels, report),
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe) if recipe.labels is None else _labels_usage(task),
+        _use(task, recipe),
     )
     return "\n".join(section for section in sections if section)
 
@@ -52,11 +52,14 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _front_matter(task: Task, recipe: Recipe) -> str:
-    lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
+    full = recipe.full_finetuning
+    kind, library = ("finetune", "transformers") if full else ("adapter", "peft")
+    lines = ["---", f"base_model: {task.base_name}", f"base_model_relation: {kind}", f"library_name: {library}"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
     purpose = "text-generation" if recipe.labels is None else "text-classification"
-    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", "- lora", "- milliner", "---", ""])
+    tags = ["- milliner"] if full else ["- lora", "- milliner"]
+    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", *tags, "---", ""])
 
 
 def _origin(task: Task) -> str:
@@ -69,17 +72,18 @@ def _origin(task: Task) -> str:
     return _table(("made from", ""), rows)
 
 
-def _result(report: Report) -> str:
+def _result(report: Report, recipe: Recipe) -> str:
     loss, gained = "loss (nats a token)", ""
     if (share := report.tuned.reward_accuracy) is not None:
         loss = "loss (DPO, nats a pair)"
         gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
+    tuned = "fine-tuned" if recipe.full_finetuning else "with this adapter"
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
         for name, score in (
             ("base", report.base),
             ("with the adapter that it started from", report.start),
-            ("with this adapter", report.tuned),
+            (tuned, report.tuned),
         )
         if score is not None
     ]
@@ -120,13 +124,10 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 
 def _recipe(recipe: Recipe, report: Report) -> str:
-    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
     kept = f"; the adapter is that of step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
     plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
-    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
     rows = [
-        ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
-        ("on", targets),
+        *_shape(recipe),
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
@@ -141,6 +142,15 @@ def _recipe(recipe: Recipe, report: Report) -> str:
     return "## Recipe\n\n" + _table(("", ""), rows)
 
 
+def _shape(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.full_finetuning:
+        return [("trained", "all weights, in fp32")]
+    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
+    lora = f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"
+    return [("LoRA", lora), ("on", targets)]
+
+
 def _limits(report: Report) -> str:
     quantized = (
         f"- The base was held in {report.quantization.value}: with other weights of it, scores differ a little.\n"
@@ -151,7 +161,7 @@ def _limits(report: Report) -> str:
     return (
         "## Limits\n\n"
         f"- It was measured by loss and {accuracy} on rows like those that it was trained on, and by nothing else.\n"
-        "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
+        "- Whatever the base's own card says of bias, safety and licence holds here, too.\n"
         f"{quantized}"
         "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
     )
@@ -182,6 +192,39 @@ With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:
 ```bash
 python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
 llama-cli -m base.gguf --lora hat.gguf
+```
+"""
+
+
+def _use(task: Task, recipe: Recipe) -> str:
+    if recipe.full_finetuning:
+        return _model_usage()
+    return _usage(task, recipe) if recipe.labels is None else _labels_usage(task)
+
+
+def _model_usage() -> str:
+    return """## Use
+
+`DIR` is the folder of this file. It is a whole model and needs no other:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+With [vLLM](https://docs.vllm.ai) (whether it takes this model is in `manifest.json`, under `proof.vllm`):
+
+```bash
+vllm serve DIR
+```
+
+With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```bash
+python convert_hf_to_gguf.py DIR --outfile tuned.gguf
+llama-cli -m tuned.gguf
 ```
 """
 

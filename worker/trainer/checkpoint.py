@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from shared import disk
 from shared.training import Metrics, Recipe, Score
 from worker.trainer.model import trainable
+from worker.trainer.whole import Adapted, Whole
 
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"
@@ -76,12 +77,10 @@ class Stored(BaseModel):
     random: RandomState
 
 
-def save(
-    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None
-) -> Path:
+def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
     with whole(folder) as partial:
-        save_file(adapter_tensors(adapted), partial / ADAPTER)
+        save_file(_exact_tensors(adapted), partial / ADAPTER)
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
             save_file(best, partial / BEST)
@@ -94,7 +93,7 @@ def save(
 
 
 def load(
-    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, recipe: Recipe
+    folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> tuple[RunState, Tensors | None]:
     """Put the run back into `adapted`, `optimizer` and every random generator.
 
@@ -115,14 +114,19 @@ def load(
     return stored.run, load_file(best) if best.is_file() else None
 
 
-def adapter_tensors(adapted: PeftModel) -> Tensors:
-    """A copy of the adapter on the CPU, under the keys of the PEFT format."""
+def adapter_tensors(adapted: Adapted) -> Tensors:
+    """A copy on the CPU of what is published: the adapter under the keys of the PEFT format, or all weights."""
+    if isinstance(adapted, Whole):
+        return {name: tensor.to("cpu") for name, tensor in adapted.published().items()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
 
 
-def set_adapter(adapted: PeftModel, tensors: Tensors) -> None:
+def set_adapter(adapted: Adapted, tensors: Tensors) -> None:
     """Raises ValueError unless `tensors` are exactly the adapter's."""
+    if isinstance(adapted, Whole):
+        adapted.set(tensors)
+        return
     if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
         raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
     set_peft_model_state_dict(adapted, tensors)
@@ -168,16 +172,23 @@ def whole(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _optimizer_tensors(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Tensors:
+def _exact_tensors(adapted: Adapted) -> Tensors:
+    """What training goes on from: fp32, and no copy of it where it lies on the CPU."""
+    if not isinstance(adapted, Whole):
+        return adapter_tensors(adapted)
+    return {name: weight.detach().to("cpu") for name, weight in trainable(adapted).items()}
+
+
+def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Tensors:
     """AdamW's state, flattened: `optimizer.<field>.<parameter>`."""
     return {
-        f"optimizer.{field}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        f"optimizer.{field}.{name}": tensor.detach().to("cpu").contiguous()
         for name, parameter in trainable(adapted).items()
         for field, tensor in optimizer.state[parameter].items()
     }
 
 
-def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+def _restore_optimizer(adapted: Adapted, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter.
 
     It counts parameters group by group, and a group need not have them in the model's order.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 
 from shared.training import Recipe, Score
 from worker.trainer import lanes, methods
@@ -23,6 +22,7 @@ from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.start import Start
+from worker.trainer.whole import Adapted
 
 
 class Interrupted(Exception):
@@ -42,7 +42,7 @@ class RowScores:
 
 def score(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     rows: Sequence[Row],
     recipe: Recipe,
     *,
@@ -76,7 +76,7 @@ def score(
 
 
 @contextmanager
-def forward_only(base: Base, adapted: PeftModel, *, adapter: bool) -> Iterator[None]:
+def forward_only(base: Base, adapted: Adapted, *, adapter: bool) -> Iterator[None]:
     """The model as it answers rather than learns, with its adapter or as the base alone; in train mode afterwards."""
     adapted.eval()
     try:

@@ -16,6 +16,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
+from worker.trainer.whole import Adapted
+
 ADAPTER = "default"
 
 #: Bytes of 4-bit matrices that stay dequantized while an adapter is on. Each is needed twice in every micro-batch.
@@ -39,7 +41,7 @@ def fuse(adapted: PeftModel) -> None:
             module.forward = partial(forward, module, resident)
 
 
-def let_go(adapted: PeftModel) -> None:
+def let_go(adapted: Adapted) -> None:
     """Keep no matrix dequantized any longer: memory is short, and the result the same to the bit."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer) and "forward" in vars(module):

@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
@@ -56,6 +55,7 @@ from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
 from worker.trainer.start import Start
+from worker.trainer.whole import Adapted
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
@@ -77,7 +77,7 @@ class Run:
     stopping: Callable[[], bool]
     rows: Rows
     base: Base
-    adapted: PeftModel
+    adapted: Adapted
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
@@ -152,7 +152,7 @@ def _start(
     command: Train,
     rows: Rows,
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     layout: Layout,
     *,
     emit: Emit,

@@ -31,6 +31,7 @@ from worker.trainer import (
     lanes,
     model,
     published,
+    published_model,
     selftest,
     serving,
     start,
@@ -41,6 +42,7 @@ from worker.trainer.likelihood import own_logits
 from worker.trainer.methods import classify
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
+from worker.trainer.whole import Adapted
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -63,8 +65,11 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config = published.config(folder, task, recipe.labels)
-    tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
+    if recipe.full_finetuning:
+        published_model.check_config(folder, task)
+    else:
+        config = published.config(folder, task, recipe.labels)
+        tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
@@ -84,12 +89,18 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
-    adapted = _put_on(base, folder, tensors)
-    origin = start.read(task.start_from, adapted) if task.start_from is not None else None
-    tried = rows.heldout[:TRIED_ROWS]
+    architecture = type(base.model).__name__
+    adapted: Adapted
+    if recipe.full_finetuning:
+        adapted = published_model.put_on(base, folder)
+        count, vllm = len(adapted.weights), serving.vllm_model(architecture)
+    else:
+        adapted = _put_on(base, folder, tensors)
+        count, vllm = len(tensors), serving.vllm(config, architecture)
+    tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
     difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
-    trained = None
-    if origin is not None:
+    if task.start_from is not None and isinstance(adapted, PeftModel):
+        origin = start.read(task.start_from, adapted)
         trained = _logit_difference(base, adapted, tried, without=partial(start.worn, adapted, origin))
     off, on = (
         evaluate.score(
@@ -105,9 +116,9 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
         start_logit_difference=trained,
-        tensors=len(tensors),
+        tensors=count,
         tokenizer_sha256=fingerprint,
-        vllm=serving.vllm(config, type(base.model).__name__),
+        vllm=vllm,
     )
     check(proof, command.report)
     return Verified(job=command.job, proof=proof, versions={package: version(package) for package in PACKAGES})
@@ -167,7 +178,7 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
 
 
 def _logit_difference(
-    base: Base, adapted: PeftModel, rows: Sequence[Row], *, without: Callable[[], AbstractContextManager[None]]
+    base: Base, adapted: Adapted, rows: Sequence[Row], *, without: Callable[[], AbstractContextManager[None]]
 ) -> float:
     """The largest between the adapter and the model `without` it, row by row through the model's own forward."""
     largest, logits = 0.0, classify.logits if base.head else own_logits

@@ -9,16 +9,16 @@ likelihoods are computed.
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import Layout, likelihood
 from worker.trainer.methods.loss import Loss
 from worker.trainer.start import Start, worn
+from worker.trainer.whole import Adapted
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float, start: Start | None = None) -> Loss:
+def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float, start: Start | None = None) -> Loss:
     """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the
     reference.
 
