@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench bench-gpu check format lock clean
+.PHONY: help setup demo up down test soak bench bench-full bench-gpu check format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## a .venv in the checkout with everything, the milliner command in it
 
@@ -46,6 +46,9 @@ bench: setup ## our trainer against TRL's on this machine, about eight minutes; 
 		> "$$($(VENV)-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/product.pth"
 	@$(VENV)-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.train --peer $(VENV)-bench/bin/python
+
+bench-full: setup ## a LoRA against full fine-tuning on this machine, about three minutes; figures go to benchmarks/results
+	$(BIN)/python -m benchmarks.lora_and_full
 
 bench-gpu: setup ## our training step on a CUDA device, on random weights in the shapes of 7B and 8B models
 	$(BIN)/python -m benchmarks.gpu

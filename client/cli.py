@@ -179,7 +179,8 @@ def cat_file(file_id: Annotated[str, typer.Argument(metavar="ID")], data: Data =
 def submit_job(
     file: Dataset,
     *,
-    model: Annotated[str, typer.Option(help="Base model; see: milliner models")],
+    model: Annotated[str | None, typer.Option(help="Base or fine-tuned model; see: milliner models")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Go on from this adapter: ft:… or ftckpt_…")] = None,
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Rows to evaluate on.")
     ] = None,
@@ -207,6 +208,7 @@ def submit_job(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     export: Annotated[list[ExportName] | None, typer.Option(help="A further form of it; may be repeated.")] = None,
     no_packing: Annotated[bool, typer.Option("--no-packing", help="One row in a sequence.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights of a small base, and no adapter.")] = False,
     priority: Annotated[int | None, typer.Option(help="Higher goes first, -100 to 100.", show_default="0")] = None,
     metadata: Metadata = None,
     follow_it: Annotated[bool, typer.Option("--follow", help="Watch it; Ctrl-C detaches.")] = False,
@@ -217,7 +219,7 @@ def submit_job(
 ) -> None:
     """Train an adapter: check the data, show the plan, send the job."""
     body = submit.body_of(
-        model=model,
+        model=submit.model_of(model, start),
         method=method,
         hyperparameters={
             "n_epochs": epochs,
@@ -234,8 +236,10 @@ def submit_job(
             "save_every": save_every,
             "exports": export or None,
             "packing": False if no_packing else None,
+            "full_finetuning": full or None,
         },
         quantization=quantization,
+        from_checkpoint=start,
         suffix=suffix,
         seed=seed,
         priority=priority,

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.show import duration, exported, scores, size, unit, verdict
+from client.show import duration, exported, scores, size, verdicts
 from shared.training import Continuation, Export, Report, Sample
 
 _SOURCES = {
@@ -25,7 +25,7 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEM
 def document(item: Report, exports: Sequence[Export] = ()) -> RenderableType:
     """All of it, top to bottom: scores, samples, cost, and further forms of the adapter."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
-    parts: list[RenderableType] = [scores(item), verdict(item.change, unit(item)), measured]
+    parts: list[RenderableType] = [scores(item), *verdicts(item), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
     if item.samples:
         title = "samples at temperature 0" if item.majority is None else "samples"
@@ -58,11 +58,12 @@ def _plain(text: str) -> str:
 
 def _cost(item: Report) -> Table:
     """What this job took, beside what training every parameter would; the latter is arithmetic."""
-    full, base_parameters = item.full_finetuning, item.total_parameters - item.trainable_parameters
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "this adapter, measured", "full fine-tuning in fp32, by arithmetic"):
-        table.add_column(column, overflow="fold")
+    full, base_parameters = item.full_finetuning, item.base_fp32_bytes // 4
     share = item.trainable_parameters / item.total_parameters
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    measured = "all weights, measured" if share == 1 else "this adapter, measured"
+    for column in ("", measured, "full fine-tuning in fp32, by arithmetic"):
+        table.add_column(column, overflow="fold")
     table.add_row("trained", f"{item.trainable_parameters:,} parameters ({share:.2%})", f"{base_parameters:,}")
     table.add_row("to keep", f"{size(item.adapter_bytes)}", f"{size(full.weights_bytes)}")
     frozen = f"{size(item.base_bytes)} in {item.quantization}"
@@ -70,5 +71,6 @@ def _cost(item: Report) -> Table:
     state = f"{size(full.total_bytes)} for weights, gradients and AdamW alone"
     table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in all", state)
     speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
-    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps: {speed}", "")
+    kept = f" (the adapter is that of step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
+    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps{kept}: {speed}", "")
     return table

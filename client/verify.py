@@ -36,6 +36,7 @@ class Verdict(BaseModel):
     ok: bool
     job: str
     model: str
+    full_finetuning: bool
     base: str
     signature: Signature
     signed_by: str | None
@@ -65,6 +66,7 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
         ok=signed and not (changed or missing or unlisted),
         job=seal.job,
         model=seal.model,
+        full_finetuning=seal.recipe.full_finetuning,
         base=f"{seal.base.public_id} @ {seal.base.revision}",
         signature=signature,
         signed_by=seal.signed_by,
@@ -88,7 +90,7 @@ def signer(folder: Path) -> str | None:
 def verdict(item: Verdict) -> RenderableType:
     """The same for people."""
     grid = facts()
-    grid.add_row("adapter", item.model)
+    grid.add_row("model" if item.full_finetuning else "adapter", item.model)
     grid.add_row("job", item.job)
     grid.add_row("base", item.base)
     grid.add_row("signature", Text(_words(item), style="red" if item.signature is Signature.BROKEN else ""))

@@ -133,6 +133,11 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
 
 def _knobs(request: EstimateCreate) -> Hyperparameters:
     """Those of `method` before their old twin at the top, as for a job."""
+    if request.trainer.full_finetuning:
+        raise InvalidRequest(
+            f"full fine-tuning is not estimated: it holds {fit.FULL_BYTES} bytes a parameter, and activations",
+            param="trainer.full_finetuning",
+        )
     if request.method is not None and request.method.type == "dpo":
         raise InvalidRequest("method 'dpo' is not estimated; allowed: supervised, classification", param="method.type")
     if request.method is not None and request.method.settings is not None:

@@ -19,6 +19,9 @@ from shared.schemas import Quantization, Wire
 #: Compute, and whatever of the base is not quantized, is bf16; the adapter, its gradient and AdamW's two moments fp32.
 COMPUTE_BYTES = 2
 ADAPTER_BYTES = 16
+#: Of a parameter that is trained itself (`trainer.full_finetuning`): its weight in fp32, a gradient and two moments of
+#: it; the gradient of a micro-batch before it is added; and the base's own weight, to compare with.
+FULL_BYTES = ADAPTER_BYTES + 4 + COMPUTE_BYTES
 #: NF4 with double quantization, as bitsandbytes stores it: 4 bits an element, an 8-bit scale a block of 64, an fp32
 #: scale a 256 of those, and for each matrix two code books (16 and 256 fp32) and an offset. 0.5159 bytes an element.
 NF4_BLOCK, NF4_SCALES = 64, 256

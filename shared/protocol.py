@@ -16,20 +16,27 @@ from shared.training import Export, Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
-    """All that the child is told about a job. Paths are absolute and local."""
+    """All that the child is told about a job. Paths are absolute and local.
+
+    `start_from` is a folder with the adapter that training begins with, and `start_name` what its owner calls it.
+    """
 
     base_dir: str
     base_name: str
     base_revision: str
     base_license: str | None = None
+    base_parameters: int | None = None
     training_file: str
     validation_file: str | None
+    start_from: str | None = None
+    start_name: str | None = None
     method: Method
     lora: Lora
     quantization: Quantization
     trainer: TrainerParams
     seed: int
     torch_threads: int = 0
+    full_finetuning_bytes: int | None = None
     max_row_bytes: int
     silence_seconds: float | None = None
 

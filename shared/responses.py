@@ -95,6 +95,7 @@ class Job(Wire):
     lora: Lora
     quantization: Quantization
     trainer: TrainerParams
+    from_checkpoint: str | None = None
     dry_run: bool
     plan: Plan | None
     progress: Progress | None

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -172,7 +173,10 @@ class Method(Request):
 
 
 class Lora(Request):
-    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job."""
+    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job.
+
+    `loraplus_lr_ratio` is how many times the rate B learns at (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
 
     r: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     alpha: Auto | Annotated[float, Field(gt=0, le=1024)] = "auto"
@@ -180,6 +184,7 @@ class Lora(Request):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] | None = None
 
 
 class Quantization(StrEnum):
@@ -210,7 +215,10 @@ def _each_once(names: list[ExportName]) -> list[ExportName]:
 
 
 class TrainerParams(Request):
-    """Settings of the loop that OpenAI does not have. Steps are optimizer steps."""
+    """Settings of the loop that OpenAI does not have. Steps are optimizer steps.
+
+    `full_finetuning` trains all weights of a small base instead of an adapter on it.
+    """
 
     max_length: Auto | Annotated[int, Field(ge=8, le=131072)] = "auto"
     packing: bool = True
@@ -220,6 +228,7 @@ class TrainerParams(Request):
     save_every: Annotated[int, Field(ge=1)] | None = None
     early_stopping: Annotated[int, Field(ge=1, description="evaluations without improvement")] | None = None
     skip_bad_rows: Annotated[int, Field(ge=0, description="rows of a file that may be bad and are left out")] = 0
+    full_finetuning: bool = False
     exports: Annotated[list[ExportName], AfterValidator(_each_once)] = []
 
 
@@ -281,7 +290,10 @@ class Integration(Request):
 
 
 class JobCreate(Request):
-    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins."""
+    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins.
+
+    `from_checkpoint` is what the adapter starts as; `model` may name it too, and the base is then its base.
+    """
 
     model: Text
     training_file: Text
@@ -292,10 +304,11 @@ class JobCreate(Request):
     suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] | None = None
     metadata: Metadata | None = None
     integrations: list[Integration] | None = None
+    trainer: TrainerParams = TrainerParams()  # before the two that are checked against it
     lora: Lora = Lora()
     quantization: Quantization = Quantization.NF4
-    trainer: TrainerParams = TrainerParams()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    from_checkpoint: Text | None = None
     dry_run: bool = False
 
     @field_validator("metadata")
@@ -313,6 +326,26 @@ class JobCreate(Request):
             raise ValueError(f"names {', '.join(types)}; a job has one run at each tracker: each type once")
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _no_adapter_on_what_is_trained_whole(cls, value: Lora, info: ValidationInfo) -> Lora:
+        if _is_full(info) and value != Lora():
+            raise ValueError("trainer.full_finetuning trains all weights and has no adapter; leave one of the two out")
+        return value
+
+    @field_validator("quantization")
+    @classmethod
+    def _nothing_quantized_is_trained(cls, value: Quantization, info: ValidationInfo) -> Quantization:
+        if _is_full(info) and value is not Quantization.NONE:
+            raise ValueError('trainer.full_finetuning trains no quantized weights; allowed: "none", or leave it out')
+        return value
+
+    @model_validator(mode="after")
+    def _full_finetuning_is_not_quantized(self) -> Self:
+        if self.trainer.full_finetuning:
+            self.quantization = Quantization.NONE  # said, or left out
+        return self
+
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> Self:
         told = self.method.hyperparameters
@@ -322,3 +355,9 @@ class JobCreate(Request):
         self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))
         self.hyperparameters = self.method.hyperparameters
         return self
+
+
+def _is_full(info: ValidationInfo) -> bool:
+    """Does a job that is being read train all weights? Only what is right so far is in `info.data`."""
+    trainer = info.data.get("trainer")
+    return isinstance(trainer, TrainerParams) and trainer.full_finetuning

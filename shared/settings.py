@@ -40,6 +40,9 @@ class Settings(BaseSettings):
 
     max_file_bytes: int = Field(8 * 1024**3, description="Largest dataset that an upload may hold.")
     max_row_bytes: int = Field(4 * 1024**2, description="Longest line that a dataset may hold.")
+    full_finetuning_bytes: int = Field(
+        32 * 10**9, description="Most that full fine-tuning may hold at 22 bytes a parameter; larger bases get a LoRA."
+    )
     retry_window_seconds: float = Field(
         300.0, description="A retry (x-stainless-retry-count > 0) of an identical request within this is the same job."
     )

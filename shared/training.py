@@ -18,9 +18,11 @@ class Recipe(Wire):
     """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
 
     `labels` are a classification's: the model answers with a label's place in this list.
+    With `full_finetuning` all weights are trained: `r` and `alpha` are 0, and the rest of the LoRA's is not used.
     """
 
     method: MethodName = "supervised"
+    full_finetuning: bool = False
     beta: float | None = None
     labels: list[str] | None = None
     n_epochs: int
@@ -38,6 +40,7 @@ class Recipe(Wire):
     target_modules: Literal["all-linear"] | list[str]
     use_rslora: bool
     use_dora: bool
+    loraplus_lr_ratio: float | None = None
     quantization: Quantization
     max_length: int
     packing: bool
@@ -225,6 +228,8 @@ class FullFineTuning(Wire):
 class Report(Wire):
     """Base against tuned, on the same rows, with the same weights and precision; and what it took.
 
+    A job that went on from another's adapter has the score of that as `start`, and in `start_change` what it made of
+    it. `kept_step` is the step whose adapter this is: not the last of `steps` where early stopping found a better one.
     `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
     file, or where none was carved, there are none to name. `base_bytes` are those of the frozen base as it was held,
     `base_fp32_bytes` what it would be unquantized. `train_seconds` are spent in optimizer steps, over all attempts;
@@ -235,12 +240,15 @@ class Report(Wire):
     tuned: Score
     change: LossChange
     majority: Majority | None = None
+    start: Score | None = None
+    start_change: LossChange | None = None
     samples: list[Sample]
     heldout_source: Literal["validation_file", "training_file_carved", "training_file"]
     heldout_lines: list[int]
     quantization: Quantization
     compute_dtype: Literal["bfloat16", "float32"]
     steps: int
+    kept_step: int | None = None
     trained_tokens: int
     trainable_parameters: int
     total_parameters: int
@@ -254,7 +262,7 @@ class Report(Wire):
 
 
 class Servable(Wire):
-    """Whether vLLM takes the adapter, by the limits in its source; the least that `--max-lora-rank` must say."""
+    """Whether vLLM takes what is published, by its source; the least that `--max-lora-rank` must say for an adapter."""
 
     servable: bool
     max_lora_rank: int | None
@@ -265,8 +273,8 @@ class Proof(Wire):
     """What a clean process saw of the published files, on the report's held-out rows.
 
     `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance`, as a share of it or of one nat
-    where it is less. `max_logit_difference` is
-    the largest that the adapter makes on a row.
+    where it is less. `max_logit_difference` is the largest that the adapter makes on a row, and
+    `start_logit_difference` the largest that training has made, where it began with another job's adapter.
     """
 
     base: Score
@@ -275,6 +283,7 @@ class Proof(Wire):
     tuned_deviation: float
     tolerance: float
     max_logit_difference: float
+    start_logit_difference: float | None = None
     tensors: int
     tokenizer_sha256: str
     vllm: Servable

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from shared import storage
 from shared.protocol import Done, Exported, Failed, MakeExport, Train, Verified
 from shared.storage import Entry
 from shared.training import Export
+from worker.patience import Patience
 
 FOLDER = "exports/"
 
-#: Has one made; puts what is in a folder under a path; a line for the job's events.
+#: Has one made; a line for the job's events.
 Make = Callable[[MakeExport], object]
-Put = Callable[[str, Path], list[Entry]]
 Tell = Callable[[str, str], None]
 
 
@@ -47,7 +49,9 @@ def commands(trained: Train, done: Done, verified: Verified, adapter: Path) -> l
     ]
 
 
-def publish(commands: Sequence[MakeExport], *, make: Make, put: Put, tell: Tell) -> Published:
+def publish(
+    commands: Sequence[MakeExport], prefix: str, *, make: Make, tell: Tell, epoch: int, patience: Patience
+) -> Published:
     """One after the other, so that a disk holds one at a time. `make` answers Exported or Failed.
 
     What an earlier attempt has put there is written over; a file more that it had, no manifest names.
@@ -62,7 +66,8 @@ def publish(commands: Sequence[MakeExport], *, make: Make, put: Put, tell: Tell)
             exports.append(Export(name=name, error=said.message))
             continue
         path = f"{FOLDER}{name.value}/"
-        for file in put(path, Path(said.path)):
+        put = partial(storage.put_files, prefix + path, Path(said.path), epoch=epoch)
+        for file in patience.do(put):
             files.append(Entry(path=path + file["path"], bytes=file["bytes"], sha256=file["sha256"]))
         shutil.rmtree(said.path)
         exports.append(said.export.model_copy(update={"path": path}))

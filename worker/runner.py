@@ -152,7 +152,8 @@ class Attempt:
         except Lost:
             raise
         except storage.Corrupt as lost:
-            hint = "the bucket has lost or changed it: upload the dataset again, or have the base model imported again"
+            hint = "the bucket has lost or changed it: upload the dataset again, have the base model imported again, "
+            hint += "or start from another adapter"
             self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
@@ -388,11 +389,14 @@ class Attempt:
             self.enter(Phase.EXPORTING)
             warm.make_room()
 
-        def put(path: str, folder: Path) -> list[storage.Entry]:
-            return self.patience.do(lambda: storage.put_files(prefix + path, folder, epoch=self.lease.epoch))
-
-        commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
-        return exporting.publish(commands, make=lambda command: self.talk(command, slot), put=put, tell=self.tell)
+        return exporting.publish(
+            exporting.commands(trained, done, verified, self.work_dir / PUBLISHED),
+            prefix,
+            make=lambda command: self.talk(command, slot),
+            tell=self.tell,
+            epoch=self.lease.epoch,
+            patience=self.patience,
+        )
 
     def _name(self) -> str:
         with session_scope() as session:

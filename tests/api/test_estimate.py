@@ -18,7 +18,7 @@ def ask(client: openai.OpenAI, **body: Any) -> Estimate:
 
 
 def test_the_base_is_counted_from_its_stored_config(client: openai.OpenAI) -> None:
-    answer = ask(client, lora={"r": 8}, device_memory_bytes=24 * 10**9)
+    answer = ask(client, lora={"r": 8}, device_memory_bytes=32 * 10**9)
     base = client.models.retrieve(BASE)
     assert answer.object == "fine_tuning.estimate"
     assert answer.parameters.total == base.to_dict()["parameters"] == 134_515_008
@@ -43,6 +43,7 @@ def test_a_file_is_guessed_and_makes_no_job(client: openai.OpenAI, dataset: File
         ({"training_file": "file-nope"}, "training_file", "no file 'file-nope'"),
         ({"lora": {"target_modules": ["c_attn"]}}, "lora.target_modules", "some of down_proj"),
         ({"trainer": {"max_length": 100_000}}, "trainer.max_length", "at most 8,192 tokens"),
+        ({"trainer": {"full_finetuning": True}}, "trainer.full_finetuning", "22 bytes a parameter"),
         ({"device": "tpu"}, "device", "'cuda' or 'cpu' (found 'tpu')"),
         ({"device_memory_bytes": 0}, "device_memory_bytes", "greater than or equal to 1"),
         ({"dry_run": True}, "dry_run", "unknown key 'dry_run'"),

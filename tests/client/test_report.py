@@ -54,6 +54,13 @@ def test_everything_is_said_once_and_in_order(learned: Report) -> None:
     assert [lines.index(text) for text in said] == sorted(lines.index(text) for text in said)
 
 
+def test_a_base_trained_whole_was_measured_and_not_reckoned() -> None:
+    counts = {"trainable_parameters": REPORT["total_parameters"]}
+    text = drawn(report.document(Report.model_validate(REPORT | counts)))
+    assert "all weights, measured" in text
+    assert "(100.00%)" in text
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -74,6 +81,18 @@ def test_everything_is_said_once_and_in_order(learned: Report) -> None:
 )
 def test_verdict_in_words(change: dict[str, object], text: str) -> None:
     assert show.verdict(LossChange.model_validate(CHANGE | change)).plain == text
+
+
+def test_a_job_that_went_on_is_measured_against_its_start_too() -> None:
+    change = CHANGE | {"loss": 0.25, "low": -0.125, "high": 0.5, "verdict": "same"}
+    found = Report.model_validate(REPORT | {"start": REPORT["base"] | {"loss": 2.25}, "start_change": change})
+    text = drawn(report.document(found.model_copy(update={"kept_step": 60})))
+    assert [line.split()[:2] for line in text.splitlines()[1:4]] == [
+        ["base", "3.2500"], ["start", "2.2500"], ["tuned", "2.5000"]
+    ]  # fmt: skip
+    assert "against the base, better: the loss fell by 0.7500" in text
+    assert "against the start, same: the loss rose by 0.2500" in text
+    assert "for 70 steps (the adapter is that of step 60):" in " ".join(text.split())
 
 
 def test_caveats_are_loud_and_a_report_without_samples_has_no_heading_for_them() -> None:

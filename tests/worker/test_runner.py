@@ -21,7 +21,8 @@ import redis
 from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
-from client.download import pull
+from client import download
+from client.connect import job_of
 from client.verify import verify
 from deploy.local.folder import Folder, Record
 from shared.manifest import MANIFEST, Manifest
@@ -98,7 +99,7 @@ def test_a_job_with_exports(client: openai.OpenAI, submit: Callable[..., Any], t
     sizes = {file["path"]: file["bytes"] for file in adapter["files"]}
     assert sizes["exports/gguf_adapter/adapter.gguf"] == gguf["bytes"]
     assert "exports/merged/model.safetensors" in sizes
-    pull([Artifact.model_validate(file) for file in adapter["files"]], tmp_path)
+    download.pull([Artifact.model_validate(file) for file in adapter["files"]], tmp_path)
     found = verify(tmp_path)
     assert (found.ok, found.files) == (True, len(sizes) - 2)
     assert [export.name for export in Manifest.model_validate_json((tmp_path / MANIFEST).read_bytes()).exports] == [
@@ -134,6 +135,28 @@ def test_a_preference_job_from_file_to_adapter(client: openai.OpenAI, tiny: str)
     assert report["base"]["loss"] == pytest.approx(math.log(2))
     assert report["tuned"]["loss"] < report["base"]["loss"]
     assert report["tuned"]["reward_accuracy"] == 1
+
+
+def test_a_base_trained_whole_from_file_to_model(
+    client: openai.OpenAI, tiny: str, dataset: FileObject, tmp_path: Path
+) -> None:
+    extra: Any = {"trainer": {"full_finetuning": True, "max_steps": 4, "save_every": 2}}
+    job = wait(client, client.fine_tuning.jobs.create(model=tiny, training_file=dataset.id, extra_body=extra).id)
+    assert job.status == "succeeded", job.error
+    found = job_of(job)
+    assert found.quantization == "none"
+    assert found.plan is not None
+    assert found.report is not None
+    assert found.adapter is not None
+    assert found.adapter.proof is not None
+    assert found.report.trainable_parameters == found.report.total_parameters
+    assert (found.adapter.proof.base, found.adapter.proof.tuned) == (found.report.base, found.report.tuned)
+    names = {file.path for file in found.adapter.files}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "manifest.json"}
+    assert "adapter_config.json" not in names
+    download.pull(found.adapter.files, tmp_path)
+    checked = verify(tmp_path)
+    assert (checked.ok, checked.full_finetuning) == (True, True)
 
 
 def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tiny: str) -> None:

@@ -1,6 +1,6 @@
 """A run on an MLflow server, by its REST API (`/api/2.0/mlflow`, the same since MLflow 1).
 
-Six calls that are documented and stable; MLflow's own client would bring forty packages (decision 13). Redirects are
+Six calls that are documented and stable; MLflow's own client would bring forty packages (decision 14). Redirects are
 not followed: they might lead the token elsewhere. Must not be imported by the supervisor.
 """
 

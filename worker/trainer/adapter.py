@@ -1,27 +1,36 @@
 """The folder that a finished job hands over: an adapter that any PEFT reader takes, with its tokenizer and its numbers.
 
+Of a base trained whole it is a model that any reader of transformers takes, in the type of the base's own files: of the
+same size, loaded by the same words, and scored before it is written as those who load it will hold it.
+
 Owns: the published layout. Must not write a local path, nor a key that older readers refuse.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint, classifier, eventfile
 from worker.trainer.encoding import Encoder
+from worker.trainer.whole import Adapted, Whole
+
+GENERATION = "generation_config.json"
 
 
 def write(
     folder: Path,
-    adapted: PeftModel,
+    adapted: Adapted,
     encoder: Encoder,
     *,
     job: str,
@@ -34,9 +43,11 @@ def write(
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
         encoder.tokenizer.save_pretrained(partial)
-        save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
-        config = adapter_config(adapted, task, recipe)
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if isinstance(adapted, Whole):
+            _write_model(partial, adapted, Path(task.base_dir))
+        else:
+            save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
+            _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe))
         if recipe.labels is not None:
             classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
@@ -69,3 +80,26 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
         "init_lora_weights": True,
         "modules_to_save": sorted(adapted.heads) or None,
     }
+
+
+def _write_model(folder: Path, whole: Whole, base_dir: Path) -> None:
+    """Weights under the names that transformers saves them by, tied ones once; configs as the base has them."""
+    model = whole.get_base_model()
+    own = model.config, model.generation_config
+    # Saving writes into the one, and refuses some of the others that hubs hold.
+    model.config, model.generation_config = copy.deepcopy(model.config), GenerationConfig()
+    try:
+        with whole.as_published():
+            model.save_pretrained(folder)
+    finally:
+        model.config, model.generation_config = own
+    (folder / GENERATION).unlink(missing_ok=True)
+    if (base_dir / GENERATION).is_file():
+        shutil.copyfile(base_dir / GENERATION, folder / GENERATION)
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # may be a folder of whoever made the base
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -56,6 +56,9 @@ def attend(  # noqa: PLR0917 (transformers' signature)
 
     `attention_mask` is True where a query sees a key, (rows, 1, length, length), or None: each sees those before it.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # As the fused kernel does: rotated in fp32, queries and keys may have another type than values.
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     length = query.shape[2]
     if attention_mask is None and _is_causal(module, options):
         attention_mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()

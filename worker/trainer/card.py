@@ -1,6 +1,6 @@
-"""The model card of an adapter: README.md with the front matter that model hubs read.
+"""The model card of an adapter, or of a base trained whole: README.md with the front matter that model hubs read.
 
-Owns: saying what was done and measured, how it was evaluated, and how to put the adapter on. Only facts of this run:
+Owns: saying what was done and measured, how it was evaluated, and how to use it. Only facts of this run:
 no praise, no guess, nothing of the machine.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.protocol import Task
 from shared.schemas import ExportName
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import serving
+from worker.trainer import checkpoint, serving
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
@@ -33,13 +33,13 @@ def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics])
     """The whole card, in Markdown."""
     sections = (
         _front_matter(task, recipe),
-        f"# LoRA adapter for {task.base_name}\n",
+        f"# {task.base_name}, fine-tuned\n" if recipe.full_finetuning else f"# LoRA adapter for {task.base_name}\n",
         _origin(task),
-        _result(report) if recipe.labels is None else _labels_result(recipe.labels, report),
+        _result(report, recipe) if recipe.labels is None else _labels_result(recipe.labels, report),
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe) if recipe.labels is None else _labels_usage(task),
+        _use(task, recipe),
         _exports(task),
     )
     return "\n".join(section for section in sections if section)
@@ -54,28 +54,40 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _front_matter(task: Task, recipe: Recipe) -> str:
-    lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
+    full = recipe.full_finetuning
+    kind, library = ("finetune", "transformers") if full else ("adapter", "peft")
+    lines = ["---", f"base_model: {task.base_name}", f"base_model_relation: {kind}", f"library_name: {library}"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
     purpose = "text-generation" if recipe.labels is None else "text-classification"
-    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", "- lora", "- milliner", "---", ""])
+    tags = ["- milliner"] if full else ["- lora", "- milliner"]
+    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", *tags, "---", ""])
 
 
 def _origin(task: Task) -> str:
     files = {"training data": task.training_file, "validation data": task.validation_file}
     rows = [("base", task.base_name), ("revision", task.base_revision)]
+    if task.start_from is not None and task.start_name is not None:
+        weights = _sha256(Path(task.start_from) / checkpoint.ADAPTER)
+        rows.append(("adapter to start from", f"{task.start_name}, weights SHA-256 `{weights}`"))
     rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
     return _table(("made from", ""), rows)
 
 
-def _result(report: Report) -> str:
+def _result(report: Report, recipe: Recipe) -> str:
     loss, gained = "loss (nats a token)", ""
     if (share := report.tuned.reward_accuracy) is not None:
         loss = "loss (DPO, nats a pair)"
         gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
+    tuned = "fine-tuned" if recipe.full_finetuning else "with this adapter"
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
-        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+        for name, score in (
+            ("base", report.base),
+            ("with the adapter that it started from", report.start),
+            (tuned, report.tuned),
+        )
+        if score is not None
     ]
     return (
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
@@ -114,23 +126,31 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 
 def _recipe(recipe: Recipe, report: Report) -> str:
-    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
-    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
+    kept = f"; the adapter is that of step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
+    plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
     rows = [
-        ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
-        ("on", targets),
+        *_shape(recipe),
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
-        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs"),
+        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs{kept}"),
         ("trained tokens", f"{report.trained_tokens:,}"),
-        ("learning rate", f"{recipe.learning_rate:.3g}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
+        ("learning rate", f"{recipe.learning_rate:.3g}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
         ("optimizer", f"AdamW, weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.max_grad_norm:g}"),
         ("longest row", f"{recipe.max_length:,} tokens"),
         ("seed", str(recipe.seed)),
         ("time", f"{report.train_seconds:,.0f} s in optimizer steps"),
     ]
     return "## Recipe\n\n" + _table(("", ""), rows)
+
+
+def _shape(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.full_finetuning:
+        return [("trained", "all weights, in fp32")]
+    targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
+    lora = f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"
+    return [("LoRA", lora), ("on", targets)]
 
 
 def _limits(report: Report) -> str:
@@ -143,7 +163,7 @@ def _limits(report: Report) -> str:
     return (
         "## Limits\n\n"
         f"- It was measured by loss and {accuracy} on rows like those that it was trained on, and by nothing else.\n"
-        "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
+        "- Whatever the base's own card says of bias, safety and licence holds here, too.\n"
         f"{quantized}"
         "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
     )
@@ -197,6 +217,39 @@ logits, or why there is none, is in `manifest.json` under `exports`. `merged` ha
 
 ```bash
 {lines}
+```
+"""
+
+
+def _use(task: Task, recipe: Recipe) -> str:
+    if recipe.full_finetuning:
+        return _model_usage()
+    return _usage(task, recipe) if recipe.labels is None else _labels_usage(task)
+
+
+def _model_usage() -> str:
+    return """## Use
+
+`DIR` is the folder of this file. It is a whole model and needs no other:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+With [vLLM](https://docs.vllm.ai) (whether it takes this model is in `manifest.json`, under `proof.vllm`):
+
+```bash
+vllm serve DIR
+```
+
+With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```bash
+python convert_hf_to_gguf.py DIR --outfile tuned.gguf
+llama-cli -m tuned.gguf
 ```
 """
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from shared import disk
 from shared.training import Metrics, Recipe, Score
 from worker.trainer.model import trainable
+from worker.trainer.whole import Adapted, Whole
 
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"
@@ -31,6 +32,9 @@ BASE = "base.safetensors"
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 
+#: What base.safetensors calls the losses of each held-out row.
+NATS = {"nats": "base_nats", "start": "start_nats"}
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -38,7 +42,8 @@ class RunState(BaseModel):
     """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
 
     `memory_halvings` is the rung of `ladder.py` that the run has come down to. `base_nats` are each held-out row's loss
-    by the base, which fp32 holds; with many rows they are too long for JSON.
+    by the base, which fp32 holds; with many rows they are too long for JSON. `start` and `start_nats` are the same of
+    the adapter that the run began with.
     """
 
     recipe: Recipe
@@ -47,6 +52,8 @@ class RunState(BaseModel):
     seconds: float = 0.0
     base: Score | None = None
     base_nats: list[float] = []
+    start: Score | None = None
+    start_nats: list[float] = []
     evaluation_due: bool = False
     best_loss: float | None = None
     best_step: int | None = None
@@ -70,24 +77,23 @@ class Stored(BaseModel):
     random: RandomState
 
 
-def save(
-    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None
-) -> Path:
+def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
     with whole(folder) as partial:
-        save_file(adapter_tensors(adapted), partial / ADAPTER)
+        save_file(_exact_tensors(adapted), partial / ADAPTER)
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
             save_file(best, partial / BEST)
-        save_file({"nats": torch.tensor(run.base_nats)}, partial / BASE)
+        save_file({name: torch.tensor(getattr(run, field)) for name, field in NATS.items()}, partial / BASE)
         write_metrics(partial / METRICS, run.metrics)
-        stored = Stored(run=run.model_copy(update={"metrics": [], "base_nats": []}), random=_random_state())
+        lean = run.model_copy(update={"metrics": [], "base_nats": [], "start_nats": []})
+        stored = Stored(run=lean, random=_random_state())
         (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
 
 def load(
-    folder: Path, adapted: PeftModel, optimizer: torch.optim.Optimizer, recipe: Recipe
+    folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> tuple[RunState, Tensors | None]:
     """Put the run back into `adapted`, `optimizer` and every random generator.
 
@@ -98,7 +104,8 @@ def load(
         raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")
     stored.run.metrics = read_metrics(folder / METRICS)
     if (base := folder / BASE).is_file():  # older checkpoints have none, and the base is scored again
-        stored.run.base_nats = load_file(base)["nats"].tolist()
+        for name, tensor in load_file(base).items():
+            setattr(stored.run, NATS[name], tensor.tolist())
     set_adapter(adapted, load_file(folder / ADAPTER))
     tensors = load_file(folder / OPTIMIZER)
     _restore_optimizer(adapted, optimizer, tensors)
@@ -107,14 +114,19 @@ def load(
     return stored.run, load_file(best) if best.is_file() else None
 
 
-def adapter_tensors(adapted: PeftModel) -> Tensors:
-    """A copy of the adapter on the CPU, under the keys of the PEFT format."""
+def adapter_tensors(adapted: Adapted) -> Tensors:
+    """A copy on the CPU of what is published: the adapter under the keys of the PEFT format, or all weights."""
+    if isinstance(adapted, Whole):
+        return {name: tensor.to("cpu") for name, tensor in adapted.published().items()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
 
 
-def set_adapter(adapted: PeftModel, tensors: Tensors) -> None:
+def set_adapter(adapted: Adapted, tensors: Tensors) -> None:
     """Raises ValueError unless `tensors` are exactly the adapter's."""
+    if isinstance(adapted, Whole):
+        adapted.set(tensors)
+        return
     if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
         raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
     set_peft_model_state_dict(adapted, tensors)
@@ -160,17 +172,29 @@ def whole(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _optimizer_tensors(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Tensors:
+def _exact_tensors(adapted: Adapted) -> Tensors:
+    """What training goes on from: fp32, and no copy of it where it lies on the CPU."""
+    if not isinstance(adapted, Whole):
+        return adapter_tensors(adapted)
+    return {name: weight.detach().to("cpu") for name, weight in trainable(adapted).items()}
+
+
+def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Tensors:
     """AdamW's state, flattened: `optimizer.<field>.<parameter>`."""
     return {
-        f"optimizer.{field}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        f"optimizer.{field}.{name}": tensor.detach().to("cpu").contiguous()
         for name, parameter in trainable(adapted).items()
         for field, tensor in optimizer.state[parameter].items()
     }
 
 
-def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter."""
+def _restore_optimizer(adapted: Adapted, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter.
+
+    It counts parameters group by group, and a group need not have them in the model's order.
+    """
+    names = {parameter: name for name, parameter in trainable(adapted).items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {
         i: {
@@ -178,7 +202,7 @@ def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, ten
             for field in ("step", "exp_avg", "exp_avg_sq")
             if (key := f"optimizer.{field}.{name}") in tensors
         }
-        for i, name in enumerate(trainable(adapted))
+        for i, name in enumerate(order)
     }
     optimizer.load_state_dict(state)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 
 from shared.training import Recipe, Score
 from worker.trainer import lanes, methods
@@ -22,6 +21,8 @@ from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
+from worker.trainer.start import Start
+from worker.trainer.whole import Adapted
 
 
 class Interrupted(Exception):
@@ -41,15 +42,19 @@ class RowScores:
 
 def score(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     rows: Sequence[Row],
     recipe: Recipe,
     *,
     adapter: bool,
     layout: Layout,
+    start: Start | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
-    """`rows` as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
+    """`rows` as the recipe's method takes them; `start` is the adapter that training began with, if it did with one.
+
+    Raises Interrupted once `stopping` says so.
+    """
     tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
     nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
 
@@ -59,7 +64,7 @@ def score(
 
     def loss_of(batch: Batch) -> Loss:
         with torch.no_grad(), base.precision():  # which are of each thread
-            return methods.loss(adapted, batch.to(base.device), layout, recipe)
+            return methods.loss(adapted, batch.to(base.device), layout, recipe, start=start)
 
     with forward_only(base, adapted, adapter=adapter):
         for loss in lanes.run(loss_of, layout.split(rows), layout.lanes, before=go_on):
@@ -71,7 +76,7 @@ def score(
 
 
 @contextmanager
-def forward_only(base: Base, adapted: PeftModel, *, adapter: bool) -> Iterator[None]:
+def forward_only(base: Base, adapted: Adapted, *, adapter: bool) -> Iterator[None]:
     """The model as it answers rather than learns, with its adapter or as the base alone; in train mode afterwards."""
     adapted.eval()
     try:

@@ -35,7 +35,8 @@ def most(base: Base, recipe: Recipe) -> int:
         or any("dynamic" in str(kind) or "longrope" in str(kind) for kind in _rotary_kinds(base.model))
     )
     draws_random = recipe.dropout > 0 or own_dropouts(base.model)  # from one generator, in the order of arrival
-    if base.device.type != "cpu" or shares_state or draws_random:
+    is_large = recipe.full_finetuning  # each lane would hold a gradient of the whole base
+    if base.device.type != "cpu" or shares_state or draws_random or is_large:
         return 1
     return min(MOST, torch.get_num_threads(), recipe.micro_batch)
 

@@ -4,7 +4,10 @@ Owns: the forward pass and the chunked head. Must not know what a method makes o
 
 Logits are what fills memory (16 bytes × vocabulary a token, 2 MB for Llama 3). The backbone runs alone; the head sees
 only the trained positions, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken at
-once, while its logits exist. The head is frozen, so nothing else is needed, and backward computes no logits again.
+once, while its logits exist. A frozen head needs nothing else, and backward computes no logits again.
+
+A head that learns needs its own gradient too, and in it each document weighs what is known in backward alone. There the
+chunks are checkpointed: their logits are computed again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from worker.trainer.batches import IGNORED, Batch, batches
@@ -23,6 +27,8 @@ from worker.trainer.encoding import Row
 #: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
 #: kernel after each use, and a chunk that stays in the cache is 3 % faster.
 CHUNK_BYTES = {"cpu": 16 * 1024**2, "cuda": 256 * 1024**2}
+#: The same where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
+LEARNED_CHUNK_BYTES = 256 * 1024**2
 
 #: (tokens, hidden) → fp32 logits (tokens, vocabulary)
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -62,6 +68,8 @@ def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likeliho
     states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
     to_logits = head(model) if layout.chunked else torch.Tensor.float
     lengths = torch.tensor(batch.lengths, device=batch.targets.device)
+    if layout.chunked and _learns(model.get_output_embeddings()):
+        return _by_autograd(states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model))
     pair: tuple[torch.Tensor, torch.Tensor]
     pair = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
         states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model)
@@ -111,6 +119,29 @@ def head(model: PreTrainedModel) -> Head:
 
 def vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
+
+
+def _learns(projection: torch.nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in projection.parameters())
+
+
+def _by_autograd(
+    hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head, vocabulary: int
+) -> Likelihood:
+    """As `_ChunkedCrossEntropy`, and differentiable in whatever the head is made of."""
+    size = max(1, LEARNED_CHUNK_BYTES // (4 * vocabulary))
+    pairs = [
+        checkpoint(_cross_entropy, *piece, head, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    ]
+    nats, hits = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return Likelihood(_by_document(nats, lengths), _by_document(hits.float(), lengths).long())
+
+
+def _cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, hidden) → nats and whether the target was argmax, both (tokens,)."""
+    logits = head(hidden)
+    return functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(dim=-1) == targets
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -16,6 +16,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
+from worker.trainer.whole import Adapted
+
 ADAPTER = "default"
 
 #: Bytes of 4-bit matrices that stay dequantized while an adapter is on. Each is needed twice in every micro-batch.
@@ -39,7 +41,7 @@ def fuse(adapted: PeftModel) -> None:
             module.forward = partial(forward, module, resident)
 
 
-def let_go(adapted: PeftModel) -> None:
+def let_go(adapted: Adapted) -> None:
     """Keep no matrix dequantized any longer: memory is short, and the result the same to the bit."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer) and "forward" in vars(module):
@@ -51,7 +53,7 @@ def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torc
 
     What is scored rather than learned goes PEFT's own way, so that whoever loads the adapter finds the same bits.
     """
-    if module.disable_adapters or module.merged or not torch.is_grad_enabled():
+    if module.disable_adapters or module.merged or not module.training:
         plain: torch.Tensor = type(module).forward(module, x)
         return plain
     base = module.base_layer

@@ -1,6 +1,7 @@
 """The frozen base and the adapter on it.
 
-Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on and taking it off.
+Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on, or weights of its own to be
+trained (`whole.py`), and taking them off.
 Must not run remote code, reach the network, or change a frozen weight: the base may serve the next job.
 """
 
@@ -18,6 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -30,18 +32,21 @@ from shared.schemas import Quantization
 from shared.training import Recipe
 from worker.trainer import attention, classifier, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
+from worker.trainer.whole import Adapted, Whole
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32.
 
-    A classifier has a `head`, the paths of its modules, of which the files are without the parameters `blank`.
+    `stored_dtype` is that of its files. A classifier has a `head`, the paths of its modules, of which the files are
+    without the parameters `blank`.
     """
 
     model: PreTrainedModel
     device: torch.device
     compute_dtype: torch.dtype
+    stored_dtype: torch.dtype = torch.float32
     head: tuple[str, ...] = ()
     blank: tuple[str, ...] = ()
 
@@ -110,7 +115,7 @@ def load_base(
     if device.type == "cuda":
         # On a CPU memory is plentiful and time is not, so activations are kept there.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Base(model, device, dtype, head, tuple(sorted(blank)))
+    return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
 
 
 def close_nf4_trap(model: torch.nn.Module) -> None:
@@ -124,15 +129,34 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def put_on(base: Base, recipe: Recipe) -> PeftModel:
-    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first).
+def put_on(base: Base, recipe: Recipe) -> Adapted:
+    """What the recipe trains, in train mode. Raises TrainingFailed, with the base untouched, if it cannot be put on."""
+    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
+    model = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
+    # Base and tuned are compared with each other there: chance must not tell them apart.
+    for module, name, _ in muted:
+        setattr(module, name, 0.0)
+    model.muted = muted
+    model.train()
+    return model
 
-    Raises TrainingFailed, with the base untouched, for targets that cannot bear one.
-    """
+
+def _whole(base: Base) -> Whole:
+    if getattr(base.model, "hf_quantizer", None) is not None:
+        raise TrainingFailed(
+            "the base model's own files are quantized, and quantized weights cannot be trained",
+            code="unsupported_base_model",
+            param="trainer.full_finetuning",
+            hint="leave it out and train a LoRA, or choose a base whose files are not quantized",
+        )
+    return Whole(base.model, stored=base.stored_dtype)
+
+
+def _lora(base: Base, recipe: Recipe) -> PeftModel:
+    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first)."""
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
-    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
@@ -142,14 +166,10 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
-    # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in muted:
-        setattr(module, name, 0.0)
-    model.muted, model.heads = muted, heads
+    model.heads = heads
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
-    model.train()
     return model
 
 
@@ -161,7 +181,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, folder)
 
 
-def take_off(adapted: PeftModel) -> None:
+def take_off(adapted: Adapted) -> None:
     """Leave the base exactly as it was before `put_on`."""
     base = adapted.unload()
     for path, module in adapted.heads.items():
@@ -185,8 +205,8 @@ def lora_config(base: Base, recipe: Recipe) -> LoraConfig:
     )
 
 
-def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters by name, in the model's order: the order of the optimizer."""
+def trainable(adapted: Adapted) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name, in the model's order: the order of the optimizer."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
@@ -250,6 +270,12 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _stored_type(base_dir: str) -> torch.dtype:
+    """By the config; one that says nothing is of fp32."""
+    config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    return config.dtype or torch.float32
 
 
 def _is_quantized(base_dir: str) -> bool:

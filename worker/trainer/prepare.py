@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import TrainingFailed
+from shared.fit import FULL_BYTES
 from shared.protocol import Task
 from shared.training import Plan
 from worker.trainer import data, labels, recipe
@@ -33,6 +34,8 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
     base = recipe.architecture(task.base_dir)
     recipe.check_method(task.method.type, base)
+    if task.trainer.full_finetuning:
+        _check_size(task)
     encoder = Encoder(task.base_dir)
     allowed.check(task, encoder)
     dataset = data.load(task, encoder, tick=tick)
@@ -80,6 +83,20 @@ def usable(dataset: data.Dataset, max_length: int, *, seed: int) -> Rows:
         return Rows(train, heldout, source, fitted.truncated, fitted.dropped, 0)
     validation = _fit(dataset.validation, max_length, param="validation_file")
     return Rows(fitted.kept, validation.kept, "validation_file", fitted.truncated, fitted.dropped, validation.dropped)
+
+
+def _check_size(task: Task) -> None:
+    """Raises TrainingFailed for a base that is too large to be trained whole."""
+    parameters, limit = task.base_parameters, task.full_finetuning_bytes
+    if parameters is None or limit is None or FULL_BYTES * parameters <= limit:
+        return
+    raise TrainingFailed(
+        f"full fine-tuning of this base would hold {FULL_BYTES * parameters / 1e9:,.1f} GB, {FULL_BYTES} bytes each "
+        f"for {parameters:,} parameters; this server allows {limit / 1e9:,.1f} GB",
+        code="base_too_large",
+        param="trainer.full_finetuning",
+        hint=f"leave it out and train a LoRA, or choose a base of at most {limit // FULL_BYTES:,} parameters",
+    )
 
 
 def _fit(rows: list[Row], max_length: int, *, param: str) -> data.Fitted:

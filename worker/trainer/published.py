@@ -79,12 +79,7 @@ def tensors(folder: Path, *, head: Sequence[str] = ()) -> Tensors:
     if foreign := sorted(name for name in found if ".lora_" not in name and not name.startswith(of_head)):
         raise foreign_keys(foreign)
     if broken := sorted(name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())):
-        raise TrainingFailed(
-            f"{len(broken)} of {len(found)} tensors hold NaN or infinity, {broken[0]} for one",
-            code="adapter_not_finite",
-            param="hyperparameters.learning_rate_multiplier",
-            hint="lower learning_rate_multiplier, to a third for instance",
-        )
+        raise not_finite(broken, len(found))
     if not any(bool(tensor.any()) for name, tensor in found.items() if ".lora_B" in name):
         raise no_effect("every lora_B is zero")
     return found
@@ -126,9 +121,19 @@ def unreadable(what: str, cause: Exception) -> TrainingFailed:
     )
 
 
-def foreign_keys(names: list[str]) -> TrainingFailed:
+def not_finite(names: list[str], count: int) -> TrainingFailed:
     return TrainingFailed(
-        f"the adapter holds what is no LoRA of this base: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}",
+        f"{len(names)} of {count} tensors hold NaN or infinity, {names[0]} for one",
+        code="adapter_not_finite",
+        param="hyperparameters.learning_rate_multiplier",
+        hint="lower learning_rate_multiplier, to a third for instance",
+    )
+
+
+def foreign_keys(names: list[str]) -> TrainingFailed:
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return TrainingFailed(
+        f"the published weights hold what this base has no place for: {shown}",
         code="adapter_foreign_keys",
         hint="this is a fault of the server: report it with the job's id",
     )
@@ -136,7 +141,7 @@ def foreign_keys(names: list[str]) -> TrainingFailed:
 
 def no_effect(found: str) -> TrainingFailed:
     return TrainingFailed(
-        f"the adapter changes nothing: {found}",
+        f"what was trained changes nothing: {found}",
         code="adapter_no_effect",
         param="hyperparameters.learning_rate_multiplier",
         hint="train for more steps, or raise learning_rate_multiplier",

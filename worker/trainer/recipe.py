@@ -24,6 +24,8 @@ BASE_RATE = 5e-4
 BASE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
 WIDTH_EXPONENT_QWEN = 0.08
+#: Full fine-tuning's rate, as a share of LoRA's.
+FULL_RATE = 1 / 10
 
 #: Of an adapter beside a head that is trained in full: 4e-4 to 5e-4 at RoBERTa-base's width (Hu et al. 2021, table 9).
 CLASSIFICATION_RATE = 1 / 2
@@ -34,7 +36,8 @@ RATES: dict[MethodName, float] = {"supervised": 1.0, "dpo": DPO_RATE, "classific
 
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
-#: An adapter starts at zero and is small: decay only slows it.
+#: An adapter starts at zero and is small: decay only slows it. Weights that are trained whole it would pull away from
+#: the base, towards zero.
 WEIGHT_DECAY = 0.0
 
 LARGEST_AUTO_BATCH = 32
@@ -157,28 +160,31 @@ def resolve(
     if trainer.max_steps is not None:
         total_steps = min(total_steps, trainer.max_steps)
     multiplier = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
-    r = (32 if size.rows >= MANY_ROWS else 16) if lora.r == "auto" else lora.r
+    share = FULL_RATE if trainer.full_finetuning else 1.0
+    r, alpha = (0, 0.0) if trainer.full_finetuning else _rank(lora, size.rows)
     length = max_length(trainer, base, size.longest)
     part = -(-total_steps // PARTS_OF_A_RUN)
     recipe = Recipe(
         method=method.type,
+        full_finetuning=trainer.full_finetuning,
         beta=_beta(asked),
         labels=labels,
         n_epochs=n_epochs,
         batch_size=batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=learning_rate(base) * multiplier * RATES[method.type],
+        learning_rate=learning_rate(base) * multiplier * RATES[method.type] * share,
         schedule="cosine",
         warmup_steps=math.ceil(WARMUP_SHARE * total_steps),
         total_steps=total_steps,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         r=r,
-        alpha=min(2 * r, LARGEST_AUTO_ALPHA) if lora.alpha == "auto" else lora.alpha,
+        alpha=alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        loraplus_lr_ratio=lora.loraplus_lr_ratio,
         quantization=quantization,
         max_length=length,
         packing=packing,
@@ -208,6 +214,11 @@ def _beta(asked: Hyperparameters) -> float | None:
     if not isinstance(asked, DpoHyperparameters):
         return None
     return BETA if asked.beta == "auto" else asked.beta
+
+
+def _rank(lora: Lora, rows: int) -> tuple[int, float]:
+    r = (32 if rows >= MANY_ROWS else 16) if lora.r == "auto" else lora.r
+    return r, min(2 * r, LARGEST_AUTO_ALPHA) if lora.alpha == "auto" else lora.alpha
 
 
 def _n_epochs(method: Method, rows: int) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import PeftModel
 
 from shared.fit import ADAPTER_BYTES
 from shared.training import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
@@ -20,6 +19,7 @@ from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows
+from worker.trainer.whole import Adapted
 
 #: Below this many rows the interval is too narrow: of simulated ones, 82 % held the truth at 5 rows, 90 % at 20.
 FEW_ROWS = 20
@@ -28,7 +28,7 @@ FP32_BYTES = 4
 
 def make(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     recipe: Recipe,
     rows: Rows,
     *,
@@ -36,12 +36,16 @@ def make(
     after: RowScores,
     samples: list[Sample],
     steps: int,
+    kept_step: int,
+    outset: RowScores | None = None,
     trained_tokens: int,
     seconds: float,
 ) -> Report:
-    """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
+    """`before` is the base's score, `outset` that of the adapter it started from, `after` the tuned model's, all on
+    `rows.heldout`; `seconds` were spent in steps.
+    """
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
-    base_parameters = total_parameters - trainable_parameters
+    base_parameters = total_parameters if recipe.full_finetuning else total_parameters - trainable_parameters
     measured = change(before, after, seed=recipe.seed, source=rows.heldout_source)
     most = labels.majority(rows.train, rows.heldout) if recipe.labels else None
     if most is not None:
@@ -52,12 +56,15 @@ def make(
         tuned=after.mean,
         change=measured,
         majority=most,
+        start=outset.mean if outset else None,
+        start_change=change(outset, after, seed=recipe.seed, source=rows.heldout_source) if outset else None,
         samples=samples,
         heldout_source=rows.heldout_source,
         heldout_lines=[row.line for row in rows.heldout] if carved else [],
         quantization=recipe.quantization,
         compute_dtype="bfloat16" if base.compute_dtype == torch.bfloat16 else "float32",
         steps=steps,
+        kept_step=kept_step,
         trained_tokens=trained_tokens,
         trainable_parameters=trainable_parameters,
         total_parameters=total_parameters,
@@ -97,7 +104,7 @@ def full_finetuning(parameters: int) -> FullFineTuning:
     )
 
 
-def held_bytes(adapted: PeftModel) -> int:
+def held_bytes(adapted: Adapted) -> int:
     """Of the frozen base: parameters and buffers as they are stored, and what quantization keeps beside them."""
     stored: list[torch.Tensor] = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
     stored += adapted.buffers()

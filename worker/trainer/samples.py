@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from shared.training import Continuation, Sample
@@ -23,6 +22,7 @@ from worker.trainer.labelled import Labelled
 from worker.trainer.likelihood import Layout, head
 from worker.trainer.methods import classify
 from worker.trainer.model import Base
+from worker.trainer.whole import Adapted
 
 ROWS = 4
 NEW_TOKENS = 48
@@ -45,7 +45,7 @@ class Prompted:
 
 def compare(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     rows: Sequence[Encoded],
     encoder: Encoder,
     *,
@@ -84,7 +84,7 @@ def compare(
 
 
 def classified(
-    base: Base, adapted: PeftModel, rows: Sequence[Encoded], encoder: Encoder, *, labels: Sequence[str]
+    base: Base, adapted: Adapted, rows: Sequence[Encoded], encoder: Encoder, *, labels: Sequence[str]
 ) -> list[Sample]:
     """A few rows with their labels, and those that base and tuned give them."""
     chosen = [row for row in _spread(rows) if isinstance(row, Labelled)]
@@ -124,7 +124,7 @@ def prompt_length(row: Encoded, *, bos: int) -> int:
 
 def continue_greedily(
     base: Base,
-    adapted: PeftModel,
+    adapted: Adapted,
     prompts: Sequence[Sequence[int]],
     stops: frozenset[int],
     *,

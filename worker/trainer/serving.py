@@ -1,6 +1,7 @@
-"""What others serve: whether vLLM would take an adapter, read from its source and not tried.
+"""What others serve: whether vLLM would take an adapter or a model, read from its source and not tried.
 
-Owns: the limits of vllm/config/lora.py and vllm/lora/peft_helper.py as of version 0.27. Must not import torch.
+Owns: the limits of vllm/config/lora.py and vllm/lora/peft_helper.py as of version 0.27, and some of the architectures
+of vllm/model_executor/models/registry.py. Must not import torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,16 @@ from shared.training import Servable
 #: What `--max-lora-rank` may be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 WITHOUT_LORA = frozenset({"GPT2LMHeadModel"})
+#: That it has an implementation of. There are more; and others it runs through transformers, where it can.
+ARCHITECTURES = frozenset(
+    {
+        "BloomForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel",
+        "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "GlmForCausalLM",
+        "GraniteForCausalLM", "Lfm2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM",
+        "OPTForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "Phi3ForCausalLM",
+        "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
+    }
+)  # fmt: skip
 
 
 def max_lora_rank(r: int) -> int | None:
@@ -31,3 +42,9 @@ def vllm(config: dict[str, Any], architecture: str) -> Servable:
     }
     reasons = [reason for reason, holds in objections.items() if holds]
     return Servable(servable=not reasons, max_lora_rank=rank, reasons=reasons)
+
+
+def vllm_model(architecture: str) -> Servable:
+    """Its verdict on a whole model of this class, which it serves without a LoRA."""
+    reasons = [] if architecture in ARCHITECTURES else [f"vLLM is not known to implement {architecture}"]
+    return Servable(servable=not reasons, max_lora_rank=None, reasons=reasons)

@@ -1,14 +1,16 @@
 """The proof: a published adapter is put on the base by stock PEFT, in a process that trained nothing, and measured.
 
 Owns: what must be true of the two together before a job may say "succeeded". The base's score and the adapter's must
-come out as the report says, and the two must differ. What vLLM would refuse is recorded, and fails nothing. Must only
-read.
+come out as the report says, and the two must differ; so must the adapter and the one that it started from. What vLLM
+would refuse is recorded, and fails nothing. Must only read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,13 +21,27 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, classifier, data, evaluate, ladder, lanes, model, published, selftest, serving
+from worker.trainer import (
+    checkpoint,
+    classifier,
+    data,
+    evaluate,
+    ladder,
+    lanes,
+    model,
+    published,
+    published_model,
+    selftest,
+    serving,
+    start,
+)
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
 from worker.trainer.methods import classify
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
+from worker.trainer.whole import Adapted
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -48,8 +64,11 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config = published.config(folder, task, recipe.labels)
-    tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
+    if recipe.full_finetuning:
+        published_model.check_config(folder, task)
+    else:
+        config = published.config(folder, task, recipe.labels)
+        tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
@@ -69,10 +88,23 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     )
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
-    adapted = _put_on(base, folder, tensors)
-    difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
+    architecture = type(base.model).__name__
+    adapted: Adapted
+    if recipe.full_finetuning:
+        adapted = published_model.put_on(base, folder)
+        count, vllm = len(adapted.weights), serving.vllm_model(architecture)
+    else:
+        adapted = _put_on(base, folder, tensors)
+        count, vllm = len(tensors), serving.vllm(config, architecture)
+    tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
+    difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
+    if task.start_from is not None and isinstance(adapted, PeftModel):
+        origin = start.read(task.start_from, adapted)
+        trained = _logit_difference(base, adapted, tried, without=partial(start.worn, adapted, origin))
     off, on = (
-        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
+        evaluate.score(
+            base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, start=origin, stopping=stopping
+        ).mean
         for adapter in (False, True)
     )
     proof = Proof(
@@ -82,9 +114,10 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tuned_deviation=abs(on.loss - command.report.tuned.loss),
         tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
-        tensors=len(tensors),
+        start_logit_difference=trained,
+        tensors=count,
         tokenizer_sha256=fingerprint,
-        vllm=serving.vllm(config, type(base.model).__name__),
+        vllm=vllm,
     )
     check(proof, command.report)
     return Verified(job=command.job, proof=proof, versions={package: version(package) for package in PACKAGES})
@@ -101,6 +134,10 @@ def check(proof: Proof, report: Report) -> None:
         )
     if proof.max_logit_difference == 0:
         raise published.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
+    if proof.start_logit_difference == 0:
+        raise published.no_effect(
+            f"logits on {TRIED_ROWS} held-out rows are those of the adapter that it started from, bit for bit"
+        )
     if not _agree(proof.base, report.base, proof.tolerance):
         raise TrainingFailed(
             f"the base alone does not score as the report says: {_told(proof.base, report.base)}",
@@ -136,15 +173,17 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     return adapted
 
 
-def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
-    """The largest that the adapter makes, row by row through the model's own forward."""
+def _logit_difference(
+    base: Base, adapted: Adapted, rows: Sequence[Row], *, without: Callable[[], AbstractContextManager[None]]
+) -> float:
+    """The largest between the adapter and the model `without` it, row by row through the model's own forward."""
     largest, logits = 0.0, classify.logits if base.head else own_logits
     adapted.eval()
     with torch.no_grad(), base.precision():
         for row in rows:
             batch = collate([[row.documents[0].cut(TRIED_TOKENS)]], packing=False, pad=0).to(base.device)
             tuned = logits(base.model, batch).float()
-            with adapted.disable_adapter():
+            with without():
                 plain = logits(base.model, batch).float()
             found = float((tuned - plain).abs().max())
             largest = found if math.isnan(found) else max(largest, found)

@@ -44,6 +44,18 @@ def test_equals_torchs_attention_and_gradients(groups: int, masked: bool, dtype:
         assert (one.float() - other.float()).norm() <= tolerance * other.float().norm()
 
 
+def test_what_autocast_would_cast_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights in fp32, queries and keys come out of their rotation in fp32, and values in bf16."""
+    monkeypatch.delattr(attention, "sdpa_attention_forward")
+    query, key, value = heads(2, 30, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, _ = attention.attend(torch.nn.Module(), query, key, value.bfloat16(), documents(30), scaling=0.2)
+    rounded = (tensor.bfloat16() for tensor in (query, key, value))
+    assert torch.equal(mixed, attention.attend(torch.nn.Module(), *rounded, documents(30), scaling=0.2)[0])
+    gradients = torch.autograd.grad(mixed.float().sum(), (query, key, value))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
 def test_long_rows_are_left_to_torch() -> None:
     query, key, value = heads(6, attention.LONGEST + 1, torch.float32)
     ours, _ = attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.25)

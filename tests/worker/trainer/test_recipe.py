@@ -64,6 +64,12 @@ def test_rate_falls_with_width(model_type: str, hidden: int, rate: float) -> Non
     assert doubled.learning_rate == pytest.approx(2 * rate, rel=1e-3)
 
 
+def test_full_finetuning_learns_at_a_tenth_of_the_rate_and_has_no_rank() -> None:
+    full, _ = resolve(trainer={"full_finetuning": True})
+    assert full.learning_rate == pytest.approx(resolve()[0].learning_rate / 10)
+    assert (full.full_finetuning, full.r, full.alpha) == (True, 0, 0)
+
+
 @pytest.mark.parametrize(("r", "alpha"), [("auto", 32), (4, 8), (16, 32), (64, 32)])
 def test_alpha_is_twice_the_rank_up_to_32(r: Any, alpha: float) -> None:
     assert resolve(lora={"r": r})[0].alpha == alpha

@@ -19,12 +19,9 @@ from worker.trainer.exports import llama_cpp, vocabulary
 def check(task: Task, encoder: Encoder) -> None:
     """Raises TrainingFailed for the first export that this base, or this adapter, cannot be given."""
     if task.trainer.exports and task.method.type == "classification":
-        raise TrainingFailed(
-            "a classifier has no exports: its head is trained beside the LoRA, and stays with it",
-            code="invalid_exports",
-            param="trainer.exports",
-            hint="leave trainer.exports out; the adapter's own folder is what is served",
-        )
+        raise _none_of("a classifier has no exports: its head is trained beside the LoRA, and stays with it")
+    if task.trainer.exports and task.trainer.full_finetuning:
+        raise _none_of("a model that was trained whole has no exports: what is published is merged already")
     for name in task.trainer.exports:
         if (refused := _REFUSALS[name](task, encoder)) is not None:
             reason, hint = refused
@@ -34,6 +31,15 @@ def check(task: Task, encoder: Encoder) -> None:
                 param="trainer.exports",
                 hint=hint,
             )
+
+
+def _none_of(message: str) -> TrainingFailed:
+    return TrainingFailed(
+        message,
+        code="invalid_exports",
+        param="trainer.exports",
+        hint="leave it out; the published folder is used as it is",
+    )
 
 
 Refusal = tuple[str, str] | None

@@ -97,3 +97,8 @@ def test_a_classifier_stays_with_its_head(make_task: MakeTask, write_rows: Write
     rows = write_rows([{"text": f"hat {i}", "label": "ab"[i % 2]} for i in range(8)])
     task = make_task(rows, method="classification", trainer={"exports": ["merged"]})
     refused(task, "a classifier has no exports")
+
+
+def test_a_model_that_was_trained_whole_is_merged(make_task: MakeTask, write_rows: WriteRows) -> None:
+    task = make_task(write_rows(quotes(8)), trainer={"full_finetuning": True, "exports": ["gguf_merged"]})
+    refused(task, "a model that was trained whole has no exports")
