@@ -389,14 +389,9 @@ class Attempt:
             self.enter(Phase.EXPORTING)
             warm.make_room()
 
-        return exporting.publish(
-            exporting.commands(trained, done, verified, self.work_dir / PUBLISHED),
-            prefix,
-            make=lambda command: self.talk(command, slot),
-            tell=self.tell,
-            epoch=self.lease.epoch,
-            patience=self.patience,
-        )
+        commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
+        make, epoch = partial(self.talk, slot=slot), self.lease.epoch
+        return exporting.publish(commands, prefix, make=make, tell=self.tell, epoch=epoch, patience=self.patience)
 
     def _name(self) -> str:
         with session_scope() as session:
