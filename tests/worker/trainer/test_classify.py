@@ -247,6 +247,14 @@ def test_a_head_is_fp32_and_bears_no_lora(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_lora_on_the_head_alone_is_refused(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+    task = classification(make_task, write_rows(hats(6)), bert, lora={"target_modules": ["classifier"]})
+    base = model.load_base(bert, Quantization.NONE, labels=3)
+    with pytest.raises(TrainingFailed, match="nothing but the head, which is trained in full") as failed:
+        model.put_on(base, recipe_of(task))
+    assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
+
+
 def test_first_weights_follow_from_the_seed_alone(bert: str) -> None:
     base = model.load_base(bert, Quantization.NONE, labels=4)
     drawn = []
