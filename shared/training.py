@@ -38,6 +38,7 @@ class Recipe(Wire):
     target_modules: Literal["all-linear"] | list[str]
     use_rslora: bool
     use_dora: bool
+    loraplus_lr_ratio: float | None = None
     quantization: Quantization
     max_length: int
     packing: bool
@@ -225,6 +226,8 @@ class FullFineTuning(Wire):
 class Report(Wire):
     """Base against tuned, on the same rows, with the same weights and precision; and what it took.
 
+    A job that went on from another's adapter has the score of that as `start`, and in `start_change` what it made of
+    it. `kept_step` is the step whose adapter this is: not the last of `steps` where early stopping found a better one.
     `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
     file, or where none was carved, there are none to name. `base_bytes` are those of the frozen base as it was held,
     `base_fp32_bytes` what it would be unquantized. `train_seconds` are spent in optimizer steps, over all attempts;
@@ -235,12 +238,15 @@ class Report(Wire):
     tuned: Score
     change: LossChange
     majority: Majority | None = None
+    start: Score | None = None
+    start_change: LossChange | None = None
     samples: list[Sample]
     heldout_source: Literal["validation_file", "training_file_carved", "training_file"]
     heldout_lines: list[int]
     quantization: Quantization
     compute_dtype: Literal["bfloat16", "float32"]
     steps: int
+    kept_step: int | None = None
     trained_tokens: int
     trainable_parameters: int
     total_parameters: int
@@ -265,8 +271,8 @@ class Proof(Wire):
     """What a clean process saw of the published files, on the report's held-out rows.
 
     `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance`, as a share of it or of one nat
-    where it is less. `max_logit_difference` is
-    the largest that the adapter makes on a row.
+    where it is less. `max_logit_difference` is the largest that the adapter makes on a row, and
+    `start_logit_difference` the largest that training has made, where it began with another job's adapter.
     """
 
     base: Score
@@ -275,6 +281,7 @@ class Proof(Wire):
     tuned_deviation: float
     tolerance: float
     max_logit_difference: float
+    start_logit_difference: float | None = None
     tensors: int
     tokenizer_sha256: str
     vllm: Servable
@@ -302,6 +309,19 @@ class Metrics(Wire):
     grad_norm: float | None = None
     trained_tokens: int | None = None
     tokens_per_second: float | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """As trackers want them, which make a chart of each name and a group of what comes before a slash.
+
+        OpenAI's `full_valid_…` are left out: they are the `valid_…` once more.
+        """
+        found: dict[str, float] = self.model_dump(exclude_none=True, exclude={"step", "total_steps"})
+        grouped = {}
+        for name, value in found.items():
+            group = "valid" if name.startswith("valid_") else "train"
+            if not name.startswith("full_valid_"):
+                grouped[f"{group}/{name.removeprefix(group + '_')}"] = float(value)
+        return grouped
 
 
 class JobError(Wire):

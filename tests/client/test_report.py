@@ -75,6 +75,18 @@ def test_verdict_in_words(change: dict[str, object], text: str) -> None:
     assert show.verdict(LossChange.model_validate(CHANGE | change)).plain == text
 
 
+def test_a_job_that_went_on_is_measured_against_its_start_too() -> None:
+    change = CHANGE | {"loss": 0.25, "low": -0.125, "high": 0.5, "verdict": "same"}
+    found = Report.model_validate(REPORT | {"start": REPORT["base"] | {"loss": 2.25}, "start_change": change})
+    text = drawn(report.document(found.model_copy(update={"kept_step": 60})))
+    assert [line.split()[:2] for line in text.splitlines()[1:4]] == [
+        ["base", "3.2500"], ["start", "2.2500"], ["tuned", "2.5000"]
+    ]  # fmt: skip
+    assert "against the base, better: the loss fell by 0.7500" in text
+    assert "against the start, same: the loss rose by 0.2500" in text
+    assert "for 70 steps (the adapter is that of step 60):" in " ".join(text.split())
+
+
 def test_caveats_are_loud_and_a_report_without_samples_has_no_heading_for_them() -> None:
     change = CHANGE | {"caveats": ["only 3 rows were held out"]}
     text = drawn(report.document(Report.model_validate(REPORT | {"samples": [], "change": change})))

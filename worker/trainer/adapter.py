@@ -6,6 +6,7 @@ Owns: the published layout. Must not write a local path, nor a key that older re
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint, classifier
+from worker.trainer import card, checkpoint, classifier, eventfile
 from worker.trainer.encoding import Encoder
 
 
@@ -23,6 +24,7 @@ def write(
     adapted: PeftModel,
     encoder: Encoder,
     *,
+    job: str,
     task: Task,
     recipe: Recipe,
     report: Report,
@@ -38,6 +40,7 @@ def write(
         if recipe.labels is not None:
             classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+        eventfile.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import serving
+from worker.trainer import checkpoint, serving
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
@@ -62,6 +62,9 @@ def _front_matter(task: Task, recipe: Recipe) -> str:
 def _origin(task: Task) -> str:
     files = {"training data": task.training_file, "validation data": task.validation_file}
     rows = [("base", task.base_name), ("revision", task.base_revision)]
+    if task.start_from is not None and task.start_name is not None:
+        weights = _sha256(Path(task.start_from) / checkpoint.ADAPTER)
+        rows.append(("adapter to start from", f"{task.start_name}, weights SHA-256 `{weights}`"))
     rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
     return _table(("made from", ""), rows)
 
@@ -73,7 +76,12 @@ def _result(report: Report) -> str:
         gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
-        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+        for name, score in (
+            ("base", report.base),
+            ("with the adapter that it started from", report.start),
+            ("with this adapter", report.tuned),
+        )
+        if score is not None
     ]
     return (
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
@@ -113,6 +121,8 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 def _recipe(recipe: Recipe, report: Report) -> str:
     targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kept = f"; the adapter is that of step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
+    plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
     kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
     rows = [
         ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
@@ -120,9 +130,9 @@ def _recipe(recipe: Recipe, report: Report) -> str:
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
-        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs"),
+        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs{kept}"),
         ("trained tokens", f"{report.trained_tokens:,}"),
-        ("learning rate", f"{recipe.learning_rate:.3g}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
+        ("learning rate", f"{recipe.learning_rate:.3g}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
         ("optimizer", f"AdamW, weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.max_grad_norm:g}"),
         ("longest row", f"{recipe.max_length:,} tokens"),
         ("seed", str(recipe.seed)),

@@ -179,6 +179,7 @@ def resolve(
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        loraplus_lr_ratio=lora.loraplus_lr_ratio,
         quantization=quantization,
         max_length=length,
         packing=packing,

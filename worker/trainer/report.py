@@ -36,10 +36,14 @@ def make(
     after: RowScores,
     samples: list[Sample],
     steps: int,
+    kept_step: int,
+    outset: RowScores | None = None,
     trained_tokens: int,
     seconds: float,
 ) -> Report:
-    """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
+    """`before` is the base's score, `outset` that of the adapter it started from, `after` the tuned model's, all on
+    `rows.heldout`; `seconds` were spent in steps.
+    """
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
     base_parameters = total_parameters - trainable_parameters
     measured = change(before, after, seed=recipe.seed, source=rows.heldout_source)
@@ -52,12 +56,15 @@ def make(
         tuned=after.mean,
         change=measured,
         majority=most,
+        start=outset.mean if outset else None,
+        start_change=change(outset, after, seed=recipe.seed, source=rows.heldout_source) if outset else None,
         samples=samples,
         heldout_source=rows.heldout_source,
         heldout_lines=[row.line for row in rows.heldout] if carved else [],
         quantization=recipe.quantization,
         compute_dtype="bfloat16" if base.compute_dtype == torch.bfloat16 else "float32",
         steps=steps,
+        kept_step=kept_step,
         trained_tokens=trained_tokens,
         trainable_parameters=trainable_parameters,
         total_parameters=total_parameters,

@@ -15,16 +15,20 @@ from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import classify, dpo, sft
 from worker.trainer.methods.loss import Loss, Tally
+from worker.trainer.start import Start
 
 __all__ = ["Loss", "Tally", "loss", "weight"]
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe) -> Loss:
-    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean."""
+def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe, *, start: Start | None = None) -> Loss:
+    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean.
+
+    `start` is the adapter that training began with, if it did with one.
+    """
     if recipe.labels is not None:
         return classify.loss(adapted.get_base_model(), batch, recipe.labels)
     if recipe.beta is not None:
-        return dpo.loss(adapted, batch, layout, beta=recipe.beta)
+        return dpo.loss(adapted, batch, layout, beta=recipe.beta, start=start)
     return sft.loss(adapted.get_base_model(), batch, layout)
 
 
