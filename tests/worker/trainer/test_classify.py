@@ -95,7 +95,7 @@ def test_a_classifier_is_trained_resumed_proven_and_loaded(
         (rows[sample.line - 1]["label"],) * 2 for sample in found.samples
     ]
     assert any("its score is chance" in caveat for caveat in found.change.caveats)
-    assert any("rows to be classified are never packed" in notice.message for notice in observed.of(Notice))
+    assert any("trained in full; such rows are never packed" in notice.message for notice in observed.of(Notice))
 
     saved = run(task, tmp_path / "first", stop_at=9, **options).of(CheckpointSaved)[-1].path
     run(task, tmp_path / "second", resume_from=saved, **options)
