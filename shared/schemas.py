@@ -305,6 +305,14 @@ class JobCreate(Request):
             raise ValueError(f"names {', '.join(types)}; a job has one run at each tracker: each type once")
         return value
 
+    @field_validator("trainer")
+    @classmethod
+    def _a_classifier_has_an_adapter(cls, value: TrainerParams, info: ValidationInfo) -> TrainerParams:
+        method = info.data.get("method")
+        if value.full_finetuning and isinstance(method, Method) and method.type == "classification":
+            raise ValueError("full_finetuning is of text: allowed with the methods supervised and dpo; leave it out")
+        return value
+
     @field_validator("lora")
     @classmethod
     def _no_adapter_on_what_is_trained_whole(cls, value: Lora, info: ValidationInfo) -> Lora:

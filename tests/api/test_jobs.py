@@ -125,6 +125,11 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
             "allowed: \"none\", or leave it out (found 'nf4')",
         ),
         ({"extra_body": {"lora": {"r": 4}, "trainer": {"full_finetuning": True}}}, "lora", "has no adapter"),
+        (
+            {"method": {"type": "classification"}, "extra_body": {"trainer": {"full_finetuning": True}}},
+            "trainer",
+            "allowed with the methods supervised and dpo",
+        ),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),
     ],
 )
