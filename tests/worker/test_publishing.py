@@ -31,7 +31,7 @@ from worker.runner import run_next
 
 PROOF = {
     "base": REPORT.base.model_dump(), "tuned": REPORT.tuned.model_dump(), "base_deviation": 0, "tuned_deviation": 0,
-    "tolerance": 0, "max_logit_difference": 1, "tensors": 1, "tokenizer_sha256": "",
+    "tolerance": 0, "max_logit_difference": 1, "start_logit_difference": None, "tensors": 1, "tokenizer_sha256": "",
     "vllm": {"servable": True, "max_lora_rank": 8, "reasons": []},
 }  # fmt: skip
 TRAINER = f"""
