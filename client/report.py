@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.show import duration, scores, size, verdict
+from client.show import duration, scores, size, verdicts
 from shared.training import Continuation, Report, Sample
 
 _SOURCES = {
@@ -23,10 +23,11 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEM
 def document(item: Report) -> RenderableType:
     """All of it, top to bottom: scores, samples, cost."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
-    parts: list[RenderableType] = [scores(item), verdict(item.change), measured]
+    parts: list[RenderableType] = [scores(item), *verdicts(item), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
     if item.samples:
-        parts += [Text("\nsamples at temperature 0", style="bold"), *map(_sample, item.samples)]
+        title = "samples at temperature 0" if item.majority is None else "samples"
+        parts += [Text(f"\n{title}", style="bold"), *map(_sample, item.samples)]
     return Group(*parts, Text("\ncost", style="bold"), _cost(item))
 
 
@@ -65,5 +66,6 @@ def _cost(item: Report) -> Table:
     state = f"{size(full.total_bytes)} for weights, gradients and AdamW alone"
     table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in all", state)
     speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
-    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps: {speed}", "")
+    kept = f" (the adapter is that of step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
+    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps{kept}: {speed}", "")
     return table

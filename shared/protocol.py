@@ -16,7 +16,10 @@ from shared.training import Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
-    """All that the child is told about a job. Paths are absolute and local."""
+    """All that the child is told about a job. Paths are absolute and local.
+
+    `start_from` is a folder with the adapter that training begins with, and `start_name` what its owner calls it.
+    """
 
     base_dir: str
     base_name: str
@@ -25,6 +28,8 @@ class Task(BaseModel):
     base_parameters: int | None = None
     training_file: str
     validation_file: str | None
+    start_from: str | None = None
+    start_name: str | None = None
     method: Method
     lora: Lora
     quantization: Quantization

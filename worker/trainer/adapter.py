@@ -11,16 +11,18 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint
+from worker.trainer import card, checkpoint, classifier, eventfile
+from worker.trainer.encoding import Encoder
 from worker.trainer.whole import Adapted, Whole
 
 GENERATION = "generation_config.json"
@@ -29,8 +31,9 @@ GENERATION = "generation_config.json"
 def write(
     folder: Path,
     adapted: Adapted,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
+    job: str,
     task: Task,
     recipe: Recipe,
     report: Report,
@@ -39,13 +42,16 @@ def write(
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
-        tokenizer.save_pretrained(partial)
+        encoder.tokenizer.save_pretrained(partial)
         if isinstance(adapted, Whole):
             _write_model(partial, adapted, Path(task.base_dir))
         else:
             save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
             _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe))
+        if recipe.labels is not None:
+            classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+        eventfile.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
 
@@ -59,7 +65,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
     targets = lora.target_modules
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if recipe.labels is None else "SEQ_CLS",
         "base_model_name_or_path": task.base_name,
         "revision": task.base_revision,
         "r": recipe.r,
@@ -72,7 +78,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
         "fan_in_fan_out": lora.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(adapted.heads) or None,
     }
 
 

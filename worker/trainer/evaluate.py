@@ -21,6 +21,7 @@ from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
+from worker.trainer.start import Start
 from worker.trainer.whole import Adapted
 
 
@@ -47,9 +48,13 @@ def score(
     *,
     adapter: bool,
     layout: Layout,
+    start: Start | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
-    """`rows` as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
+    """`rows` as the recipe's method takes them; `start` is the adapter that training began with, if it did with one.
+
+    Raises Interrupted once `stopping` says so.
+    """
     tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
     nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
 
@@ -59,7 +64,7 @@ def score(
 
     def loss_of(batch: Batch) -> Loss:
         with torch.no_grad(), base.precision():  # which are of each thread
-            return methods.loss(adapted, batch.to(base.device), layout, recipe)
+            return methods.loss(adapted, batch.to(base.device), layout, recipe, start=start)
 
     with forward_only(base, adapted, adapter=adapter):
         for loss in lanes.run(loss_of, layout.split(rows), layout.lanes, before=go_on):

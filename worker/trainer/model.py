@@ -18,13 +18,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization
 from shared.training import Recipe
-from worker.trainer import attention, lora
+from worker.trainer import attention, classifier, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 from worker.trainer.whole import Adapted, Whole
 
@@ -33,13 +39,16 @@ from worker.trainer.whole import Adapted, Whole
 class Base:
     """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32.
 
-    `stored_dtype` is that of its files.
+    `stored_dtype` is that of its files. A classifier has a `head`, the paths of its modules, of which the files are
+    without the parameters `blank`.
     """
 
     model: PreTrainedModel
     device: torch.device
     compute_dtype: torch.dtype
     stored_dtype: torch.dtype = torch.float32
+    head: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -50,17 +59,24 @@ class Base:
             yield
 
 
-def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    base_dir: str, quantization: Quantization, *, labels: int | None = None, compute_dtype: torch.dtype | None = None
+) -> Base:
     """Load safetensors as they are or quantized on the fly, computing in bf16 where the machine is fast at it.
 
+    With a number of `labels` it is a classifier's; what the files are without of its head is yet to be drawn.
     Raises TrainingFailed if the folder holds no usable model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype or (torch.bfloat16 if _fast_bfloat16(device) else torch.float32)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(
             base_dir,
-            quantization_config=_quantization_config(quantization, dtype),
+            # Another classifier's head may have another width, which is drawn anew; any other misfit is refused below.
+            **({"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}),
+            quantization_config=_quantization_config(
+                quantization, dtype, skipped=classifier.unquantized(base_dir) if labels else None
+            ),
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
@@ -80,14 +96,18 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             param="model",
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
-    if absent := sorted(loading["missing_keys"]):
+    blank = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    head = classifier.head(model, blank) if labels else ()
+    if absent := sorted(name for name in blank if not classifier.is_of(name, head)):
         # transformers fills what is not there with random numbers, and goes on.
         raise TrainingFailed(
             f"the base model's files lack {len(absent)} of its weights, such as {absent[0]}",
             code="unsupported_base_model",
             param="model",
-            hint="import the whole model again, or one that generates text",
+            hint="import the whole model again" + ("" if labels else ", or one that generates text"),
         )
+    for path in head:
+        model.get_submodule(path).float()
     close_nf4_trap(model)
     attention.use(model)
     model.requires_grad_(False)
@@ -95,7 +115,7 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
     if device.type == "cuda":
         # On a CPU memory is plentiful and time is not, so activations are kept there.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Base(model, device, dtype, _stored_type(base_dir))
+    return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
 
 
 def close_nf4_trap(model: torch.nn.Module) -> None:
@@ -141,10 +161,12 @@ def _lora(base: Base, recipe: Recipe) -> PeftModel:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            model = get_peft_model(base.model, lora_config(base.model, recipe), autocast_adapter_dtype=True)
+            heads = {path: base.model.get_submodule(path) for path in base.head}
+            model = get_peft_model(base.model, lora_config(base, recipe), autocast_adapter_dtype=True)
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
+    model.heads = heads
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
@@ -153,28 +175,46 @@ def _lora(base: Base, recipe: Recipe) -> PeftModel:
 
 def take_off(adapted: Adapted) -> None:
     """Leave the base exactly as it was before `put_on`."""
-    adapted.unload()
+    base = adapted.unload()
+    for path, module in adapted.heads.items():
+        base.set_submodule(path, module)
     for module, name, value in adapted.muted:
         setattr(module, name, value)
 
 
-def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
-    targets = recipe.target_modules
+def lora_config(base: Base, recipe: Recipe) -> LoraConfig:
+    targets = _beside_head(base, recipe.target_modules) if base.head else recipe.target_modules
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if base.head else "CAUSAL_LM",
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        fan_in_fan_out=_is_transposed(model),
+        fan_in_fan_out=_is_transposed(base.model),
+        modules_to_save=list(base.head) or None,
     )
 
 
 def trainable(adapted: Adapted) -> dict[str, torch.nn.Parameter]:
     """What is trained, by name, in the model's order: the order of the optimizer."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
+    """Paths of the linear modules that are targets and not the head's: RoBERTa calls one of those `dense`, too.
+
+    PEFT would name all of them by that last word, and leave the head out as it knows best; this leaves nothing to it.
+    """
+    names = None if isinstance(targets, str) else targets
+    return [
+        path
+        for path, module in base.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and not classifier.is_of(f"{path}.", base.head)
+        and (names is None or any(f".{path}".endswith(f".{name}") for name in names))
+    ]
 
 
 def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
@@ -235,12 +275,18 @@ def _is_quantized(base_dir: str) -> bool:
     return "quantization_config" in json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    quantization: Quantization, dtype: torch.dtype, *, skipped: list[str] | None
+) -> BitsAndBytesConfig | None:
+    """`skipped` are left as they are; None leaves what to skip to transformers: the output projection."""
     if quantization is Quantization.NF4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization is Quantization.INT8 else None
+    if quantization is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return None

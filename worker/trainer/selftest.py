@@ -29,7 +29,12 @@ TRIED_TOKENS = 256
 def layout(
     base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1
 ) -> tuple[Layout, list[str]]:
-    """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
+    """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
+
+    A classifier takes none: it reads a row off at one position, and its rows are padded.
+    """
+    if base.head:
+        return Layout(packing=False, chunked=False, micro_batch=micro_batch, pad=pad, lanes=lanes), []
     tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
     base.model.eval()

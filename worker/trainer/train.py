@@ -29,16 +29,20 @@ from shared.training import Metrics, Recipe, Report, Sample
 from worker.trainer import (
     adapter,
     checkpoint,
+    classifier,
     data,
+    decisions,
     evaluate,
     ladder,
     lanes,
     lora,
     methods,
     model,
+    optimizer,
     report,
     samples,
     selftest,
+    start,
 )
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
@@ -50,6 +54,7 @@ from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
+from worker.trainer.start import Start
 from worker.trainer.whole import Adapted
 
 Emit = Callable[[TrainerEvent], None]
@@ -76,6 +81,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
+    start: Start | None
     best: Tensors | None
     saved_step: int
     save_tried_at: float
@@ -119,12 +125,14 @@ def train(
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     base = load_base()
+    if recipe.labels is not None:
+        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, warnings = selftest.layout(
         base,
         rows.train,
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
-        pad=encoder.eos,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
         lanes=lanes.most(base, recipe),
     )
     for warning in warnings:
@@ -152,18 +160,27 @@ def _start(
 ) -> Run:
     """The point before the next optimizer step, which is step 0 or where a checkpoint was left."""
     recipe = command.recipe
-    optimizer = torch.optim.AdamW(
-        model.trainable(adapted).values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+    opt = optimizer.make(adapted, recipe)
+    origin = start.read(command.task.start_from, adapted) if command.task.start_from is not None else None
+    if origin is not None:
+        start.put_on(adapted, origin)
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
-        state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
+        state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
     rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         lora.let_go(adapted)
-    run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, best, state.step, time.monotonic())
-    _say_decisions(run)
+    now = time.monotonic()
+    run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, best, state.step, now)
+    if run.start is not None:
+        run.say(f"it starts as {command.task.start_name}")
+    for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
+        run.say(decision)
+    if state.memory_halvings:
+        run.say(f"memory ran out before: {ladder.difference(rungs[0], run.layout)}, the same mathematically")
+    if state.step:
+        run.say(f"going on from the checkpoint of step {state.step}")
     return run
 
 
@@ -175,7 +192,8 @@ def _finish(run: Run, encoder: Encoder) -> None:
         adapter.write(
             folder,
             run.adapted,
-            encoder.tokenizer,
+            encoder,
+            job=job,
             task=run.command.task,
             recipe=run.recipe,
             report=found,
@@ -190,11 +208,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
 def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    # Once more where only the end is left to do: the proof may have found that the score in the checkpoint is wrong.
-    if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout) or _is_trained(run):
-        scored = _score(run, adapter=False)
-        run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
-        run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
+    _score_outset(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     while True:
         if run.state.evaluation_due:
@@ -217,6 +231,24 @@ def _loop(run: Run) -> RowScores:
     return _score(run, adapter=True)
 
 
+def _score_outset(run: Run) -> None:
+    """What there was before a step was taken, unless a checkpoint has the scores.
+
+    Once more where only the end is left to do: the proof may have found that a score in the checkpoint is wrong.
+    """
+    state, rows = run.state, len(run.rows.heldout)
+    if state.base is None or len(state.base_nats) != rows or _is_trained(run):
+        scored = _score(run, adapter=False)
+        state.base, state.base_nats = scored.mean, scored.nats.tolist()
+        untrained = ", which is chance: its head is untrained" if run.base.blank else ""
+        run.say(f"the base alone: loss {state.base.loss:.4f} on {rows} held-out rows{untrained}")
+    if run.start is not None and (state.start is None or len(state.start_nats) != rows or _is_trained(run)):
+        with start.worn(run.adapted, run.start):
+            scored = _score(run, adapter=True)
+        state.start, state.start_nats = scored.mean, scored.nats.tolist()
+        run.say(f"the adapter that it starts from: loss {state.start.loss:.4f}")
+
+
 def _step(run: Run) -> None:
     """One optimizer step over `batch_size` examples. Asked to stop, raises Interrupted with everything as it was."""
     recipe, state = run.recipe, run.state
@@ -224,8 +256,7 @@ def _step(run: Run) -> None:
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     score = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}").score()
     rate = learning_rate_at(recipe, state.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    optimizer.set_rate(run.optimizer, rate)
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
     if not (math.isfinite(score.loss) and math.isfinite(norm)):
         raise _diverged(f"at step {state.step + 1}: loss {score.loss}, gradient norm {norm}")
@@ -263,7 +294,7 @@ def _accumulate(run: Run, examples: list[Row]) -> Tally:
 
     def gradients(batch: Batch) -> tuple[Loss, Sequence[torch.Tensor | None]]:
         with run.base.precision():
-            loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe)
+            loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe, start=run.start)
         # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
         return loss, torch.autograd.grad(loss.sums.sum() / weight, parameters, allow_unused=True)
 
@@ -380,6 +411,7 @@ def _score(run: Run, *, adapter: bool) -> RowScores:
             run.recipe,
             adapter=adapter,
             layout=run.layout,
+            start=run.start,
             stopping=run.stopping,
         )
 
@@ -413,19 +445,28 @@ def _record(run: Run, metrics: Metrics) -> None:
 def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
     state = run.state
     assert state.base is not None
+    outset = None
+    if state.start is not None:
+        outset = RowScores(state.start, np.array(state.start_nats, np.float32), after.weights)
+    kept = state.best_step if run.best is not None else state.step
     found = report.make(
         run.base,
         run.adapted,
         run.recipe,
         run.rows,
         before=RowScores(state.base, np.array(state.base_nats, np.float32), after.weights),
+        outset=outset,
         after=after,
         samples=_samples(run, encoder),
         steps=state.step,
+        kept_step=state.step if kept is None else kept,
         trained_tokens=state.trained_tokens,
         seconds=state.seconds,
     )
     run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
+    if found.start is not None and found.start_change is not None:
+        verdict = found.start_change.verdict.value
+        run.say(f"from {found.start.loss:.4f} of the adapter that it started from: {verdict}")
     return found
 
 
@@ -433,6 +474,8 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     """None, said aloud, where they cannot be written: a run that is trained and scored must not end for them."""
     try:
         answers = [row.documents[0] for row in run.rows.heldout]
+        if run.recipe.labels is not None:
+            return samples.classified(run.base, run.adapted, answers, encoder, labels=run.recipe.labels)
         return samples.compare(run.base, run.adapted, answers, encoder, layout=run.layout, stopping=run.stopping)
     except evaluate.Interrupted:
         raise
@@ -443,29 +486,6 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     ladder.free()
     run.say(f"no samples in the report: {reason}", "warn")
     return []
-
-
-def _say_decisions(run: Run) -> None:
-    recipe, layout = run.recipe, run.layout
-    trainable_parameters, total = run.adapted.get_nb_trainable_parameters()
-    run.say(
-        f"{len(run.rows.train)} rows train, {len(run.rows.heldout)} are held out ({run.rows.heldout_source}); "
-        f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs"
-    )
-    lora_shape = f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}"
-    run.say(
-        f"{'all weights' if recipe.full_finetuning else lora_shape}: {trainable_parameters:,} of {total:,} "
-        f"parameters; rate {recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
-    )
-    run.say(
-        f"base in {recipe.quantization.value} on {run.base.device.type}, computing in "
-        f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
-        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
-    )
-    if run.state.memory_halvings:
-        run.say(f"memory ran out before: {ladder.difference(run.rungs[0], layout)}, the same mathematically")
-    if run.state.step:
-        run.say(f"going on from the checkpoint of step {run.state.step}")
 
 
 def _say(emit: Emit, job: str, message: str, level: str) -> None:

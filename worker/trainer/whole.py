@@ -30,6 +30,7 @@ class Whole:
 
     def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
         self.muted: list[tuple[torch.nn.Module, str, float]] = []
+        self.heads: dict[str, torch.nn.Module] = {}  # a classifier's; none is trained whole
         self.originals: dict[str, Parameter] = dict(model.named_parameters())
         self.weights = {
             name: Parameter(original.detach().to(torch.float32, copy=True)) for name, original in self.originals.items()
@@ -90,9 +91,10 @@ class Whole:
         finally:
             self._hold(held)
 
-    def unload(self) -> None:
-        """The base's own weights back in their places, for good."""
+    def unload(self) -> PreTrainedModel:
+        """The base, its own weights back in their places for good."""
         self._hold(self.originals)
+        return self._model
 
     def published(self) -> dict[str, torch.Tensor]:
         """A copy of what is trained, in the type of the base's files."""
