@@ -72,8 +72,8 @@ def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | No
         )
     if request.trainer.full_finetuning or start.recipe.full_finetuning:
         raise InvalidRequest(
-            f"{start.name!r} or this job is of full fine-tuning, which has no adapter, and neither goes on from one nor "
-            "is gone on from; start from the base",
+            f"{start.name!r} or this job is of full fine-tuning, which has no adapter: it neither goes on from one "
+            "nor is gone on from; start from the base",
             param="from_checkpoint" if request.from_checkpoint else "model",
             code="unsupported_start",
         )
