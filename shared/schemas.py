@@ -307,10 +307,10 @@ class JobCreate(Request):
 
     @field_validator("trainer")
     @classmethod
-    def _no_classifier_is_trained_whole(cls, value: TrainerParams, info: ValidationInfo) -> TrainerParams:
+    def _a_classifier_has_an_adapter(cls, value: TrainerParams, info: ValidationInfo) -> TrainerParams:
         method = info.data.get("method")
         if value.full_finetuning and isinstance(method, Method) and method.type == "classification":
-            raise ValueError("full_finetuning trains no classifier; allowed: leave it out, or method supervised or dpo")
+            raise ValueError("full_finetuning is of text: allowed with the methods supervised and dpo; leave it out")
         return value
 
     @field_validator("lora")
@@ -325,6 +325,10 @@ class JobCreate(Request):
     def _nothing_quantized_is_trained(cls, value: Quantization, info: ValidationInfo) -> Quantization:
         if _is_full(info) and value is not Quantization.NONE:
             raise ValueError('trainer.full_finetuning trains no quantized weights; allowed: "none", or leave it out')
+        lora = info.data.get("lora")
+        if value is Quantization.INT8 and isinstance(lora, Lora) and lora.use_dora:
+            # peft takes a norm of the whole weight in each forward, whose scales bitsandbytes lets go of in training.
+            raise ValueError('int8 bears no DoRA; allowed with lora.use_dora: "nf4" or "none"')
         return value
 
     @model_validator(mode="after")

@@ -62,6 +62,13 @@ def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | No
     if not found:
         return None
     start = found[0]
+    if request.trainer.full_finetuning or start.recipe.full_finetuning:
+        raise InvalidRequest(
+            f"{start.name!r} and this job cannot follow each other: where all weights are trained there is no adapter "
+            "to go on from; start from the base",
+            param="trainer.full_finetuning",
+            code="unsupported_start",
+        )
     if "classification" in (request.method.type, start.recipe.method):
         raise InvalidRequest(
             f"{start.name!r} is of method {start.recipe.method!r}, this job of {request.method.type!r}: a "

@@ -118,6 +118,7 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
         ({"extra_body": {"from_checkpoint": "ftckpt_0"}}, "from_checkpoint", "no checkpoint 'ftckpt_0'"),
         ({"model": "ft:x"}, "model", "no model 'ft:x'"),
         ({"extra_body": {"trainer": {"stepz": 8}}}, "trainer.stepz", "allowed: early_stopping"),
+        ({"extra_body": {"quantization": "int8", "lora": {"use_dora": True}}}, "quantization", '"nf4" or "none"'),
         ({"extra_body": {"quantization": "fp4"}}, "quantization", "'nf4', 'int8' or 'none' (found 'fp4')"),
         (
             {"extra_body": {"quantization": "nf4", "trainer": {"full_finetuning": True}}},
@@ -128,7 +129,7 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
         (
             {"method": {"type": "classification"}, "extra_body": {"trainer": {"full_finetuning": True}}},
             "trainer",
-            "trains no classifier",
+            "allowed with the methods supervised and dpo",
         ),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),
     ],

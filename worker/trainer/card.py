@@ -38,7 +38,7 @@ def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics])
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe),
+        _use(task, recipe),
     )
     return "\n".join(section for section in sections if section)
 
@@ -124,7 +124,7 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 
 def _recipe(recipe: Recipe, report: Report) -> str:
-    kept = f"; kept is step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
+    kept = f"; the adapter is that of step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
     plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
     rows = [
         *_shape(recipe),
@@ -168,12 +168,6 @@ def _limits(report: Report) -> str:
 
 
 def _usage(task: Task, recipe: Recipe) -> str:
-    if recipe.full_finetuning:
-        return _model_usage()
-    return _lora_usage(task, recipe) if recipe.labels is None else _labels_usage(task)
-
-
-def _lora_usage(task: Task, recipe: Recipe) -> str:
     return f"""## Use
 
 `DIR` is the folder of this file. With [PEFT](https://huggingface.co/docs/peft):
@@ -200,6 +194,12 @@ python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
 llama-cli -m base.gguf --lora hat.gguf
 ```
 """
+
+
+def _use(task: Task, recipe: Recipe) -> str:
+    if recipe.full_finetuning:
+        return _model_usage()
+    return _usage(task, recipe) if recipe.labels is None else _labels_usage(task)
 
 
 def _model_usage() -> str:

@@ -16,13 +16,14 @@ def lines(recipe: Recipe, rows: Rows, base: Base, adapted: Adapted, layout: Layo
     """One an event."""
     trainable, total = adapted.get_nb_trainable_parameters()
     plus = "" if recipe.loraplus_lr_ratio is None else f" ({recipe.loraplus_lr_ratio:g} times that for B)"
-    labels = recipe.labels or []
     shape = f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}"
+    what = "all weights" if recipe.full_finetuning else shape
+    labels = recipe.labels or []
     head = f"{len(labels)} labels, from {', '.join(base.head)}: trained in full; such rows are never packed"
     return [
         f"{len(rows.train)} rows train, {len(rows.heldout)} are held out ({rows.heldout_source}); "
         f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs",
-        f"{'all weights' if recipe.full_finetuning else shape}: {trainable:,} of {total:,} parameters; "
+        f"{what}: {trainable:,} of {total:,} parameters; "
         f"rate {recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
         f"base in {recipe.quantization.value} on {base.device.type}, computing in "
         f"{str(base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "

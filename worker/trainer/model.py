@@ -208,13 +208,16 @@ def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
     PEFT would name all of them by that last word, and leave the head out as it knows best; this leaves nothing to it.
     """
     names = None if isinstance(targets, str) else targets
-    return [
+    found = [
         path
         for path, module in base.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and not classifier.is_of(f"{path}.", base.head)
         and (names is None or any(f".{path}".endswith(f".{name}") for name in names))
     ]
+    if not found:
+        raise _invalid_lora(f"target_modules: {targets!r} names nothing but the head, which is trained in full")
+    return found
 
 
 def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -66,7 +65,6 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config: dict[str, Any] = {}
     if recipe.full_finetuning:
         published_model.check_config(folder, task)
     else:
@@ -99,11 +97,10 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     else:
         adapted = _put_on(base, folder, tensors)
         count, vllm = len(tensors), serving.vllm(config, architecture)
-    origin = start.read(task.start_from, adapted) if task.start_from is not None else None
-    tried = rows.heldout[:TRIED_ROWS]
+    tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
     difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
-    trained = None
-    if origin is not None:
+    if task.start_from is not None and isinstance(adapted, PeftModel):
+        origin = start.read(task.start_from, adapted)
         trained = _logit_difference(base, adapted, tried, without=partial(start.worn, adapted, origin))
     off, on = (
         evaluate.score(

@@ -30,7 +30,7 @@ class Whole:
 
     def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
         self.muted: list[tuple[torch.nn.Module, str, float]] = []
-        self.heads: dict[str, torch.nn.Module] = {}  # a classifier's; none is trained whole
+        self.heads: dict[str, torch.nn.Module] = {}
         self.originals: dict[str, Parameter] = dict(model.named_parameters())
         self.weights = {
             name: Parameter(original.detach().to(torch.float32, copy=True)) for name, original in self.originals.items()

@@ -95,7 +95,7 @@ def test_a_classifier_is_trained_resumed_proven_and_loaded(
         (rows[sample.line - 1]["label"],) * 2 for sample in found.samples
     ]
     assert any("its score is chance" in caveat for caveat in found.change.caveats)
-    assert any("rows to be classified are never packed" in notice.message for notice in observed.of(Notice))
+    assert any("trained in full; such rows are never packed" in notice.message for notice in observed.of(Notice))
 
     saved = run(task, tmp_path / "first", stop_at=9, **options).of(CheckpointSaved)[-1].path
     run(task, tmp_path / "second", resume_from=saved, **options)
@@ -245,6 +245,14 @@ def test_a_head_is_fp32_and_bears_no_lora(
     after = base.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_lora_on_the_head_alone_is_refused(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+    task = classification(make_task, write_rows(hats(6)), bert, lora={"target_modules": ["classifier"]})
+    base = model.load_base(bert, Quantization.NONE, labels=3)
+    with pytest.raises(TrainingFailed, match="nothing but the head, which is trained in full") as failed:
+        model.put_on(base, recipe_of(task))
+    assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
 
 
 def test_first_weights_follow_from_the_seed_alone(bert: str) -> None:
