@@ -23,6 +23,8 @@ from shared.schemas import TERMINAL, JobCreate, Lora
 from shared.training import Plan, Recipe
 
 WEIGHTS = "adapter_model.safetensors"
+#: What a job of full fine-tuning publishes instead.
+MODEL = "model.safetensors"
 #: What an adapter's tensors are made by; the rest of a recipe may differ from its source's.
 SHAPE = ("r", "alpha", "target_modules", "use_rslora", "use_dora")
 _CHECKPOINT_NAME = re.compile(r"(?P<model>ft:.+:(?P<job>[0-9a-f]{30})):ckpt-step-(?P<step>[0-9]{1,18})")
@@ -72,6 +74,13 @@ def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | No
             f"{start.name!r} is of method {start.recipe.method!r}, this job of {request.method.type!r}: a "
             "classification has a head of its own, and neither goes on from an adapter nor is gone on from; "
             "start from the base",
+            param="from_checkpoint" if request.from_checkpoint else "model",
+            code="unsupported_start",
+        )
+    if request.trainer.full_finetuning or start.recipe.full_finetuning:
+        raise InvalidRequest(
+            f"{start.name!r} or this job is of full fine-tuning, which has no adapter: it neither goes on from one "
+            "nor is gone on from; start from the base",
             param="from_checkpoint" if request.from_checkpoint else "model",
             code="unsupported_start",
         )
@@ -162,7 +171,7 @@ def _checkpoint(session: Session, tenant_id: str, here: ColumnElement[bool], nam
 
 
 def _start(job: Job, name: str, prefix: str, files: list[Any]) -> Start:
-    [sha256] = [file["sha256"] for file in files if file["path"] == WEIGHTS]
+    [sha256] = [file["sha256"] for file in files if file["path"] in (WEIGHTS, MODEL)]
     return Start(name, job.base_model, prefix, sha256, Plan.model_validate(job.plan).recipe)
 
 

@@ -119,6 +119,10 @@ def test_the_shape_is_the_sources_and_the_rest_is_free(
             {"model": "MODEL", "method": {"type": "classification"}},
             InvalidRequest, "model", "unsupported_start", "this job of 'classification'",
         ),
+        (
+            {"model": "MODEL", "trainer": {"full_finetuning": True}},
+            InvalidRequest, "model", "unsupported_start", "start from the base",
+        ),
         ({"model": "MODEL", "lora": {"r": 3}}, InvalidRequest, "lora.r", "lora_mismatch", "lora.r is 3, and 'ft:"),
         ({"model": "MODEL", "lora": {"alpha": 3}}, InvalidRequest, "lora.alpha", "lora_mismatch", "keeps its shape"),
         (
@@ -144,6 +148,18 @@ def test_what_cannot_be_started_from_is_told(
     with pytest.raises(error, match=said) as refused:
         submit(database, tenant, dataset, **json.loads(spelled))
     assert (refused.value.param, refused.value.code) == (param, code)
+
+
+def test_what_was_trained_whole_is_not_gone_on_from(
+    database: Engine, tenant: Tenant, dataset: str, source: Source
+) -> None:
+    with session_scope(database) as session:
+        session.execute(text("UPDATE jobs SET plan = jsonb_set(plan, '{recipe,full_finetuning}', 'true')"))
+        session.execute(text("UPDATE adapters SET files = jsonb_set(files, '{0,path}', '\"model.safetensors\"')"))
+    for name in (source.model, source.checkpoints[4]):
+        with pytest.raises(InvalidRequest, match="full fine-tuning, which has no adapter") as refused:
+            submit(database, tenant, dataset, from_checkpoint=name)
+        assert (refused.value.param, refused.value.code) == ("from_checkpoint", "unsupported_start")
 
 
 def test_another_tenants_is_not_found_as_one_that_never_was(database: Engine, dataset: str, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""AdamW over the adapter's parameters, and the rate that each learns at.
+"""AdamW over what is trained, and the rate that each learns at.
 
 Owns: which parameters share a rate. With LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the B matrices learn at a multiple
 of A's, because in a wide model no single rate lets both of them learn efficiently. Must not know about steps: the
@@ -8,16 +8,16 @@ schedule is `recipe.py`'s.
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 
 from shared.training import Recipe
 from worker.trainer.model import trainable
+from worker.trainer.whole import Adapted
 
 #: A group's own key: what the schedule's rate is multiplied by.
 RATIO = "lr_ratio"
 
 
-def make(adapted: PeftModel, recipe: Recipe) -> torch.optim.Optimizer:
+def make(adapted: Adapted, recipe: Recipe) -> torch.optim.Optimizer:
     """With one group of parameters, or two."""
     parameters, ratio = trainable(adapted), recipe.loraplus_lr_ratio
     groups = [{"params": list(parameters.values()), RATIO: 1.0}]

@@ -182,7 +182,7 @@ def test_overfits_and_anyone_loads_what_is_published(kind: str, full: Callable[.
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert (front["base_model_relation"], front["library_name"]) == ("finetune", "transformers")
     assert front["tags"] == ["milliner"]
-    texts = [p.read_text() for p in folder.iterdir() if p.suffix != ".safetensors"]
+    texts = [p.read_text() for p in folder.iterdir() if p.is_file() and p.suffix != ".safetensors"]
     assert not any(task.base_dir in text or str(tmp_path) in text for text in texts)
     assert "vllm serve DIR" in (folder / "README.md").read_text()
 
