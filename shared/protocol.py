@@ -10,13 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from shared.memory import KnownDevice
 from shared.preview import PreviewOut
 from shared.schemas import Lora, Method, Phase, Quantization, TrainerParams
 from shared.training import Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
-    """All that the child is told about a job. Paths are absolute and local."""
+    """All that the child is told about a job. Paths are absolute and local.
+
+    `devices` are those that training workers have reported; `device_memory_bytes` what a run may take, 0 all there is.
+    """
 
     base_dir: str
     base_name: str
@@ -30,6 +34,8 @@ class Task(BaseModel):
     trainer: TrainerParams
     seed: int
     torch_threads: int = 0
+    devices: list[KnownDevice] = []
+    device_memory_bytes: int = 0
     max_row_bytes: int
     silence_seconds: float | None = None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, Literal, TypeVar
 
+from shared.memory import Fit
 from shared.schemas import Hyperparameters, Lora, Metadata, Method, Phase, Quantization, State, TrainerParams, Wire
 from shared.training import FileReport, JobError, Metrics, Plan, Proof, Report
 
@@ -84,6 +85,7 @@ class Job(Wire):
     dry_run: bool
     plan: Plan | None
     progress: Progress | None
+    fit: Fit | None
     report: Report | None
     adapter: AdapterOut | None
 

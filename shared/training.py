@@ -11,11 +11,15 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
+from shared.memory import MeasuredFit, PlannedFit
 from shared.schemas import MethodName, Quantization, Text, Wire
 
 
 class Recipe(Wire):
-    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's."""
+    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
+
+    `gradient_checkpointing` is null where no device was known: then a GPU does it and a CPU does not.
+    """
 
     method: MethodName = "supervised"
     beta: float | None = None
@@ -38,6 +42,7 @@ class Recipe(Wire):
     max_length: int
     packing: bool
     micro_batch: int
+    gradient_checkpointing: bool | None = None
     save_every: int
     eval_every: int | None
     early_stopping: int | None
@@ -103,7 +108,10 @@ class DataReport(FileReport):
 
 
 class Plan(Wire):
-    """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact."""
+    """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact.
+
+    `fit` is null for a base whose architecture shared/architecture.py does not know.
+    """
 
     rows: int
     heldout_rows: int
@@ -115,6 +123,7 @@ class Plan(Wire):
     warnings: list[str]
     recipe: Recipe
     data: DataReport | None = None
+    fit: PlannedFit | None = None
 
 
 class Score(Wire):
@@ -223,6 +232,7 @@ class Report(Wire):
     train_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    fit: MeasuredFit | None = None
 
 
 class Servable(Wire):

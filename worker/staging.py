@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from shared import attempts, storage
+from shared import attempts, devices, storage
 from shared.db import session_scope
+from shared.memory import KnownDevice
 from shared.models import BaseModel, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
@@ -39,6 +40,7 @@ def stage(
         training_file=_fetched(training, work_dir, patience),
         validation_file=_fetched(validation, work_dir, patience) if validation else None,
         seed=job.seed,
+        known_devices=patience.do(lambda: _devices(base, request)),
         silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
     )
     if queue is Queue.PREPARE:
@@ -63,6 +65,7 @@ def task_of(
     training_file: Path,
     validation_file: Path | None,
     seed: int,
+    known_devices: Sequence[KnownDevice] = (),
     silence_seconds: float | None = None,
 ) -> Task:
     """All that a trainer is told of a job."""
@@ -80,6 +83,8 @@ def task_of(
         trainer=request.trainer,
         seed=seed,
         torch_threads=settings.torch_threads,
+        devices=list(known_devices),
+        device_memory_bytes=settings.device_memory_bytes,
         max_row_bytes=settings.max_row_bytes,
         silence_seconds=silence_seconds,
     )
@@ -119,6 +124,11 @@ def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -
         tell("info", f"Resuming from the checkpoint of step {checkpoint.step}")
         return folder
     return None
+
+
+def _devices(base: BaseModel, request: JobCreate) -> list[KnownDevice]:
+    with session_scope() as session:
+        return devices.known(session, digest=base.digest, quantization=request.quantization)
 
 
 def _checkpoints(job: Job) -> Sequence[Checkpoint]:

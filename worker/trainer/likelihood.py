@@ -29,12 +29,16 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone."""
+    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
+
+    `checkpointing`: backward computes each layer anew rather than keep its activations.
+    """
 
     packing: bool
     chunked: bool
     micro_batch: int
     pad: int
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

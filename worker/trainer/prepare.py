@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from shared.training import Plan
-from worker.trainer import data, recipe
+from worker.trainer import data, recipe, sizing
 from worker.trainer.encoding import Encoder, Row, longest_document
 from worker.trainer.survey import doubts, survey
 
@@ -45,6 +45,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         base=base,
         size=recipe.Size(len(rows.train), longest, max(map(len, rows.train))),
     )
+    sized = sizing.size(task, resolved, rows.train)
     apart = rows.heldout if rows.heldout_source != "training_file" else []
     found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart)
     return Plan(
@@ -60,9 +61,11 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
             *_row_warnings(rows, length),
             *doubts(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
             *warnings,
+            *sized.warnings,
         ],
-        recipe=resolved,
+        recipe=sized.recipe,
         data=found,
+        fit=sized.fit,
     )
 
 

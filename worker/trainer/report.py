@@ -5,7 +5,6 @@ Owns: what a Report says and the arithmetic behind it. Must not run the model: `
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,8 +13,9 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 
 from shared.fit import ADAPTER_BYTES
+from shared.memory import MeasuredFit
 from shared.training import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
-from worker.trainer import bootstrap, checkpoint
+from worker.trainer import bootstrap, checkpoint, memory
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
@@ -38,6 +38,7 @@ def make(
     steps: int,
     trained_tokens: int,
     seconds: float,
+    fit: MeasuredFit | None = None,
 ) -> Report:
     """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
@@ -63,6 +64,7 @@ def make(
         train_seconds=round(seconds, 3),
         tokens_per_second=round(trained_tokens / seconds, 1) if seconds else 0.0,
         peak_memory_bytes=_peak_memory(base.device),
+        fit=fit,
     )
 
 
@@ -130,4 +132,4 @@ def _caveats(rows: int, source: HeldoutSource) -> list[str]:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.process_peak()

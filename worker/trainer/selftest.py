@@ -26,8 +26,13 @@ TRIED_ROWS = 4
 TRIED_TOKENS = 256
 
 
-def layout(base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> tuple[Layout, list[str]]:
-    """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up."""
+def layout(
+    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, checkpointing: bool | None, pad: int
+) -> tuple[Layout, list[str]]:
+    """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
+
+    `checkpointing` is the recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
+    """
     tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
     base.model.eval()
@@ -39,7 +44,16 @@ def layout(base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, 
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
-    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad), warnings
+    if checkpointing is None:
+        checkpointing = base.device.type == "cuda"
+    found = Layout(
+        packing=packing,
+        chunked=chunked,
+        micro_batch=micro_batch,
+        pad=pad,
+        checkpointing=checkpointing and base.model.supports_gradient_checkpointing,
+    )
+    return found, warnings
 
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:

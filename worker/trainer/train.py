@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,22 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas import Phase
 from shared.training import Metrics, Recipe, Report, Sample
-from worker.trainer import adapter, checkpoint, data, evaluate, ladder, lora, methods, model, report, samples, selftest
+from worker.trainer import (
+    adapter,
+    checkpoint,
+    data,
+    evaluate,
+    ladder,
+    lora,
+    memory,
+    methods,
+    model,
+    packing,
+    rehearsal,
+    report,
+    samples,
+    selftest,
+)
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
@@ -63,6 +79,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
+    account: memory.Account
     best: Tensors | None
     saved_step: int
     save_tried_at: float
@@ -100,9 +117,15 @@ def train(
     encoder = Encoder(task.base_dir)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
+    memory.begin()
     base = load_base()
     layout, warnings = selftest.layout(
-        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+        base,
+        rows.train,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        checkpointing=recipe.gradient_checkpointing,
+        pad=encoder.eos,
     )
     for warning in warnings:
         _say(emit, job, warning, "warn")
@@ -135,11 +158,14 @@ def _start(
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
-    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         lora.let_go(adapted)
-    run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, best, state.step, time.monotonic())
+    account = memory.open_account(base, command.task, from_step=state.step)
+    now = time.monotonic()
+    run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, account, best, state.step, now)
+    model.keep_activations(adapted, kept=not run.layout.checkpointing)
     _say_decisions(run)
     return run
 
@@ -173,6 +199,7 @@ def _loop(run: Run) -> RowScores:
         run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
         run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
+    _rehearse(run)
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
@@ -193,6 +220,31 @@ def _loop(run: Run) -> RowScores:
     if run.latest is not None and run.latest[0] == run.state.step:
         return run.latest[1]
     return _score(run, adapter=True)
+
+
+def _rehearse(run: Run) -> None:
+    """The heaviest micro-batch before all others, and no trace of it: memory that is short is short now, not in hours.
+
+    Left out where it is not worth its time. Asked to stop, raises Interrupted.
+    """
+    rows, recipe = run.rows.train, run.recipe
+    if rehearsal.heaviest(rows, recipe, run.layout, step=run.state.step) is None:
+        return
+    random_before = checkpoint.torch_random()
+
+    def act() -> packing.Heaviest | None:
+        found = rehearsal.heaviest(rows, recipe, run.layout, step=run.state.step)
+        if found is not None:
+            examples = data.step_examples(rows, found.step, batch_size=recipe.batch_size, seed=recipe.seed)
+            with rehearsal.as_after_steps(run.adapted, run.optimizer):
+                _accumulate(run, examples, part=found.part)
+        return found
+
+    tried = _narrowing(run, act, when="in the rehearsal of the longest rows")
+    run.optimizer.zero_grad()
+    checkpoint.set_torch_random(random_before)
+    run.account.rehearsed_bytes = memory.peak(run.base.device)
+    run.say(rehearsal.told(tried, run.account))
 
 
 def _step(run: Run) -> None:
@@ -231,15 +283,17 @@ def _step(run: Run) -> None:
     )
 
 
-def _accumulate(run: Run, examples: list[Row]) -> Tally:
+def _accumulate(run: Run, examples: list[Row], *, part: int | None = None) -> Tally:
     """The gradient of the mean loss of the whole step, in as many micro-batches as the layout takes.
 
-    An error, or Interrupted, leaves no gradient and no random number drawn.
+    Of these, only the `part`-th, if one is named. An error, or Interrupted, leaves no gradient and no random number
+    drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
     random_before = checkpoint.torch_random()
     try:
-        for batch in batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
+        cut = batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad)
+        for batch in cut if part is None else islice(cut, part, part + 1):
             if run.stopping():
                 raise evaluate.Interrupted
             with run.base.precision():
@@ -267,6 +321,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
         wider = run.layout
         run.state.memory_halvings += 1
         lora.let_go(run.adapted)
+        model.keep_activations(run.adapted, kept=not run.layout.checkpointing)
         change = ladder.difference(wider, run.layout)
         run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
@@ -396,6 +451,7 @@ def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
         steps=state.step,
         trained_tokens=state.trained_tokens,
         seconds=state.seconds,
+        fit=memory.measured(run.account, run.base.device, run.rows.train, run.recipe, run.layout),
     )
     run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
     return found

@@ -56,9 +56,14 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     tick()
     base = model.load_base(task.base_dir, recipe.quantization)
     layout, _ = selftest.layout(
-        base, rows.train, packing=recipe.packing, micro_batch=recipe.micro_batch, pad=encoder.eos
+        base,
+        rows.train,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        checkpointing=recipe.gradient_checkpointing,
+        pad=encoder.eos,
     )
-    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     adapted = _put_on(base, folder, tensors)
     difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
