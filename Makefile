@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench check format lock clean
+.PHONY: help setup demo up down test soak bench bench-fit check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ bench: setup ## our trainer against TRL's on this machine, about eight minutes; 
 		> "$$($(VENV)-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/product.pth"
 	@$(VENV)-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.train --peer $(VENV)-bench/bin/python
+
+bench-fit: setup ## memory predicted against measured on this machine, about six minutes; figures go to benchmarks/results
+	$(BIN)/python -m benchmarks.fit
 
 check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/ruff format --check .

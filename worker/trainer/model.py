@@ -150,9 +150,9 @@ def keep_activations(adapted: PeftModel, *, kept: bool) -> None:
     """From forward to backward, as a base does when it is loaded; or compute each layer's anew (checkpointing)."""
     model = adapted.get_base_model()
     if kept:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:

@@ -27,7 +27,7 @@ TRIED_TOKENS = 256
 
 
 def layout(
-    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, checkpointing: bool | None, pad: int
+    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, checkpointing: bool | None = None
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
 

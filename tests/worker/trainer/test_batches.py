@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.trainer.batches import IGNORED, batches, collate, pack, trained_tokens
+from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.encoding import Encoded
 from worker.trainer.recipe import PACK_LENGTH
 
@@ -31,25 +29,6 @@ def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, m
     assert all(len(b.input_ids) <= micro_batch for b in found)
     assert all((b.attention_mask is None) == packing for b in found)
     assert all(int(b.position_ids.max()) < max(sizes) for b in found)
-
-
-@given(sizes=lengths)
-def test_packed_rows_hold_each_example_and_no_more_than_fits(sizes: list[int]) -> None:
-    examples = examples_of(sizes)
-    rows = pack(examples)
-    assert sorted(e.line for row in rows for e in row) == list(range(len(examples)))
-    capacity = max(PACK_LENGTH, *sizes)
-    filled = [sum(map(len, row)) for row in rows]
-    assert max(filled) <= capacity
-    # Best fit leaves no two rows that would have gone into one.
-    assert sum(sorted(filled)[:2]) > capacity or len(rows) == 1
-
-
-def test_packing_many_rows_takes_no_square_of_them() -> None:
-    examples = examples_of([2 + i % PACK_LENGTH for i in range(20_000)])
-    started = time.perf_counter()
-    pack(examples)
-    assert time.perf_counter() - started < 2
 
 
 def test_packed_row_restarts_positions_and_predicts_nothing_across_a_seam() -> None:
