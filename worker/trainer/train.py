@@ -240,7 +240,7 @@ def _rehearse(run: Run) -> None:
                 _accumulate(run, examples, part=found.part)
         return found
 
-    tried = _narrowing(run, act, when="in the rehearsal of the longest rows")
+    tried = _narrowing(run, act, when="in the trial of the longest rows")
     run.optimizer.zero_grad()
     checkpoint.set_torch_random(random_before)
     run.account.rehearsed_bytes = memory.peak(run.base.device)

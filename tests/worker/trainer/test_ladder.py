@@ -175,7 +175,7 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
         assert limited == pytest.approx(free, rel=0.02)
 
 
-def wide_base(folder: Path) -> str:
+def wide_base(folder: Path, *, positions: int = 256) -> str:
     """Few parameters and large activations."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -185,7 +185,7 @@ def wide_base(folder: Path) -> str:
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         eos_token_id=2,
         bos_token_id=None,
         pad_token_id=2,
