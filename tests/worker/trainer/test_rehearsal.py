@@ -17,7 +17,7 @@ from .test_ladder import Failing, limit_data, warnings_of, wide_base
 
 
 def one_long(rows: Rows) -> Rows:
-    return [*rows, {"text": "hat " * 30}]
+    return [*rows, {"text": "hat " * 60}]
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_child_whose_memory_is_limited_learns_it_from_the_trial(
         small = recipe_of(task, micro_batch=1, total_steps=1)
         child.send(Train(job="small", task=task, recipe=small, work_dir=str(tmp_path / "small")))
         child.until(Done)
-        limit_data(child.process.pid, megabytes=350)
+        limit_data(child.process.pid, megabytes=270)
         recipe = recipe_of(task, micro_batch=2)
         child.send(Train(job="limited", task=task, recipe=recipe, work_dir=str(tmp_path / "limited")))
         first = child.until(Measured)
