@@ -23,9 +23,11 @@ from worker.session import PASSED_ON
 ASKED_FOR = 120.0
 
 
-def announce(slot: int) -> None:
+def announce(slot: int) -> Thread:
     """In a thread: Celery gives a slot four seconds to be up, and torch takes longer than that to find a GPU."""
-    Thread(target=_announce, args=(slot,), name="device", daemon=True).start()
+    thread = Thread(target=_announce, args=(slot,), name="device", daemon=True)
+    thread.start()
+    return thread
 
 
 def _announce(slot: int) -> None:

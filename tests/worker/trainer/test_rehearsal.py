@@ -131,4 +131,4 @@ def test_child_whose_memory_is_limited_learns_it_from_the_trial(
     assert first.metrics.step == 1
     assert done.memory_halvings == 1
     lines = checkpoint.read_metrics(tmp_path / "limited" / "adapter" / checkpoint.METRICS)
-    assert len(lines) == recipe.total_steps + 1
+    assert len(lines) == recipe.total_steps
