@@ -1,7 +1,7 @@
 """Peak memory predicted against measured, on this machine: `python -m benchmarks.fit`.
 
 Owns: the cases and the table. Each is two runs of the real trainer child, `prepare` and `train` in one process, a few
-steps of rows that are all of one length. Off before is the arithmetic alone; off after is the second run, predicted
+steps of rows that are all about as long. Off before is the arithmetic alone; off after is the second run, predicted
 from the first; off from others is the first, corrected by the other cases alone. Writes fit.json and fit.md.
 """
 
@@ -26,7 +26,7 @@ from shared.protocol import EVENT, Done, Failed, Prepare, Prepared, Task, Train
 from shared.schemas import Lora, Method, Quantization, TrainerParams
 
 #: Rows and steps of a run, rows that are scored; all but the words are drawn once.
-BATCH, STEPS, HELDOUT, RANK, SEED = 16, 3, 2, 16, 7
+BATCH, STEPS, HELDOUT, RANK, SEED = 32, 3, 2, 16, 7
 WORDS = ["a", "felt", "hat", "with", "the", "brim", "of", "straw", "and", "silk", "ribbon", "for", "her", "head"]
 #: The goal: how far off a prediction may be, before a base was ever trained on a machine and after.
 BEFORE, AFTER = 0.05, 0.01
@@ -34,20 +34,22 @@ BEFORE, AFTER = 0.05, 0.01
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`micro_batch` rows of about `words` words at a time, unpacked."""
+    """At most `micro_batch` rows at a time, of `words` words or, packed, of several such documents."""
 
     quantization: Quantization
     words: int
     micro_batch: int
     checkpointing: bool = False
+    packing: bool = False
 
     @property
     def name(self) -> str:
-        how = ", checkpointed" if self.checkpointing else ""
+        how = ", checkpointed" * self.checkpointing + ", packed" * self.packing
         return f"{self.quantization.value}, {self.micro_batch} rows{how}"
 
 
 CASES = (
+    Case(Quantization.NF4, 40, 16, packing=True),
     Case(Quantization.NF4, 120, 4),
     Case(Quantization.NF4, 120, 16),
     Case(Quantization.NF4, 480, 4),
@@ -167,7 +169,10 @@ def _task(case: Case, base: Path, work: Path) -> Task:
         lora=Lora(r=RANK),
         quantization=case.quantization,
         trainer=TrainerParams(
-            packing=False, micro_batch=case.micro_batch, gradient_checkpointing=case.checkpointing, max_steps=STEPS
+            packing=case.packing,
+            micro_batch=case.micro_batch,
+            gradient_checkpointing=case.checkpointing,
+            max_steps=STEPS,
         ),
         seed=SEED,
         max_row_bytes=1 << 20,

@@ -213,6 +213,7 @@ def _loop(run: Run) -> RowScores:
             break
         _step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
+    ladder.free()  # what a CPU's heap has kept of activations would be added to what comes now
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
         run.latest = None

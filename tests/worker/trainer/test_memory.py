@@ -38,6 +38,7 @@ def test_a_run_says_what_was_predicted_and_what_it_took(
     task = make_task(
         write_rows(quotes(24)),
         devices=[here.model_dump() | {"weighings": [half]}],
+        hyperparameters={"batch_size": 4},
         trainer={"max_steps": 2, "packing": False, "micro_batch": 4},
     )
     report = run(task, tmp_path).of(Done)[0].report
@@ -45,7 +46,7 @@ def test_a_run_says_what_was_predicted_and_what_it_took(
     assert fit is not None
     assert fit.device == here
     assert (fit.rows, fit.rehearsed_bytes) == (4, None)
-    assert fit.length > 20
+    assert fit.length > 10
     assert fit.predicted_bytes == pytest.approx(fit.computed_bytes / 2, abs=1)
     assert fit.measured_bytes > 100 * MB
     assert report.peak_memory_bytes >= fit.measured_bytes
