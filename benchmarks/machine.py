@@ -16,7 +16,8 @@ import torch
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 #: What speeds up products in 16 bits, as /proc/cpuinfo calls it.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "sve", "bf16")
-SIZE, SECONDS = 2048, 3.0
+CPU = torch.device("cpu")
+SIZE, GPU_SIZE, SECONDS = 2048, 8192, 3.0
 
 
 def describe() -> dict[str, object]:
@@ -37,14 +38,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def bf16_flops() -> float:
-    """FLOP a second of a large square product in bf16 on all cores: the best of a few seconds."""
-    left, right = torch.randn(2, SIZE, SIZE).bfloat16()
+def bf16_flops(device: torch.device = CPU) -> float:
+    """FLOP a second of a large square product in bf16, on all cores of a CPU: the best of a few seconds."""
+    size = SIZE if device.type == "cpu" else GPU_SIZE
+    left, right = torch.randn(2, size, size, device=device).bfloat16()
     best, until = 0.0, time.monotonic() + SECONDS
     while time.monotonic() < until:
         started = time.perf_counter()
         left @ right
-        best = max(best, 2 * SIZE**3 / (time.perf_counter() - started))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 

@@ -179,11 +179,14 @@ def cat_file(file_id: Annotated[str, typer.Argument(metavar="ID")], data: Data =
 def submit_job(
     file: Dataset,
     *,
-    model: Annotated[str, typer.Option(help="Base model; see: milliner models")],
+    model: Annotated[str | None, typer.Option(help="Base or fine-tuned model; see: milliner models")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Go on from this adapter: ft:… or ftckpt_…")] = None,
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Rows to evaluate on.")
     ] = None,
-    method: Annotated[MethodName, typer.Option(help="What the rows are: answers, or preferences.")] = "supervised",
+    method: Annotated[
+        MethodName, typer.Option(help="What the rows are: answers, preferences, or labels.")
+    ] = "supervised",
     suffix: Annotated[str | None, typer.Option(help="Part of the adapter's name.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows an optimizer step.", show_default="auto")] = None,
@@ -214,7 +217,7 @@ def submit_job(
 ) -> None:
     """Train an adapter: check the data, show the plan, send the job."""
     body = submit.body_of(
-        model=model,
+        model=submit.model_of(model, start),
         method=method,
         hyperparameters={
             "n_epochs": epochs,
@@ -232,6 +235,7 @@ def submit_job(
             "packing": False if no_packing else None,
         },
         quantization=quantization,
+        from_checkpoint=start,
         suffix=suffix,
         seed=seed,
         priority=priority,

@@ -57,10 +57,11 @@ def rows(item: PreviewOut, *, colour: bool) -> RenderableType:
 def _head(row: PreviewRow) -> Text:
     left = sum(len(segment.ids) for segment in row.segments)
     answer = f", {row.answer}" if row.answer else ""
-    text = Text(f"line {row.line}{answer}: {row.tokens:,} tokens, {row.trained_tokens:,} trained", style="bold")
+    what = f"{row.trained_tokens:,} trained" if row.label is None else f"label {row.label!r}"
+    text = Text(f"line {row.line}{answer}: {row.tokens:,} tokens, {what}", style="bold")
     if row.truncated:
         text.append(f", cut after {left:,}", style="yellow")
-    if not row.trained_tokens:
+    if not row.trained_tokens and row.label is None:
         text.append(", dropped: nothing trained is left", style="red")
     return text
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.show import duration, scores, size, verdict
+from client.show import duration, scores, size, verdicts
 from shared.training import Continuation, Report, Sample
 
 _SOURCES = {
@@ -23,10 +23,11 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEM
 def document(item: Report) -> RenderableType:
     """All of it, top to bottom: scores, samples, cost."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
-    parts: list[RenderableType] = [scores(item), verdict(item.change), measured]
+    parts: list[RenderableType] = [scores(item), *verdicts(item), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
     if item.samples:
-        parts += [Text("\nsamples at temperature 0", style="bold"), *map(_sample, item.samples)]
+        title = "samples at temperature 0" if item.majority is None else "samples"
+        parts += [Text(f"\n{title}", style="bold"), *map(_sample, item.samples)]
     return Group(*parts, Text("\ncost", style="bold"), _cost(item))
 
 
@@ -68,5 +69,6 @@ def _cost(item: Report) -> Table:
         predicted = f"{size(item.fit.measured_bytes)} on {item.fit.device.name}"
         table.add_row("of the device", f"{predicted}; predicted {size(item.fit.predicted_bytes)} ({off:+.1%})", "")
     speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
-    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps: {speed}", "")
+    kept = f" (the adapter is that of step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
+    table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps{kept}: {speed}", "")
     return table

@@ -20,7 +20,7 @@ from rich.text import Text
 from shared.memory import PredictedPeak
 from shared.responses import Event, File, Job, Model
 from shared.schemas import State
-from shared.training import DataReport, JobError, LengthBucket, LossChange, Plan, Proof, Report, Verdict
+from shared.training import DataReport, JobError, LengthBucket, LossChange, Majority, Plan, Proof, Report, Verdict
 
 _STYLES = {
     State.SUCCEEDED: "green",
@@ -30,6 +30,8 @@ _STYLES = {
     State.RUNNING: "cyan",
 }
 _VERDICTS = {Verdict.BETTER: "green", Verdict.SAME: "yellow", Verdict.WORSE: "red", Verdict.UNKNOWN: "yellow"}
+#: Labels that a plan names.
+_LABELS = 12
 _BARS = " ▁▂▃▄▅▆▇█"
 _LEVELS = {"info": "", "warn": "yellow", "error": "red"}
 
@@ -105,6 +107,8 @@ def job(item: Job) -> RenderableType:
     if item.queue_position is not None:
         grid.add_row("queue", f"position {item.queue_position}")
     grid.add_row("model", item.model)
+    if item.from_checkpoint:
+        grid.add_row("starts as", item.from_checkpoint)
     grid.add_row("data", " + ".join(part for part in (item.training_file, item.validation_file) if part))
     grid.add_row("created", _when(item.created_at) + (f", attempt {item.attempt}" if item.attempt > 1 else ""))
     if item.metadata:
@@ -147,10 +151,13 @@ def plan(item: Plan) -> RenderableType:
         _add_data(grid, item.data)
     grid.add_row("steps", f"{recipe.total_steps:,}: {recipe.n_epochs} epoch{'s' * (recipe.n_epochs != 1)}")
     grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
-    grid.add_row("rate", f"{recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
+    plus = f" (B {recipe.loraplus_lr_ratio:g} times that)" if recipe.loraplus_lr_ratio else ""
+    grid.add_row("rate", f"{recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
     grid.add_row("rank", f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})")
     if recipe.beta is not None:
         grid.add_row("method", f"{recipe.method}, beta {recipe.beta:g}")
+    if recipe.labels is not None:
+        grid.add_row("method", f"{recipe.method}, {len(recipe.labels)} labels")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
     if item.fit is not None:
         grid.add_row("memory", "; ".join(map(_peak, item.fit.peaks)))
@@ -170,7 +177,14 @@ def _add_data(grid: Table, item: DataReport) -> None:
     grid.add_row("format", f"{item.format}{template}")
     middle = f"half up to {item.length_p50:,}, 95 % up to {item.length_p95:,}, the longest {item.length_max:,}"
     grid.add_row("lengths", f"{_bars(item.lengths)}  {middle}")
-    grid.add_row("stop", f"{item.stop_rows:,} of {item.rows:,} rows end in a trained {item.stop_token or 'stop token'}")
+    if item.labels:
+        named = ", ".join(f"{one.label!r} {one.rows:,}" for one in item.labels[:_LABELS])
+        grid.add_row(
+            "labels", named + (f" and {len(item.labels) - _LABELS} more" if len(item.labels) > _LABELS else "")
+        )
+    else:
+        end = item.stop_token or "stop token"
+        grid.add_row("stop", f"{item.stop_rows:,} of {item.rows:,} rows end in a trained {end}")
     lost = {
         "cut": item.truncated_rows,
         "dropped": item.dropped_rows,
@@ -195,20 +209,41 @@ def report(item: Report) -> RenderableType:
         f"{item.steps:,} steps, {item.trained_tokens:,} tokens in {duration(item.train_seconds)}; "
         f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
     )
-    return Group(scores(item), verdict(item.change), Text(spent))
+    return Group(scores(item), *verdicts(item), Text(spent))
 
 
 def scores(item: Report) -> Table:
     """On the same held-out rows."""
+    if item.majority is not None:
+        return _label_scores(item, item.majority)
     third = "perplexity" if item.tuned.reward_accuracy is None else "chosen gained on rejected"
     table = _table("", "held-out loss", third, "token accuracy", f"({item.base.tokens:,} tokens)")
-    for name, score in (("base", item.base), ("tuned", item.tuned)):
+    for name, score in (("base", item.base), ("start", item.start), ("tuned", item.tuned)):
+        if score is None:
+            continue
         gained = f"{score.perplexity:.4g}" if score.reward_accuracy is None else f"{score.reward_accuracy:.1%}"
         table.add_row(name, f"{score.loss:.4f}", gained, f"{score.token_accuracy:.1%}")
     return table
 
 
-def verdict(change: LossChange) -> Text:
+def _label_scores(item: Report, most: Majority) -> Table:
+    """With what there is to beat: the base's head is mostly untrained, and its score then chance."""
+    table = _table("", "held-out loss", "accuracy", "macro F1", f"({item.base.tokens:,} rows)")
+    for name, score in (("base", item.base), ("tuned", item.tuned)):
+        table.add_row(name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}", f"{score.macro_f1 or 0:.3f}")
+    table.add_row(f"always {most.label!r}", "", f"{most.accuracy:.1%}", "")
+    return table
+
+
+def verdicts(item: Report) -> list[Text]:
+    """Against the base, and against the adapter that it started from, if it did from one."""
+    unit = "token" if item.majority is None else "row"
+    if item.start_change is None:
+        return [verdict(item.change, unit)]
+    return [verdict(item.change, unit, against="base"), verdict(item.start_change, unit, against="start")]
+
+
+def verdict(change: LossChange, unit: str = "token", *, against: str | None = None) -> Text:
     """How it came out, by how much, and how sure that is."""
     verb = "fell" if change.loss < 0 else "rose"
     if change.low is None or change.high is None:
@@ -217,7 +252,9 @@ def verdict(change: LossChange) -> Text:
         sure = f"95 % interval of the change {change.low:+.4f} to {change.high:+.4f}"
         sure += ", which holds 0" if change.verdict is Verdict.SAME else ""
     word = (change.verdict.value, f"bold {_VERDICTS[change.verdict]}")
-    return Text.assemble(word, f": the loss {verb} by {abs(change.loss):.4f} nats a token ({sure})")
+    comparison = f"against the {against}, " if against else ""
+    how = f": the loss {verb} by {abs(change.loss):.4f} nats a {unit} ({sure})"
+    return Text.assemble(comparison, word, how)
 
 
 def proof(item: Proof) -> str:

@@ -42,6 +42,14 @@ class Refused(Exception):
         self.error = error
 
 
+def model_of(model: str | None, start: str | None) -> str:
+    """What the request's `model` is: an adapter to start from brings its base along. Raises InvalidRequest: neither."""
+    named = model if model is not None else start
+    if named is None:
+        raise InvalidRequest("neither --model nor --from is given; name a base model, or an adapter to go on from")
+    return named
+
+
 def body_of(
     *,
     model: str,
@@ -82,7 +90,8 @@ def submit(
 
     Otherwise, or if anything fails or is interrupted, the uploads are deleted again. Raises BadRows or Refused.
     """
-    client.models.retrieve(body["model"])  # A wrong name is told before gigabytes are sent.
+    if not _names_checkpoint(body["model"]):
+        client.models.retrieve(body["model"])  # A wrong name is told before gigabytes are sent.
     with ExitStack() as undo:
         skip = body.get("trainer", {}).get("skip_bad_rows", 0)
         body = body | {"training_file": _upload(client, training, undo, skip)}
@@ -93,6 +102,11 @@ def submit(
         job = _create(client, body)
         undo.pop_all()
     return job
+
+
+def _names_checkpoint(model: str) -> bool:
+    """These are in no list of models: the rehearsal tells whether there is one."""
+    return model.startswith("ftckpt_") or ":ckpt-step-" in model
 
 
 def _given(options: Mapping[str, Any]) -> Body:

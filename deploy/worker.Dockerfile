@@ -13,7 +13,7 @@ COPY deploy deploy
 COPY migrations migrations
 COPY shared shared
 COPY worker worker
-RUN pip install -c constraints.txt '.[worker]'
+RUN pip install -c constraints.txt '.[worker,trackers]'
 
 # The folder is made here so that the volume mounted over it belongs to the user, too.
 RUN useradd --system --uid 10001 milliner && install -d -o milliner /var/cache/milliner

@@ -7,7 +7,7 @@ Pure: reads a dict, no file. Must not know about quantization, datasets or devic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.errors import InvalidRequest
@@ -77,6 +77,11 @@ def read(config: Config) -> Architecture:
         return base
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _unsupported(f"this config.json of a {model_type} cannot be read: {error!r}") from error
+
+
+def classifier(base: Architecture, *, labels: int = 2) -> Architecture:
+    """The base as it is trained to classify: a decoder's output projection goes, a head of one row a label comes."""
+    return replace(base, head=0, classifier=labels * base.hidden) if base.causal else base
 
 
 # ---------------------------------------------------------------- decoders
@@ -251,11 +256,12 @@ def _deberta(config: Config) -> Architecture:
         vocabulary=v,
         context=context,
         causal=False,
-        linears=(*_repeated("deberta.encoder.layer", layers, shapes), Linear("pooler.dense", h, h)),
+        linears=_repeated("deberta.encoder.layer", layers, shapes),
         embedding=(rows + span * relative) * h,
         head=0,
-        classifier=_labels(config) * (h + 1),
-        other=2 * h + layers * ((len(attention) + 6) * h + f) + h + convolution + span_norm,
+        # The pooler is no part of the encoder here, and masked language models are without it.
+        classifier=_labels(config) * (h + 1) + h * h + h,
+        other=2 * h + layers * ((len(attention) + 6) * h + f) + convolution + span_norm,
         # Scores against every relative position, and what they were computed from.
         stored=(24 if config.get("hidden_dropout_prob", 0.1) else 20) * h
         + 4 * f

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, cast, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
+from shared import starts
 from shared.ids import new_id
 from shared.jobs import LEASABLE, MOVES, Reason, expired, transition
 from shared.models import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
@@ -112,12 +113,17 @@ def latest_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
 
 
 def drop_checkpoints(session: Session, job_id: str, epoch: int, *, keep: int) -> list[str]:
-    """Retire all but the newest `keep` checkpoints; returns the prefixes whose objects may go."""
+    """Retire all but the newest `keep` checkpoints; returns the prefixes whose objects may go.
+
+    The objects of one that another job starts from stay until that has ended; the garbage collector sees to it.
+    """
     if _locked(session, job_id, epoch) is None:
         return []
     old = [checkpoint.id for checkpoint in latest_checkpoints(session, job_id)[keep:]]
     dropped = update(Checkpoint).where(Checkpoint.id.in_(old)).values(deleted_at=func.clock_timestamp())
-    return list(session.scalars(dropped.returning(Checkpoint.prefix)).all())
+    prefixes = session.scalars(dropped.returning(Checkpoint.prefix)).all()
+    needed = starts.needed(session, prefixes)
+    return [prefix for prefix in prefixes if prefix not in needed]
 
 
 def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:

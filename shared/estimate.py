@@ -99,13 +99,16 @@ def estimate(
     Raises InvalidRequest: an unknown architecture, a setting it cannot bear.
     """
     base = architecture.read(config)
+    classifies = request.method is not None and request.method.type == "classification"
+    if classifies:
+        base = architecture.classifier(base)
     asked = _knobs(request)
-    assumptions: list[str] = []
+    assumptions: list[str] = ["the head has two labels"] if classifies and base.causal else []
     setup = _setup(request, asked, base, data, assumptions)
     peak, flop = fit.memory(base, setup, weighings), fit.flop_per_token(base, setup)
     n_epochs, tokens, seconds = None, None, None
     if data is not None:
-        n_epochs = _n_epochs(data.rows) if asked.n_epochs == "auto" else asked.n_epochs
+        n_epochs = _n_epochs(data.rows, classifies=classifies) if asked.n_epochs == "auto" else asked.n_epochs
         tokens = min(data.tokens, data.rows * setup.max_length)
         seconds = _seconds(request, flop, _trained_tokens(request, asked, data, tokens, n_epochs), assumptions)
         if data.source == "file_size":
@@ -138,11 +141,9 @@ def estimate(
 
 def _knobs(request: EstimateCreate) -> Hyperparameters:
     """Those of `method` before their old twin at the top, as for a job."""
-    if request.method is not None and request.method.type != "supervised":
-        raise InvalidRequest(
-            f"method {request.method.type!r} is not estimated; allowed: supervised", param="method.type"
-        )
-    if request.method is not None and "supervised" in request.method.model_fields_set:
+    if request.method is not None and request.method.type == "dpo":
+        raise InvalidRequest("method 'dpo' is not estimated; allowed: supervised, classification", param="method.type")
+    if request.method is not None and request.method.settings is not None:
         return request.method.hyperparameters
     return request.hyperparameters or Hyperparameters()
 
@@ -165,7 +166,8 @@ def _setup(
         length = min(length, longest)
     else:
         assumptions.append(f"the longest row has {length:,} tokens")
-    row = max(length, fit.PACK_LENGTH) if trainer.packing else length
+    packing = trainer.packing and not base.classifier
+    row = max(length, fit.PACK_LENGTH) if packing else length
     batch = LARGEST_AUTO_BATCH if asked.batch_size == "auto" else asked.batch_size
     micro_batch = (
         max(1, min(batch, MICRO_BATCH_TOKENS // row)) if trainer.micro_batch == "auto" else trainer.micro_batch
@@ -179,13 +181,15 @@ def _setup(
         target_modules=lora.target_modules,
         use_dora=lora.use_dora,
         dropout=lora.dropout,
-        packing=trainer.packing,
+        packing=packing,
         checkpointing=request.device == "cuda" if checkpointing == "auto" else checkpointing,
         device=request.device,
     )
 
 
-def _n_epochs(rows: int) -> int:
+def _n_epochs(rows: int, *, classifies: bool) -> int:
+    if classifies:
+        return 10 if rows < 1_000 else 5 if rows < 10_000 else 3
     return 3 if rows < 1_000 else 2 if rows < 10_000 else 1
 
 

@@ -195,7 +195,7 @@ def flop_per_token(base: Architecture, setup: Setup) -> int:
     and twice that backward; half of the pairs are masked in a causal model.
     """
     again = 2 if setup.checkpointing else 0
-    head = base.vocabulary * base.hidden if base.causal else 0
+    head = 0 if base.classifier else base.vocabulary * base.hidden
     pairs = base.layers * base.query * setup.row // (2 if base.causal else 1)
     matrices = (4 + again) * base.linear + (6 + again) * trained(base, setup) + 4 * head
     return matrices + (12 + 2 * again) * pairs
@@ -250,7 +250,7 @@ def _moving(base: Architecture, setup: Setup) -> tuple[int, int]:
     gradients = 12 * h + 6 * base.feed_forward + (2 * base.heads * setup.row if base.scores else 0)
     chunk = max(1, DEVICES[setup.device].chunk_bytes // (4 * base.vocabulary))
     logits = LOGIT_BYTES * base.vocabulary * min(tokens, chunk)
-    head = tokens * 8 * h + (logits if base.causal else 0)
+    head = tokens * 8 * h + (0 if base.classifier else logits)
     # The adapter is cast to 16 bits once a forward.
     casts = COMPUTE_BYTES * trained(base, setup)
     if setup.checkpointing:

@@ -54,7 +54,16 @@ class Preference:
     rejected: Chat | Completion
 
 
-Example = Chat | Completion | Preference
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and its label. A label that came as an integer is its digits."""
+
+    text: str
+    pair: str | None
+    label: str
+
+
+Example = Chat | Completion | Preference | Labelled
 
 
 class RowError(Exception):
@@ -120,9 +129,7 @@ def completion(row: dict[str, Any]) -> Completion:
 
 def text(row: dict[str, Any]) -> Completion:
     """`{"text"}`, loss on all of it."""
-    if not isinstance(row["text"], str) or not row["text"]:
-        raise _Bad("text", f"found {_found(row['text'])}", "a non-empty string")
-    return Completion("", row["text"])
+    return Completion("", _string(row, "text"))
 
 
 def preference(row: dict[str, Any]) -> Preference:
@@ -157,6 +164,22 @@ def preferred_output(row: dict[str, Any]) -> Preference:
     return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in keys))
 
 
+def labelled(row: dict[str, Any]) -> Labelled:
+    """`{"text","text_pair"?,"label"}`, or the texts in one of GLUE's words (`PAIRS`); the label a string or an integer.
+
+    `1` and `"1"` are one label: CSV knows only strings.
+    """
+    label = row["label"]
+    if not isinstance(label, str | int) or isinstance(label, bool):
+        raise _Bad("label", f"found {_found(label)}", "a string or an integer")
+    label = str(label)
+    if not label.strip() or not label.isprintable() or len(label) > LONGEST_LABEL:
+        raise _Bad("label", f"found {_found(label)}", f"a name of 1 to {LONGEST_LABEL} printable characters")
+    first, second = next((pair for pair in PAIRS if pair[0] in row), PAIRS[0])
+    alone = second is None or (second == "text_pair" and row.get(second) is None)
+    return Labelled(_string(row, first), None if alone else _string(row, str(second)), label)
+
+
 #: The key that marks a row's format → the function that reads it. The first one found counts: a preference has a
 #: `prompt` as well and may have `messages`, Alpaca's rows have a `text` with the instruction rendered into it.
 FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
@@ -166,10 +189,25 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "conversations": sharegpt,
     "prompt": completion,
     "instruction": instruction,
+    "label": labelled,
     "text": text,
 }
+#: What one or two texts to be classified are called, here and in GLUE's datasets; the first one found counts.
+PAIRS = (
+    ("text", "text_pair"),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("sentence", None),
+)
+#: Characters of a label. What is longer is a text in the wrong column.
+LONGEST_LABEL = 100
 #: Every key that a format reads; the columns of a table.
-KEYS = (*FORMATS, "tools", "system", "completion", "input", "output", "rejected", "non_preferred_output")
+KEYS = (
+    *FORMATS,
+    *("tools", "system", "completion", "input", "output", "rejected", "non_preferred_output"),
+    *("text_pair", "premise", "hypothesis", "sentence1", "sentence2", "question1", "question2", "sentence"),
+)
 #: ShareGPT's names → ours.
 SPEAKERS = {
     "human": "user",
@@ -224,6 +262,8 @@ def kind(example: Example) -> str:
     """What a file of such rows is called."""
     if isinstance(example, Preference):
         return "preference"
+    if isinstance(example, Labelled):
+        return "classification"
     return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
 
 
@@ -239,11 +279,22 @@ def describe(report: FileReport) -> str:
 
 def misfit(method: MethodName, format_: str | None) -> str | None:
     """Why a file of this format cannot be trained on with that method; None where it can."""
-    if format_ is None or (format_ == "preference") == (method == "dpo"):
+    fitting: MethodName = "supervised"
+    if format_ == "preference":
+        fitting = "dpo"
+    elif format_ == "classification":
+        fitting = "classification"
+    if format_ is None or fitting == method:
         return None
-    allowed = "preference rows (chosen and rejected)" if method == "dpo" else "chat, completion or text rows"
-    other = "supervised" if method == "dpo" else "dpo"
-    return f"found {format_} rows; method {method!r} trains on {allowed}: choose method {other!r}, or mend the file"
+    allowed = {
+        "supervised": "chat, completion or text rows, without a label",
+        "dpo": "preference rows (chosen and rejected)",
+        "classification": "rows with a label (text, or a pair of texts, and label)",
+    }
+    return (
+        f"found {format_} rows; method {method!r} trains on {allowed[method]}: choose method {fitting!r}, or mend the "
+        "file"
+    )
 
 
 def _marker(row: dict[str, Any]) -> str:
@@ -253,9 +304,15 @@ def _marker(row: dict[str, Any]) -> str:
     keys = ", ".join(_found(key) for key in sorted(row)[:6]) or "none"
     allowed = (
         '"messages"; "prompt" and "completion"; "instruction" and "output"; "conversations"; "text"; '
-        '"prompt", "chosen" and "rejected"; "input", "preferred_output" and "non_preferred_output"'
+        '"text" and "label"; "prompt", "chosen" and "rejected"; "input", "preferred_output" and "non_preferred_output"'
     )
     raise _Bad("", f"found keys {keys}", f"one of {allowed}")
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    if not isinstance(said := row.get(key), str) or not said:
+        raise _Bad(key, f"found {_found(said)}", "a non-empty string")
+    return said
 
 
 def _non_empty(row: dict[str, Any], key: str, hint: str) -> list[Any]:

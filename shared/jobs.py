@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, case, func, select, text, update
 from sqlalchemy.orm import Session, joinedload
 
-from shared import formats
+from shared import formats, starts
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas import TERMINAL, Desired, JobCreate, MethodName, Phase, State
+from shared.starts import Start
 from shared.training import FileReport
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
@@ -142,7 +143,10 @@ def submit(
     earlier = _earlier(session, tenant_id, digest, idempotency_key, retry_window)
     if earlier is not None:
         return earlier, False
-    base, method = get_base(session, request.model), request.method.type
+    base, start = _origin(session, tenant_id, request)
+    if start is not None:
+        body["lora"] = starts.shape(request.lora, start).model_dump(mode="json")
+    method = request.method.type
     get_usable_file(session, tenant_id, request.training_file, method, "training_file")
     if request.validation_file is not None:
         get_usable_file(session, tenant_id, request.validation_file, method, "validation_file")
@@ -157,6 +161,9 @@ def submit(
         idempotency_key=idempotency_key,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         dry_run=request.dry_run,
+        start_name=start.name if start else None,
+        start_prefix=start.prefix if start else None,
+        start_sha256=start.sha256 if start else None,
         state=State.VALIDATING,
         priority=request.priority,
         event_seq=1,
@@ -321,6 +328,13 @@ def not_rung(session: Session, job_ids: Sequence[str]) -> None:
     """The broker was not told of these after all."""
     waiting = update(Job).where(Job.id.in_(job_ids), Job.lease_owner.is_(None))
     session.execute(waiting.values(published_at=None))
+
+
+def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModel, Start | None]:
+    """The base, and the adapter on it that training starts from, if any."""
+    named = None if starts.names_adapter(request.model) else get_base(session, request.model)
+    start = starts.start_of(session, tenant_id, request)
+    return named or get_base(session, start.base if start else request.model), start
 
 
 def _move_unleased(session: Session, job: Job, desired: Desired) -> None:

@@ -47,6 +47,13 @@ class Dataset(BaseModel):
     sha256: str
 
 
+class Start(BaseModel):
+    """The adapter that training began with; the hash is that of its weights."""
+
+    name: str
+    sha256: str
+
+
 class Manifest(BaseModel):
     """Where an adapter comes from, what was proven of it, and the hash of each of its files but this and its signature.
 
@@ -61,6 +68,7 @@ class Manifest(BaseModel):
     base: Base
     training_file: Dataset
     validation_file: Dataset | None
+    from_checkpoint: Start | None = None
     recipe: Recipe
     proof: Proof
     versions: dict[str, str]

@@ -97,7 +97,11 @@ class BaseModel(Base):
 
 
 class Job(Base):
-    """The job. Written by shared/jobs.py only."""
+    """The job. Written by shared/jobs.py only.
+
+    `start_…` is the adapter that it begins with, as it was when the job was submitted: the name that clients know, the
+    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays (shared/starts.py).
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -105,6 +109,7 @@ class Job(Base):
         CheckConstraint(f"desired_state IN ({', '.join(repr(d.value) for d in Desired)})", name="desired_state"),
         CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
         CheckConstraint("state <> 'running' OR lease_owner IS NOT NULL", name="running_is_leased"),
+        CheckConstraint("num_nulls(start_name, start_prefix, start_sha256) IN (0, 3)", name="start_whole"),
         Index(None, "tenant_id", "id"),
         Index(
             "ix_jobs_waiting",
@@ -114,6 +119,7 @@ class Job(Base):
             postgresql_where=text("state IN ('validating_files', 'queued')"),
         ),
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where=text("lease_owner IS NOT NULL")),
+        Index("ix_jobs_starting", "start_prefix", postgresql_where=text("start_prefix IS NOT NULL")),
         Index("uq_jobs_idempotency", "tenant_id", "idempotency_key", unique=True),
         Index("ix_jobs_request", "tenant_id", "request_sha256"),
     )
@@ -128,6 +134,9 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     seed: Mapped[int]
     dry_run: Mapped[bool] = mapped_column(server_default=text("false"))
+    start_name: Mapped[str | None]
+    start_prefix: Mapped[str | None]
+    start_sha256: Mapped[str | None]
 
     state: Mapped[str]
     desired_state: Mapped[str] = mapped_column(server_default=Desired.RUN.value)

@@ -43,11 +43,12 @@ class PreviewRow(Wire):
     """One row after the cut, as it would be trained on. `tokens` are those of the whole row, `trained_tokens` after it.
 
     The first token of a row is never trained: nothing comes before it that could predict it. A preference makes two of
-    these, one for each `answer`.
+    these, one for each `answer`. Of a row to be classified no token is trained, but what gives it its `label`.
     """
 
     line: int
     answer: Answer | None
+    label: str | None = None
     tokens: int
     trained_tokens: int
     truncated: bool

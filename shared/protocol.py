@@ -19,6 +19,7 @@ from shared.training import Metrics, Plan, Proof, Recipe, Report
 class Task(BaseModel):
     """All that the child is told about a job. Paths are absolute and local.
 
+    `start_from` is a folder with the adapter that training begins with, and `start_name` what its owner calls it.
     `devices` are those that training workers have reported; `device_memory_bytes` what a run may take, 0 all there is.
     """
 
@@ -28,6 +29,8 @@ class Task(BaseModel):
     base_license: str | None = None
     training_file: str
     validation_file: str | None
+    start_from: str | None = None
+    start_name: str | None = None
     method: Method
     lora: Lora
     quantization: Quantization

@@ -8,7 +8,18 @@ from __future__ import annotations
 from typing import Any, Generic, Literal, TypeVar
 
 from shared.memory import Fit
-from shared.schemas import Hyperparameters, Lora, Metadata, Method, Phase, Quantization, State, TrainerParams, Wire
+from shared.schemas import (
+    Hyperparameters,
+    Integration,
+    Lora,
+    Metadata,
+    Method,
+    Phase,
+    Quantization,
+    State,
+    TrainerParams,
+    Wire,
+)
 from shared.training import FileReport, JobError, Metrics, Plan, Proof, Report
 
 
@@ -72,7 +83,7 @@ class Job(Wire):
     seed: int
     suffix: str | None
     estimated_finish: int | None
-    integrations: list[Any]
+    integrations: list[Integration]
     metadata: Metadata | None
     phase: Phase | None
     reason: str | None
@@ -82,6 +93,7 @@ class Job(Wire):
     lora: Lora
     quantization: Quantization
     trainer: TrainerParams
+    from_checkpoint: str | None = None
     dry_run: bool
     plan: Plan | None
     progress: Progress | None

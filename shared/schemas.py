@@ -9,7 +9,7 @@ Must not know about HTTP, tables or torch.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +32,7 @@ def _storable(text: str) -> str:
 
 Auto = Literal["auto"]
 Text = Annotated[str, AfterValidator(_storable)]  # what Postgres can hold
+TrackerName = Annotated[Text, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
 Metadata = dict[
     Annotated[Text, StringConstraints(max_length=64)],
     Annotated[Text, StringConstraints(max_length=512)],
@@ -121,7 +122,11 @@ class Dpo(Request):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
-MethodName = Literal["supervised", "dpo"]
+class Classification(Request):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+MethodName = Literal["supervised", "dpo", "classification"]
 
 
 class Method(Request):
@@ -130,22 +135,34 @@ class Method(Request):
     type: MethodName = "supervised"
     supervised: Supervised | None = None
     dpo: Dpo | None = None
+    classification: Classification | None = None
 
     @model_validator(mode="after")
     def _no_settings_of_another_type(self) -> Self:
-        foreign = self.dpo if self.type == "supervised" else self.supervised
-        if foreign is not None:
+        settings = {"supervised": self.supervised, "dpo": self.dpo, "classification": self.classification}
+        if any(found is not None for type_, found in settings.items() if type_ != self.type):
             raise ValueError(
                 f"holds the settings of another type; with type {self.type!r} only method.{self.type} is allowed"
             )
         return self
 
     @property
+    def settings(self) -> Supervised | Dpo | Classification | None:
+        """Those of its type, if any were given."""
+        match self.type:
+            case "supervised":
+                return self.supervised
+            case "dpo":
+                return self.dpo
+            case "classification":
+                return self.classification
+
+    @property
     def hyperparameters(self) -> Hyperparameters:
         """Those of its type."""
-        if self.type == "dpo":
-            return (self.dpo or Dpo()).hyperparameters
-        return (self.supervised or Supervised()).hyperparameters
+        if self.settings is None:
+            return DpoHyperparameters() if self.type == "dpo" else Hyperparameters()
+        return self.settings.hyperparameters
 
     @classmethod
     def of(cls, type_: MethodName, **hyperparameters: Any) -> Self:
@@ -154,7 +171,10 @@ class Method(Request):
 
 
 class Lora(Request):
-    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job."""
+    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job.
+
+    `loraplus_lr_ratio` is how many times the rate B learns at (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    """
 
     r: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     alpha: Auto | Annotated[float, Field(gt=0, le=1024)] = "auto"
@@ -162,6 +182,7 @@ class Lora(Request):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1024)] | None = None
 
 
 class Quantization(StrEnum):
@@ -186,8 +207,68 @@ class TrainerParams(Request):
     skip_bad_rows: Annotated[int, Field(ge=0, description="rows of a file that may be bad and are left out")] = 0
 
 
+class Wandb(Request):
+    """A run at Weights & Biases, as OpenAI has it. Without a `name` it bears the job's id."""
+
+    project: TrackerName
+    name: Annotated[Text, StringConstraints(min_length=1, max_length=128)] | None = None
+    entity: TrackerName | None = None
+    tags: Annotated[list[Annotated[Text, StringConstraints(min_length=1, max_length=64)]], Field(max_length=20)] = []
+
+
+class Mlflow(Request):
+    """A run in an experiment of an MLflow server. Without a `run_name` it bears the job's id."""
+
+    experiment: Annotated[Text, StringConstraints(min_length=1, max_length=250)]
+    run_name: Annotated[Text, StringConstraints(min_length=1, max_length=250)] | None = None
+    tags: Annotated[
+        dict[
+            Annotated[Text, StringConstraints(max_length=250, pattern=r"^[\w ./-]+$")],
+            Annotated[Text, StringConstraints(max_length=500)],
+        ],
+        Field(max_length=20),
+    ] = {}
+
+    @field_validator("tags")
+    @classmethod
+    def _none_of_ours(cls, value: dict[str, str]) -> dict[str, str]:
+        """A job finds its run again by such a tag, and must not find another's."""
+        if reserved := sorted(key for key in value if key.startswith(("mlflow.", "milliner."))):
+            raise ValueError(
+                f"{reserved[0]!r} is reserved; allowed: keys that begin with neither mlflow. nor milliner."
+            )
+        return value
+
+
+TrackerKind = Literal["wandb", "mlflow"]
+
+
+class Integration(Request):
+    """A tracker that is told of a job, its settings under the type's own name. Where it lives, the server alone says.
+
+    The key of another type is left out on the wire: OpenAI's has none.
+    """
+
+    type: TrackerKind
+    wandb: Annotated[Wandb | None, Field(exclude_if=lambda value: value is None)] = None
+    mlflow: Annotated[Mlflow | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @model_validator(mode="after")
+    def _settings_of_its_type(self) -> Self:
+        told = {name for name in get_args(TrackerKind) if getattr(self, name) is not None}
+        if told != {self.type}:
+            found = ", ".join(sorted(told)) or "none"
+            raise ValueError(
+                f"of type {self.type!r} needs its settings under {self.type!r} and no other; found: {found}"
+            )
+        return self
+
+
 class JobCreate(Request):
-    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins."""
+    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins.
+
+    `from_checkpoint` is what the adapter starts as; `model` may name it too, and the base is then its base.
+    """
 
     model: Text
     training_file: Text
@@ -197,11 +278,12 @@ class JobCreate(Request):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] | None = None
     metadata: Metadata | None = None
-    integrations: list[Any] | None = None
+    integrations: list[Integration] | None = None
     lora: Lora = Lora()
     quantization: Quantization = Quantization.NF4
     trainer: TrainerParams = TrainerParams()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    from_checkpoint: Text | None = None
     dry_run: bool = False
 
     @field_validator("metadata")
@@ -213,14 +295,16 @@ class JobCreate(Request):
 
     @field_validator("integrations")
     @classmethod
-    def _no_integrations(cls, value: list[Any] | None) -> None:
-        if value:
-            raise ValueError("integrations are not available on this server; leave the field out")
+    def _one_of_each_type(cls, value: list[Integration] | None) -> list[Integration] | None:
+        types = [integration.type for integration in value or ()]
+        if len(set(types)) < len(types):
+            raise ValueError(f"names {', '.join(types)}; a job has one run at each tracker: each type once")
+        return value
 
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> Self:
         told = self.method.hyperparameters
-        settings = self.method.dpo if self.method.type == "dpo" else self.method.supervised
+        settings = self.method.settings
         if self.hyperparameters is not None and not (settings and "hyperparameters" in settings.model_fields_set):
             told = self.hyperparameters
         self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))

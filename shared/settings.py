@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from shared.schemas import TrackerKind
 
 
 class Settings(BaseSettings):
@@ -64,9 +66,22 @@ class Settings(BaseSettings):
     trainer_command: str | None = Field(
         None, description="Command that starts a trainer; unset means `python -m worker.trainer.main`."
     )
+    warm_seconds: float = Field(
+        300.0, description="How long an idle trainer keeps its imports and its base in memory; 0 ends it with its job."
+    )
     signing_key_file: Path | None = Field(
         None, description="PEM of the Ed25519 key that signs published adapters; unset leaves them unsigned."
     )
+
+    integrations: Annotated[frozenset[TrackerKind], NoDecode] = Field(
+        frozenset(), description="Trackers that jobs may name, of `wandb,mlflow`; `train` workers need what follows."
+    )
+    wandb_api_key: SecretStr | None = Field(None, description="Weights & Biases: the key that all runs are logged by.")
+    wandb_base_url: str = Field("https://api.wandb.ai", description="Weights & Biases: where it is, if it is your own.")
+    mlflow_tracking_uri: SecretStr | None = Field(
+        None, description="MLflow: the server's URL; `http://user:password@host` where it asks for a password."
+    )
+    mlflow_token: SecretStr | None = Field(None, description="MLflow: a bearer token, where it asks for one.")
 
     cache_dir: Path = Field(
         Path.home() / ".cache" / "milliner", description="Base models by hash, and the work directories of attempts."
@@ -86,6 +101,12 @@ class Settings(BaseSettings):
     base_url: str | None = Field(None, description="Client: the API to talk to, such as http://127.0.0.1:8000/v1.")
     api_key: SecretStr | None = Field(None, description="Client: the key to send.")
     data: Path = Field(Path.home() / ".milliner", description="Folder of the local stack (`milliner up --data`).")
+
+    @field_validator("integrations", mode="before")
+    @classmethod
+    def _names(cls, told: object) -> object:
+        """`wandb,mlflow` from the environment."""
+        return [name.strip() for name in told.split(",") if name.strip()] if isinstance(told, str) else told
 
     @model_validator(mode="after")
     def _times_in_order(self) -> Self:

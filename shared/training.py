@@ -18,11 +18,13 @@ from shared.schemas import MethodName, Quantization, Text, Wire
 class Recipe(Wire):
     """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
 
-    `gradient_checkpointing` is null where no device was known: then a GPU does it and a CPU does not.
+    `labels` are a classification's: the model answers with a label's place in this list. `gradient_checkpointing` is
+    null where no device was known: then a GPU does it and a CPU does not.
     """
 
     method: MethodName = "supervised"
     beta: float | None = None
+    labels: list[str] | None = None
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float
@@ -38,6 +40,7 @@ class Recipe(Wire):
     target_modules: Literal["all-linear"] | list[str]
     use_rslora: bool
     use_dora: bool
+    loraplus_lr_ratio: float | None = None
     quantization: Quantization
     max_length: int
     packing: bool
@@ -81,12 +84,20 @@ class Repeat(Wire):
     of: int
 
 
+class LabelCount(Wire):
+    """How many rows have this label."""
+
+    label: str
+    rows: int
+
+
 class DataReport(FileReport):
     """The training file as tokens. `rows` are all that can be trained on; `bad_rows` were skipped at the user's word.
 
     Tokens and lengths are those of whole rows, before the cut. `dropped_rows` have nothing trained left after it.
     `stop_rows` of those that are kept end in a trained stop token, mostly `stop_token`. `duplicates` and
-    `heldout_overlap` name the first lines; the latter are held-out rows that are trained on as well.
+    `heldout_overlap` name the first lines; the latter are held-out rows that are trained on as well. `labels` are those
+    of a classification in the order of the recipe; rows that are held out are counted too.
     """
 
     tokens: int
@@ -105,6 +116,7 @@ class DataReport(FileReport):
     stop_token: str | None
     double_bos_rows: int
     chat_template_sha256: str | None
+    labels: list[LabelCount] = Field(default_factory=list)
 
 
 class Plan(Wire):
@@ -133,6 +145,9 @@ class Score(Wire):
     the chosen answers. `reward_accuracy` is the share of pairs whose chosen answer gained on the rejected one, ties
     halved, and `reward_margin` by how much, times beta, in nats; `chosen_loss` is the chosen answers' own, in nats a
     token.
+
+    Of classification all is counted in rows, one label each: loss and accuracy are means over them, `tokens` their
+    number. `macro_f1` is the mean over the labels that they have, or were given, of the F1 of each.
     """
 
     loss: float
@@ -141,12 +156,13 @@ class Score(Wire):
     reward_accuracy: float | None = None
     reward_margin: float | None = None
     chosen_loss: float | None = None
+    macro_f1: float | None = None
 
     @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property, pydantic asks for one
     @property
     def perplexity(self) -> float | None:
-        """e to the loss of a token, held below what a JSON number can be; DPO's loss is of pairs and has none."""
-        return math.exp(min(self.loss, 700.0)) if self.reward_margin is None else None
+        """e to the loss of a token, held below what a JSON number can be; a loss of pairs or of labels has none."""
+        return math.exp(min(self.loss, 700.0)) if self.reward_margin is None and self.macro_f1 is None else None
 
 
 class Verdict(StrEnum):
@@ -159,7 +175,7 @@ class Verdict(StrEnum):
 
 
 class LossChange(Wire):
-    """Tuned loss minus base loss, in nats a token, of DPO a pair: below 0 is better.
+    """Tuned loss minus base loss, in nats a token, of DPO a pair, of classification a row: below 0 is better.
 
     `low` and `high` are the 95 % percentile interval of a paired bootstrap: rows are drawn with replacement `resamples`
     times, each bringing the tokens and both losses that it has. None where a single row was held out. `caveats` say in
@@ -183,13 +199,23 @@ class Continuation(Wire):
 
 
 class Sample(Wire):
-    """A held-out row's prompt, continued at temperature 0; without special tokens, and long texts shortened."""
+    """A held-out row's prompt, continued at temperature 0; without special tokens, and long texts shortened.
+
+    Of classification the prompt is the text, the rest are labels: the row's own, and those that the models gave it.
+    """
 
     line: int
     prompt: Text
     reference: Text
     base: Continuation
     tuned: Continuation
+
+
+class Majority(Wire):
+    """What there is to beat: the label of most training rows, and the share of the held-out rows that have it."""
+
+    label: str
+    accuracy: float
 
 
 class FullFineTuning(Wire):
@@ -207,6 +233,8 @@ class FullFineTuning(Wire):
 class Report(Wire):
     """Base against tuned, on the same rows, with the same weights and precision; and what it took.
 
+    A job that went on from another's adapter has the score of that as `start`, and in `start_change` what it made of
+    it. `kept_step` is the step whose adapter this is: not the last of `steps` where early stopping found a better one.
     `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
     file, or where none was carved, there are none to name. `base_bytes` are those of the frozen base as it was held,
     `base_fp32_bytes` what it would be unquantized. `train_seconds` are spent in optimizer steps, over all attempts;
@@ -216,12 +244,16 @@ class Report(Wire):
     base: Score
     tuned: Score
     change: LossChange
+    majority: Majority | None = None
+    start: Score | None = None
+    start_change: LossChange | None = None
     samples: list[Sample]
     heldout_source: Literal["validation_file", "training_file_carved", "training_file"]
     heldout_lines: list[int]
     quantization: Quantization
     compute_dtype: Literal["bfloat16", "float32"]
     steps: int
+    kept_step: int | None = None
     trained_tokens: int
     trainable_parameters: int
     total_parameters: int
@@ -247,8 +279,8 @@ class Proof(Wire):
     """What a clean process saw of the published files, on the report's held-out rows.
 
     `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance`, as a share of it or of one nat
-    where it is less. `max_logit_difference` is
-    the largest that the adapter makes on a row.
+    where it is less. `max_logit_difference` is the largest that the adapter makes on a row, and
+    `start_logit_difference` the largest that training has made, where it began with another job's adapter.
     """
 
     base: Score
@@ -257,13 +289,17 @@ class Proof(Wire):
     tuned_deviation: float
     tolerance: float
     max_logit_difference: float
+    start_logit_difference: float | None = None
     tensors: int
     tokenizer_sha256: str
     vllm: Servable
 
 
 class Metrics(Wire):
-    """One optimizer step, or an evaluation at that step. Losses in nats per trained token, of DPO per pair."""
+    """One optimizer step, or an evaluation at that step. Losses in nats per trained token, of DPO per pair.
+
+    Of classification they are per row, and so are the accuracies.
+    """
 
     step: int
     total_steps: int
@@ -281,6 +317,19 @@ class Metrics(Wire):
     grad_norm: float | None = None
     trained_tokens: int | None = None
     tokens_per_second: float | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """As trackers want them, which make a chart of each name and a group of what comes before a slash.
+
+        OpenAI's `full_valid_…` are left out: they are the `valid_…` once more.
+        """
+        found: dict[str, float] = self.model_dump(exclude_none=True, exclude={"step", "total_steps"})
+        grouped = {}
+        for name, value in found.items():
+            group = "valid" if name.startswith("valid_") else "train"
+            if not name.startswith("full_valid_"):
+                grouped[f"{group}/{name.removeprefix(group + '_')}"] = float(value)
+        return grouped
 
 
 class JobError(Wire):

@@ -30,6 +30,7 @@ SHORT = {
     "MILLINER_SWEEP_SECONDS": "0.5",
     "MILLINER_RERING_SECONDS": "2",
     "MILLINER_CRASH_BACKOFF_SECONDS": "0.2",
+    "MILLINER_INTEGRATIONS": "wandb",  # to be asked for; its workers have no key
 }
 
 

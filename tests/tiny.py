@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -77,6 +78,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+ENCODER_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
 GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 
 
@@ -102,3 +104,26 @@ def tiny_gpt2(folder: Path) -> None:
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+
+
+def encoder_tokenizer(*, typed: bool) -> PreTrainedTokenizerFast:
+    """`[CLS] a [SEP] b [SEP]`; the second text is of another type, which a model that is `typed` is told."""
+    special = {"cls_token": "<|im_start|>", "sep_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    names = ["input_ids", *["token_type_ids"] * typed, "attention_mask"]
+    tokenizer = tiny_tokenizer(eos_token=None, model_input_names=names, **special)
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
+    )
+    return tokenizer
+
+
+def tiny_encoder(folder: Path, model_type: str, **config: Any) -> None:
+    """An encoder with two layers of random weights, as its pretraining would leave it: a masked language model."""
+    torch.manual_seed(0)
+    special = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
+    made = AutoConfig.for_model(model_type, **ENCODER_SIZES, **special, initializer_range=0.2, **config)
+    AutoModelForMaskedLM.from_config(made).save_pretrained(folder)
+    encoder_tokenizer(typed=config.get("type_vocab_size") != 1).save_pretrained(folder)

@@ -27,8 +27,8 @@ from shared.errors import InvalidRequest
 from shared.manifest import private_key
 from shared.queue import Queue, celery_app
 from shared.settings import get_settings
-from shared.telemetry import bind, configure
-from worker import cache, devices, garbage, notice, preview, sweeper
+from shared.telemetry import bind, configure, log
+from worker import cache, devices, garbage, notice, preview, sweeper, tracking
 from worker.runner import Outcome, run_next
 
 app = celery_app()
@@ -97,6 +97,9 @@ def _before_the_slots(**_: Any) -> None:
             private_key(path)
         except InvalidRequest as error:  # now, and not when the first job is trained; Celery lets nothing else through
             sys.exit(f"MILLINER_SIGNING_KEY_FILE: {error.message}")
+    for kind in sorted(get_settings().integrations):
+        if (lack := tracking.missing(kind)) is not None:  # no reason to stand still: a job loses its curves, no more
+            log.error("tracker.unusable", tracker=kind, lack=lack)
 
 
 @worker_process_init.connect

@@ -5,7 +5,9 @@ keeps. Each verdict must be one that nothing can overturn between the reading an
 
 - a checkpoint's key holds its lease epoch, epochs only rise, and only the holder of a lease commits a row at its epoch;
 - an adapter's row comes in the commit that ends its job, and a job that has ended stays so;
-- a file that is not live can be given to no new job, and is marked as deleted before its bytes go.
+- a file that is not live can be given to no new job, and is marked as deleted before its bytes go;
+- an adapter or a checkpoint whose row is gone can be started from by no new job, and jobs that do are read after the
+  rows: a submit locks its source from when it saw it live to its own commit.
 
 Only where no row can speak does a clock, the server's own: an upload whose row is still to come. So two collectors at
 once are right, and need no lock.
@@ -27,7 +29,7 @@ from typing import NamedTuple
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared import storage
+from shared import starts, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.jobs import live_file
@@ -73,6 +75,7 @@ def collect(settings: Settings) -> Counter[str]:
                 known = _known(session, {pile.tenant for pile in batch})
                 ours = [pile for pile in batch if pile.tenant in known]
                 kept = kept_of(session, ours, settings.orphan_seconds)
+                kept |= starts.needed(session, [pile.prefix for pile in ours])
             doomed = [pile for pile in ours if pile.prefix not in kept]
             storage.delete_many([name for pile in doomed for name in pile.keys])
             for pile in doomed:

@@ -25,6 +25,7 @@ from shared import storage
 from shared.db import session_scope
 from shared.errors import Conflict, InvalidRequest, MillinerError
 from shared.models import BaseModel
+from shared.starts import names_adapter
 from shared.telemetry import configure, log
 
 TAKEN = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -62,6 +63,8 @@ def add_model(
         raise InvalidRequest(
             f"{public_id or name!r} is a path; adapters name their base by a public id, such as org/name"
         )
+    if names_adapter(name):
+        raise InvalidRequest(f"{name!r} is a name for adapters (ft:…, ftckpt_…); choose another for a base")
     with tempfile.TemporaryDirectory(prefix="milliner-import-") as scratch:
         if source.startswith("hf://"):
             repo, folder, revision = _from_hub(source, Path(scratch))

@@ -22,9 +22,9 @@ from shared.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.protocol import Failed, Preview, Previewed
 from shared.schemas import JobCreate
 from shared.telemetry import bind, log, unbind
-from worker import cache
+from worker import cache, warm
 from worker.patience import TICK
-from worker.session import Ended, TrainerSession
+from worker.session import Ended
 from worker.staging import task_of
 
 #: How often others hear that somebody is at it.
@@ -113,14 +113,17 @@ def _asked(preview: PreviewRow, watch: _Watch) -> PreviewOut:
         base_dir = held.enter_context(cache.base_model(base, with_weights=False, tick=watch.tick))
         path = work_dir / file.id
         storage.fetch(file.key, path, file.sha256, tick=watch.tick)
-        trainer = TrainerSession(work_dir, visible_device="")
-        held.callback(trainer.close)
+        trainer = warm.take(warm.Purpose.WORK, visible_device="")
+        ended = held.enter_context(ExitStack())
+        ended.callback(warm.close, trainer)
         task = task_of(job, base, base_dir=base_dir, training_file=path, validation_file=None, seed=0)
         trainer.send(Preview(job=preview.id, task=task, rows=request.rows, lines=request.lines))
         while True:
             watch.tick()
             match trainer.receive(timeout=TICK):
                 case Previewed(preview=result):
+                    ended.pop_all()
+                    warm.keep(warm.Purpose.WORK, trainer)
                     return result
                 case Failed() as failed:
                     said = failed.model_dump(include={"code", "message", "param", "hint", "retryable"})

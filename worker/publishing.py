@@ -108,6 +108,9 @@ def _manifest(job: Job, files: list[Entry], name: str, verified: Verified, signe
         base = session.get_one(BaseModel, job.base_model)
         training = session.get_one(File, job.training_file)
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
+    start = (
+        manifest.Start(name=job.start_name, sha256=job.start_sha256) if job.start_name and job.start_sha256 else None
+    )
     return Manifest(
         job=job.id,
         model=name,
@@ -120,6 +123,7 @@ def _manifest(job: Job, files: list[Entry], name: str, verified: Verified, signe
         ),
         training_file=manifest.Dataset(id=training.id, sha256=training.sha256),
         validation_file=manifest.Dataset(id=validation.id, sha256=validation.sha256) if validation else None,
+        from_checkpoint=start,
         recipe=Plan.model_validate(job.plan).recipe,
         proof=verified.proof,
         versions=verified.versions,

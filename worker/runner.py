@@ -44,19 +44,20 @@ from shared.schemas import Desired, JobCreate, Phase, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from shared.training import JobError, Metrics, Plan
-from worker import cache, publishing
+from worker import cache, publishing, warm
 from worker.lease import Lease, Lost, boottime
 from worker.pace import Pace
 from worker.patience import TICK, Leave, Patience
 from worker.session import Died, Ended, TrainerSession
 from worker.staging import stage
+from worker.tracking import Tracking
 from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0
-GoodWord = Done | Verified | None
+GoodWord = Prepared | Done | Verified | None
 T = TypeVar("T")
 
 
@@ -119,12 +120,15 @@ class Attempt:
         self.pending: list[Metrics] = []
         self.recorded_at = 0.0
         self.pace = Pace()
+        self.tracking = Tracking(job, [], complain=self.complain)
 
     def run(self, slot: int) -> None:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
         try:
             self.request = JobCreate.model_validate(self.job.request)
             self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
+            if self.queue is Queue.TRAIN:
+                self.tracking = Tracking(self.job, self.request.integrations or [], complain=self.complain)
             command = stage(
                 self.job,
                 self.request,
@@ -143,7 +147,8 @@ class Attempt:
         except Lost:
             raise
         except storage.Corrupt as lost:
-            hint = "the bucket has lost or changed it: upload the dataset again, or have the base model imported again"
+            hint = "the bucket has lost or changed it: upload the dataset again, have the base model imported again, "
+            hint += "or start from another adapter"
             self.end(JobError(code="object_lost", message=str(lost), hint=hint))
         except Exception as error:
             log.exception("attempt.broke")
@@ -152,21 +157,24 @@ class Attempt:
                 return
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
+        finally:
+            self.tracking.end(lost=self.lease.is_lost())
 
     def talk(self, command: Prepare | Train | Verify, slot: int) -> GoodWord:
-        """Start a trainer, tell it what to do, and listen until it has had its last word; it is gone on return.
+        """Take a trainer, tell it what to do, and listen until it has had its last word.
 
-        Returns what there is to go on from; any other end has been dealt with.
+        Returns what there is to go on from; any other end has been dealt with, and the trainer is gone.
         """
         self.lease.hold()
-        session = TrainerSession(self.work_dir, visible_device=cache.visible_device(slot))
-        log.info("trainer.started", pid=session.pid)
+        purpose, said = warm.Purpose.PROOF if isinstance(command, Verify) else warm.Purpose.WORK, None
+        session = warm.take(purpose, visible_device=cache.visible_device(slot))
         self.lease.guard(session)
         reach(Point.AFTER_TRAINER_START)
         try:
             self.lease.hold()
             session.send(command)
-            return self.listen(session, saves=isinstance(command, Train))
+            said = self.listen(session, saves=isinstance(command, Train))
+            return said
         except Ended as end:
             session.kill()  # before the job is given up: one that is stuck lives
             self.lease.check()
@@ -183,7 +191,10 @@ class Attempt:
             return None
         finally:
             self.lease.guard(None)
-            session.close()
+            if said is None:
+                warm.close(session)
+            else:
+                warm.keep(purpose, session)
 
     # ------------------------------------------------------------ listening
 
@@ -209,6 +220,8 @@ class Attempt:
             if self.lease.is_stuck():
                 raise Stuck(f"the trainer got nowhere for {self.settings.stuck_seconds:.0f} s")
             event = session.receive(timeout=TICK)
+            if event is not None and event.job != self.job.id:
+                continue  # a straggler of the work before
             if event is not None:
                 self.lease.progressed()
             if self.pending and time.monotonic() - self.recorded_at >= RECORD_EVERY:
@@ -224,11 +237,12 @@ class Attempt:
                 case Measured(metrics=metrics):
                     self.pace.note(metrics, session.heard_at)
                     self.pending.append(metrics)
+                    self.tracking.note(metrics)
                 case CheckpointSaved():
                     self.keep(event)
                 case Prepared(plan=plan):
                     self.plan(plan)
-                    return None
+                    return event
                 case Done() | Verified():
                     self.flush()
                     return event
@@ -323,6 +337,7 @@ class Attempt:
             file = publishing.result_row(job, result)
             return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 
+        self.tracking.last_call()
         state = self.guarded(finish)
         log.info("job.finished", state=state)
         reach(Point.AFTER_FINISH)
@@ -381,6 +396,7 @@ class Attempt:
 
     def end(self, error: JobError) -> None:
         """End the job for good: another attempt would meet the same."""
+        self.tracking.last_call()
         self.guarded(lambda s: attempts.failed(s, self.job.id, self.lease.epoch, error))
 
     def crash(self, error: JobError) -> None:

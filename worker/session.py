@@ -55,15 +55,14 @@ class Died(Ended):
 
 
 class TrainerSession:
-    """One trainer process. Its group can be signalled from any thread; events are read by one."""
+    """One trainer process, at home in `folder`. Its group can be signalled from any thread; events are read by one."""
 
-    def __init__(self, work_dir: Path, *, visible_device: str) -> None:
-        self._log = work_dir / "trainer.log"
-        own = {"HF_HOME": str(work_dir / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
+    def __init__(self, folder: Path, *, visible_device: str) -> None:
+        self._log = folder / "trainer.log"
+        own = {"HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
         env = inherited(*PASSED_ON) | OFFLINE | own
         told = get_settings().trainer_command
         command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
-        self._oom_kills = oom_kills()
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [*command, str(os.getpid())],
@@ -71,18 +70,27 @@ class TrainerSession:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=env,
-                cwd=work_dir,
+                cwd=folder,
                 start_new_session=True,
             )
         self._lines: SimpleQueue[tuple[bytes | None, float]] = SimpleQueue()
         self.heard_at = 0.0  # when the event that was received last came out of the pipe (monotonic)
         self._signals, self._sending = Lock(), Lock()
         self.frozen = False
+        self.begin()
         Thread(target=self._read, name="trainer-events", daemon=True).start()
+
+    def begin(self) -> None:
+        """Before each piece of work: what the log or the kernel said earlier is of another."""
+        self._log_begins = self._log.stat().st_size
+        self._oom_kills = oom_kills()
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
 
     def send(self, command: Command) -> None:
         """Write one command, from any thread; a child that is gone is noticed by `receive`."""
@@ -157,9 +165,9 @@ class TrainerSession:
                 log.debug("trainer.pipe_broken", pid=self.pid)
 
     def last_log_lines(self, count: int = 20) -> list[str]:
-        """The end of what the child wrote to stderr."""
+        """The end of what the child wrote to stderr since `begin`."""
         with self._log.open("rb") as stream:
-            stream.seek(max(0, self._log.stat().st_size - 64 * 1024))
+            stream.seek(max(self._log_begins, self._log.stat().st_size - 64 * 1024))
             lines = deque(stream, maxlen=count)
         return [line.decode(errors="replace").replace("\0", "").rstrip() for line in lines]
 

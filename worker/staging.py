@@ -1,4 +1,4 @@
-"""Bringing to this machine what an attempt needs: its dataset, the base model, the last good checkpoint.
+"""Bringing to this machine what an attempt needs: dataset, base model, the adapter it starts as, its last checkpoint.
 
 Owns: what a trainer is told of a job. Everything that comes from the bucket is checked against the hash on its row.
 """
@@ -18,6 +18,7 @@ from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
 from shared.schemas import JobCreate
 from shared.settings import get_settings
+from shared.starts import WEIGHTS
 from shared.training import Plan, Recipe
 from worker import cache
 from worker.patience import Patience
@@ -39,6 +40,8 @@ def stage(
         base_dir=base_dir,
         training_file=_fetched(training, work_dir, patience),
         validation_file=_fetched(validation, work_dir, patience) if validation else None,
+        start_from=_start(job, work_dir, patience) if queue is Queue.TRAIN else None,
+        start_name=job.start_name,
         seed=job.seed,
         known_devices=patience.do(lambda: _devices(base, request)),
         silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
@@ -66,6 +69,8 @@ def task_of(
     validation_file: Path | None,
     seed: int,
     known_devices: Sequence[KnownDevice] = (),
+    start_from: Path | None = None,
+    start_name: str | None = None,
     silence_seconds: float | None = None,
 ) -> Task:
     """All that a trainer is told of a job."""
@@ -77,6 +82,8 @@ def task_of(
         base_license=base.license,
         training_file=str(training_file),
         validation_file=str(validation_file) if validation_file else None,
+        start_from=str(start_from) if start_from else None,
+        start_name=start_name,
         method=request.method,
         lora=request.lora,
         quantization=request.quantization,
@@ -109,6 +116,15 @@ def _fetched(file: File, work_dir: Path, patience: Patience) -> Path:
     path = work_dir / file.id
     patience.do(lambda: storage.fetch(file.key, path, file.sha256, tick=patience.tick))
     return path
+
+
+def _start(job: Job, work_dir: Path, patience: Patience) -> Path | None:
+    """The folder of the adapter that the job begins with: of another's files, the weights alone are needed."""
+    if job.start_prefix is None or job.start_sha256 is None:
+        return None
+    folder, key = work_dir / "start", job.start_prefix + WEIGHTS
+    patience.do(partial(storage.fetch, key, folder / WEIGHTS, job.start_sha256, tick=patience.tick))
+    return folder
 
 
 def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -> Path | None:

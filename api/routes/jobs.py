@@ -40,6 +40,7 @@ def create_job(
     x_stainless_retry_count: Annotated[int, Header()] = 0,
 ) -> JobOut:
     """Accept a job. Answers once Postgres has it, whatever the broker does."""
+    _check_integrations(body)
     window = get_settings().retry_window_seconds if x_stainless_retry_count > 0 else None
     job, new = jobs.submit(session, tenant.id, body, idempotency_key=idempotency_key, retry_window=window)
     if new:
@@ -112,6 +113,19 @@ def list_checkpoints(
     name = fine_tuned_name(job.base_model, job.tenant.name, job.request.get("suffix"), job.id)
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
     return keyset_page(session, query, Checkpoint.id, lambda c: checkpoint_out(c, name), after=after, limit=limit)
+
+
+def _check_integrations(body: JobCreate) -> None:
+    """Only workers know how to reach a tracker; which there are, both are told."""
+    offered = get_settings().integrations
+    for i, integration in enumerate(body.integrations or ()):
+        if integration.type not in offered:
+            raise InvalidRequest(
+                f"this server tells nothing to {integration.type!r}; allowed: {', '.join(sorted(offered)) or 'none'}. "
+                f"Leave it out, or ask the operator to set MILLINER_INTEGRATIONS",
+                param=f"integrations.{i}.type",
+                code="integration_not_available",
+            )
 
 
 def _shown(session: SessionDep, job: Job) -> JobOut:

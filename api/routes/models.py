@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from api.deps import SessionDep, TenantDep
 from api.present import adapter_model_out, base_model_out
-from shared import storage
+from shared import starts, storage
 from shared.db import after_commit
-from shared.errors import NotFound, PermissionDenied
+from shared.errors import Conflict, NotFound, PermissionDenied
 from shared.models import Adapter, BaseModel
 from shared.responses import Deleted, Model, Page
 
@@ -41,18 +41,21 @@ def retrieve_model(model: str, tenant: TenantDep, session: SessionDep) -> Model:
 
 @router.delete("/{model:path}")
 def delete_model(model: str, tenant: TenantDep, session: SessionDep) -> Deleted:
-    """Delete a fine-tuned model and its files; base models are the operator's."""
+    """Delete a fine-tuned model that no unfinished job starts from, and its files; base models are the operator's."""
     if session.get(BaseModel, model) is not None:
         raise PermissionDenied(f"{model!r} is a base model, shared by all tenants; only ft:… models can be deleted")
-    adapter = _adapter(session, tenant.id, model)
+    adapter = _adapter(session, tenant.id, model, for_update=True)
+    user = starts.user(session, adapter.prefix)
+    if user is not None:
+        raise Conflict(f"job {user} still starts from {model!r}; cancel it or wait for its end", code="model_in_use")
     adapter.deleted_at = datetime.now(UTC)
     after_commit(session, partial(storage.delete_prefix, adapter.prefix))
     return Deleted(id=model, object="model")
 
 
-def _adapter(session: Session, tenant_id: str, name: str) -> Adapter:
+def _adapter(session: Session, tenant_id: str, name: str, *, for_update: bool = False) -> Adapter:
     owned = select(Adapter).where(Adapter.name == name, Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
-    adapter = session.scalar(owned)
+    adapter = session.scalar(owned.with_for_update() if for_update else owned)
     if adapter is None:
         raise NotFound(f"no model {name!r}; list them with GET /v1/models", param="model", code="model_not_found")
     return adapter

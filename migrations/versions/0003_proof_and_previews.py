@@ -1,4 +1,4 @@
-"""What was proven of an adapter and who signed it; previews of datasets; memory that training has and takes.
+"""Proofs of adapters and who signed them; previews; what a job starts from; memory that training has and takes.
 
 Revision ID: 0003
 Revises: 0002
@@ -14,6 +14,8 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+
+STARTS = ("start_name", "start_prefix", "start_sha256")
 
 
 def upgrade() -> None:
@@ -64,9 +66,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", name="pk_memory_weighings"),
     )
     op.create_index("ix_memory_weighings_base", "memory_weighings", ["digest", "quantization", "kind", "created_at"])
+    for column in STARTS:
+        op.add_column("jobs", sa.Column(column, sa.Text(), nullable=True))
+    op.create_check_constraint(op.f("ck_jobs_start_whole"), "jobs", f"num_nulls({', '.join(STARTS)}) IN (0, 3)")
+    op.create_index("ix_jobs_starting", "jobs", ["start_prefix"], postgresql_where=sa.text("start_prefix IS NOT NULL"))
 
 
 def downgrade() -> None:
+    for column in reversed(STARTS):
+        op.drop_column("jobs", column)
     op.drop_table("memory_weighings")
     op.drop_table("devices")
     op.drop_table("previews")

@@ -12,11 +12,12 @@ import httpx2 as httpx
 import openai
 import pytest
 from openai.types import FileObject
-from openai.types.fine_tuning import FineTuningJob
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobWandbIntegrationObject
 
 from deploy.local.folder import Record
 
 BASE = "SmolLM2-135M-Instruct"
+WANDB: Any = {"type": "wandb", "wandb": {"project": "hats", "name": "felt", "tags": ["a"]}}
 
 
 def test_a_job_shows_all_that_was_asked(client: openai.OpenAI, paused: FineTuningJob, dataset: FileObject) -> None:
@@ -61,6 +62,27 @@ def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.Op
     assert refused.value.code == "invalid_training_file"
 
 
+def test_a_job_shows_its_integrations(client: openai.OpenAI, dataset: FileObject) -> None:
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id, integrations=[WANDB])
+    client.fine_tuning.jobs.cancel(job.id)
+    assert job.integrations is not None
+    (shown,) = job.integrations
+    assert isinstance(shown, FineTuningJobWandbIntegrationObject)
+    assert (shown.type, shown.wandb.project, shown.wandb.name, shown.wandb.tags) == ("wandb", "hats", "felt", ["a"])
+
+
+def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("labels.csv", b"sentence,label\nfelt,1\nwool,0\n"), purpose="fine-tune")
+    method: Any = {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 3}}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert job.method is not None
+    assert (job.method.type, job.hyperparameters.n_epochs) == ("classification", 3)
+    with pytest.raises(openai.BadRequestError, match="found classification rows; method 'supervised'") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    assert refused.value.code == "invalid_training_file"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
@@ -71,13 +93,30 @@ def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.Op
         ({"suffix": "x" * 65}, "suffix", "at most 64 characters"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "17 pairs; at most 16"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"method": {"type": "reinforcement"}}, "method.type", "'supervised' or 'dpo' (found 'reinforcement')"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "'dpo' or 'classification' (found 'reinforcement')"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "only method.dpo is allowed"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method.dpo.hyperparameters.beta", "2"),
         ({"method": {"type": "dpo"}}, "training_file", "found text rows; method 'dpo' trains on preference rows"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "not available"),
-        ({"extra_body": {"lora": {"rank": 8}}}, "lora.rank", "allowed: alpha, dropout, r, target_modules"),
+        (
+            {"integrations": [{"type": "mlflow", "mlflow": {"experiment": "e"}}]},
+            "integrations.0.type",
+            "allowed: wandb",
+        ),
+        ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb' or 'mlflow' (found 'comet')"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0", "needs its settings under 'wandb'"),
+        ({"integrations": [WANDB, WANDB]}, "integrations", "each type once"),
+        (
+            {"integrations": [{"type": "wandb", "wandb": {"project": "p", "base_url": "http://169.254.169.254"}}]},
+            "integrations.0.wandb.base_url",
+            "unknown key 'base_url'",
+        ),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "../p"}}]}, "integrations.0.wandb.project", "match"),
+        ({"extra_body": {"lora": {"rank": 8}}}, "lora.rank", "allowed: alpha, dropout, loraplus_lr_ratio, r"),
         ({"extra_body": {"lora": {"r": 0}}}, "lora.r", "greater than or equal to 1"),
+        ({"extra_body": {"lora": {"loraplus_lr_ratio": 0.5}}}, "lora.loraplus_lr_ratio", "greater than or equal to 1"),
+        ({"extra_body": {"from_checkpoint": BASE}}, "from_checkpoint", "names no adapter"),
+        ({"extra_body": {"from_checkpoint": "ftckpt_0"}}, "from_checkpoint", "no checkpoint 'ftckpt_0'"),
+        ({"model": "ft:x"}, "model", "no model 'ft:x'"),
         ({"extra_body": {"trainer": {"stepz": 8}}}, "trainer.stepz", "allowed: early_stopping"),
         ({"extra_body": {"quantization": "fp4"}}, "quantization", "'nf4', 'int8' or 'none' (found 'fp4')"),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),

@@ -146,6 +146,26 @@ def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: 
     assert "README.md: its bytes are not those that were published" in spoiled.stdout
 
 
+def test_a_job_goes_on_from_another(stack: Record, rows: Path, finished: Done) -> None:
+    """By `--from` alone, by `--model`, and by a checkpoint of a base that is named; a wrong one is told."""
+    name, short = finished.json()["fine_tuned_model"], ("--max-steps", "2", "--dry-run", "--json")
+    checkpoint = f"{name}:ckpt-step-2"
+    for said, start in (
+        (("--from", name), name),
+        (("--model", name), name),
+        (("--model", MODEL, "--from", checkpoint), checkpoint),
+    ):
+        planned = milliner(stack, "submit", rows, *said, *short)
+        assert planned.returncode == 0, planned.stderr
+        job = planned.json()
+        assert (job["model"], job["from_checkpoint"], job["plan"]["recipe"]["r"]) == (MODEL, start, 4)
+    assert f"starts as  {checkpoint}" in milliner(stack, "show", job["id"]).stdout
+    refused = milliner(stack, "submit", rows, "--from", f"{name}:ckpt-step-3", *short)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "no checkpoint" in refused.stderr
+    assert "neither --model nor --from" in milliner(stack, "submit", rows, *short).stderr
+
+
 def test_the_result_file_can_be_read(stack: Record, finished: Done) -> None:
     text = milliner(stack, "files", "cat", finished.json()["result_files"][0]).stdout
     assert text.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,")

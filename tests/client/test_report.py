@@ -6,10 +6,20 @@ import pytest
 
 from client import report, show
 from shared.responses import Job
-from shared.training import LossChange, Report
+from shared.training import LossChange, Plan, Report
 
-from .conftest import CHANGE, REPORT, SAMPLE
+from .conftest import CHANGE, DATA, PLAN, RECIPE, REPORT, SAMPLE
 from .test_show import drawn
+
+CLASSIFIED = REPORT | {
+    "base": {"loss": 0.71, "token_accuracy": 0.475, "tokens": 40, "macro_f1": 0.33},
+    "tuned": {"loss": 0.2, "token_accuracy": 0.925, "tokens": 40, "macro_f1": 0.92},
+    "majority": {"label": "good", "accuracy": 0.6},
+    "samples": [
+        {"line": 3, "prompt": "a felt hat", "reference": "good"}
+        | {name: {"text": label, "ended": True} for name, label in (("base", "bad"), ("tuned", "good"))}
+    ],
+}
 
 
 @pytest.fixture
@@ -65,11 +75,50 @@ def test_verdict_in_words(change: dict[str, object], text: str) -> None:
     assert show.verdict(LossChange.model_validate(CHANGE | change)).plain == text
 
 
+def test_a_job_that_went_on_is_measured_against_its_start_too() -> None:
+    change = CHANGE | {"loss": 0.25, "low": -0.125, "high": 0.5, "verdict": "same"}
+    found = Report.model_validate(REPORT | {"start": REPORT["base"] | {"loss": 2.25}, "start_change": change})
+    text = drawn(report.document(found.model_copy(update={"kept_step": 60})))
+    assert [line.split()[:2] for line in text.splitlines()[1:4]] == [
+        ["base", "3.2500"], ["start", "2.2500"], ["tuned", "2.5000"]
+    ]  # fmt: skip
+    assert "against the base, better: the loss fell by 0.7500" in text
+    assert "against the start, same: the loss rose by 0.2500" in text
+    assert "for 70 steps (the adapter is that of step 60):" in " ".join(text.split())
+
+
 def test_caveats_are_loud_and_a_report_without_samples_has_no_heading_for_them() -> None:
     change = CHANGE | {"caveats": ["only 3 rows were held out"]}
     text = drawn(report.document(Report.model_validate(REPORT | {"samples": [], "change": change})))
     assert "\n! only 3 rows were held out" in text
     assert "samples" not in text
+
+
+def test_a_classifier_is_compared_with_the_majority() -> None:
+    text = drawn(report.document(Report.model_validate(CLASSIFIED)))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for said in (
+        "held-out loss accuracy macro F1 (40 rows)",
+        "base 0.7100 47.5% 0.330",
+        "tuned 0.2000 92.5% 0.920",
+        "always 'good' 60.0%",
+        "samples",
+        "reference good",
+        "base bad",
+    ):
+        assert said in lines
+    assert "better: the loss fell by 0.7500 nats a row (95 % interval of" in text
+
+
+def test_a_plan_names_the_labels() -> None:
+    counts = [{"label": f"kind {i}", "rows": 100 - i} for i in range(14)]
+    recipe = RECIPE | {"method": "classification", "labels": [count["label"] for count in counts], "packing": False}
+    item = Plan.model_validate(PLAN | {"recipe": recipe, "data": DATA | {"labels": counts}})
+    text = drawn(show.plan(item))
+    assert "classification, 14 labels" in text
+    assert "'kind 0' 100, 'kind 1' 99," in text
+    assert "'kind 11' 89 and 2 more" in text
+    assert "stop" not in text
 
 
 def test_what_a_model_writes_does_not_command_the_terminal() -> None:

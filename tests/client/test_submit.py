@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from client.submit import body_of
+from client.submit import body_of, model_of
 from shared.errors import InvalidRequest
 from shared.schemas import JobCreate
 
@@ -33,6 +33,13 @@ def test_everything_said_arrives_in_its_place() -> None:
     assert (job.trainer.max_steps, job.trainer.packing) == (5, False)
     assert body["lora"] == {"r": 8, "dropout": 0.0}
     assert body["priority"] == 0
+
+
+def test_an_adapter_to_start_from_brings_its_base_along() -> None:
+    assert (model_of("small", None), model_of("small", "ftckpt_1")) == ("small", "small")
+    assert model_of(None, "ft:small:me::1") == "ft:small:me::1"
+    with pytest.raises(InvalidRequest, match="neither --model nor --from"):
+        model_of(None, None)
 
 
 @pytest.mark.parametrize(

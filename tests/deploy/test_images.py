@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES: dict[str, set[str]] = {"api": set(), "worker": {"worker"}}
+IMAGES: dict[str, set[str]] = {"api": set(), "worker": {"worker", "trackers"}}
 
 
 def installs(path: str) -> list[set[str]]:

@@ -94,7 +94,7 @@ def test_every_parameter_is_counted(name: str) -> None:
     model, base = built(model_type, config), architecture.read({"model_type": model_type} | config)
     assert base.total == sum(weight.numel() for weight in model.parameters())
     inside = {linear.path: linear.elements for linear in base.linears}
-    outside = ("lm_head", "score", "classifier")
+    outside = ("lm_head", "score", "classifier", "pooler")
     assert inside == {
         path: module.weight.numel()
         for path, module in model.named_modules()
@@ -136,6 +136,7 @@ def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
                     target_modules=target,
                     use_dora=use_dora,
                     fan_in_fan_out=model_type == "gpt2",
+                    modules_to_save=["classifier", "pooler"] if model_type == "deberta-v2" else None,
                 ),
             )
         setup = setup_of(target_modules=target, use_dora=use_dora)

@@ -86,6 +86,18 @@ def test_the_verdict_names_the_change() -> None:
     assert hopeless.smallest > 10**8
 
 
+def test_a_classifier_has_a_head_of_its_own_and_no_packed_rows() -> None:
+    knobs: dict[str, Any] = {"type": "classification", "classification": {"hyperparameters": {"batch_size": 32}}}
+    writes, classifies = asked(PLANNED), asked(PLANNED, method=knobs)
+    assert (writes.n_epochs, classifies.n_epochs) == (3, 10)
+    assert classifies.parameters.trained == writes.parameters.trained + 2 * 576
+    assert classifies.memory.total < writes.memory.total
+    assert classifies.flop_per_token < writes.flop_per_token
+    assert "the head has two labels" in classifies.assumptions
+    with pytest.raises(InvalidRequest, match="'dpo' is not estimated"):
+        asked(method={"type": "dpo"})
+
+
 def test_what_the_base_cannot_bear_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="at most 8,192 tokens"):
         asked(trainer={"max_length": 9000})

@@ -186,6 +186,7 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup, *, fuse
         r=setup.r,
         target_modules="all-linear",
         fan_in_fan_out=model_type == "gpt2",
+        modules_to_save=["classifier", "pooler"] if model_type == "deberta-v2" else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,13 +16,17 @@ from shared.formats import (
     Chat,
     Completion,
     Example,
+    Labelled,
     Preference,
     RowError,
     Turn,
     check_file,
     describe,
+    kind,
+    misfit,
     read_rows,
 )
+from shared.schemas import MethodName
 
 LIMIT = 5000
 USER = {"role": "user", "content": "hi"}
@@ -82,6 +86,14 @@ GOOD = [
     ({"prompt": [USER, BOT, USER], "chosen": [BOT], "rejected": [WORSE], "tools": [{}]},
      Preference(*(Chat((Turn(USER, False), Turn(BOT, False), Turn(USER, False), Turn(last, True)), ({},))
                   for last in (BOT, WORSE)))),
+    ({"text": "hats", "label": "good"}, Labelled("hats", None, "good")),
+    ({"text": "hats", "label": -1, "text_pair": None}, Labelled("hats", None, "-1")),
+    ({"text": "hats", "text_pair": "caps", "label": "1"}, Labelled("hats", "caps", "1")),
+    ({"sentence": "hats", "label": 0, "idx": 7}, Labelled("hats", None, "0")),
+    ({"sentence1": "hats", "sentence2": "caps", "label": 1}, Labelled("hats", "caps", "1")),
+    ({"question1": "hats?", "question2": "caps?", "label": 1}, Labelled("hats?", "caps?", "1")),
+    ({"premise": "hats", "hypothesis": "caps", "label": 2}, Labelled("hats", "caps", "2")),
+    ({"prompt": "2+2=", "completion": "4", "label": True}, Completion("2+2=", "4")),
 ]  # fmt: skip
 
 BAD = [
@@ -135,6 +147,17 @@ BAD = [
         "is no answer to weigh",
     ),
     ('{"chosen": [{"role": "assistant", "content": "x"}]}', "rejected", "is missing"),
+    ('{"text": "x", "label": null}', "label", "found nothing"),
+    ('{"text": "x", "label": true}', "label", "found true"),
+    ('{"text": "x", "label": 3.8}', "label", "found 3.8"),
+    ('{"text": "x", "label": " "}', "label", 'found " "'),
+    ('{"text": "x", "label": "a\\u0000"}', "label", r'found "a\u0000"'),
+    ('{"text": "x", "label": "' + "y" * 101 + '"}', "label", "yyy…"),
+    ('{"label": 1}', "text", "found nothing"),
+    ('{"text": "", "label": 1}', "text", 'found ""'),
+    ('{"text": "x", "text_pair": 2, "label": 1}', "text_pair", "found 2"),
+    ('{"premise": "x", "label": 1}', "hypothesis", "found nothing"),
+    ('{"sentence1": "x", "sentence2": "", "label": 1}', "sentence2", 'found ""'),
     ('{"input": "x", "preferred_output": []}', "input", 'found "x"'),
     ('{"input": {"messages": [{"role": "user", "content": "x"}]}, "preferred_output": []}', "preferred_output", "[]"),
     (
@@ -153,7 +176,7 @@ def test_a_good_row(row: dict[str, Any], example: Example) -> None:
 
 def test_every_format_has_a_good_row() -> None:
     assert {next(key for key in FORMATS if key in row) for row, _ in GOOD} == set(FORMATS)
-    assert {key for row, _ in GOOD for key in row} == set(KEYS)
+    assert {key for row, _ in GOOD for key in row} == {*KEYS, "idx"}
 
 
 @pytest.mark.parametrize(("line", "field", "message"), BAD)
@@ -173,6 +196,28 @@ def test_bad_rows_among_good_ones_keep_their_line_numbers() -> None:
         (1, False), (3, False), (4, True), (5, False), (6, True),
     ]  # fmt: skip
     assert "'prompt' row in a file of 'text' rows" in str(found[-1][1])
+
+
+@pytest.mark.parametrize(("method", "format_"), [("supervised", "text"), ("dpo", "preference")])
+def test_a_file_fits_one_method(method: MethodName, format_: str) -> None:
+    labels = kind(Labelled("hats", None, "good"))
+    assert misfit("classification", labels) is misfit(method, format_) is misfit(method, None) is None
+    assert f"method {method!r} trains on" in str(misfit(method, labels))
+    assert str(misfit(method, labels)).endswith("choose method 'classification', or mend the file")
+    assert str(misfit("classification", format_)).endswith(f"choose method {method!r}, or mend the file")
+
+
+def test_a_row_without_its_label_is_named() -> None:
+    found = parse('{"text": "hats", "label": 1}\n{"text": "caps"}')
+    assert "a 'text' row in a file of 'label' rows" in str(found[1][1])
+
+
+def test_csv_and_json_lines_have_the_same_labels() -> None:
+    rows = [{"text": f"hat {i}", "label": i} for i in range(3)]
+    table = "text,label\n" + "".join(f"hat {i},{i}\n" for i in range(3))
+    assert [example for _, example in parse(table)] == [
+        example for _, example in parse("\n".join(map(json.dumps, rows)))
+    ]
 
 
 def test_an_empty_file_is_one_error() -> None:

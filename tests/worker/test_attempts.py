@@ -190,3 +190,16 @@ def events(job: Job) -> list[str]:
     with session_scope() as session:
         mine = select(JobEvent.message).where(JobEvent.job_id == job.id).order_by(JobEvent.seq)
         return list(session.scalars(mine).all())
+
+
+def test_a_lost_adapter_to_start_from_ends_the_job(attempt: Attempt, job: str) -> None:
+    storage.put_bytes("adapters/changed/adapter_model.safetensors", b"other bytes")
+    with session_scope() as session:
+        row = session.get_one(Job, job)
+        row.start_name, row.start_prefix, row.start_sha256 = "ft:x", "adapters/changed/", "0" * 64
+    ended = attempt(TRAINER_COMMAND="false")
+    assert (ended.state, ended.attempt) == (State.FAILED, 1)
+    assert ended.error is not None
+    assert ended.error["code"] == "object_lost"
+    assert "adapters/changed/adapter_model.safetensors" in ended.error["message"]
+    assert "start from another adapter" in ended.error["hint"]

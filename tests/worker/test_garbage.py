@@ -255,6 +255,47 @@ def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_jo
         assert session.get_one(File, file_id).deleted_at is not None
 
 
+def test_what_a_job_starts_from_stays_until_it_has_ended(tenant: str, dataset: str, base: str) -> None:
+    """The checkpoint was dropped, the model deleted: their rows keep nothing, the jobs that wait do."""
+    source, names = a_job(tenant, dataset, base, state=State.SUCCEEDED, lease_epoch=3), ("start_name", "start_sha256")
+    prefixes = [f"checkpoints/{tenant}/{source}/3/10/", f"adapters/{tenant}/{source}/"]
+    starting = [
+        a_job(tenant, dataset, base, state=State.PAUSED, start_prefix=prefix, **dict.fromkeys(names, "x"))
+        for prefix in prefixes
+    ]
+    with session_scope() as session:
+        session.add(a_checkpoint(tenant, source, step=10, deleted_at=PAST))
+        session.add(an_adapter(tenant, source, base, deleted_at=PAST))
+    kept = [prefix + name for prefix in prefixes for name in ("adapter_model.safetensors", "manifest.json")]
+    plant(*kept, f"checkpoints/{tenant}/{source}/3/20/a")
+    assert collect(orphan_seconds=0) == {"checkpoints": 1}
+    assert everything() == sorted(kept)
+    with session_scope() as session:
+        for job in starting:
+            jobs.transition(session, job, jobs.Reason.CANCELLED, epoch=None)
+    assert collect(orphan_seconds=0) == {"checkpoints": 2, "adapters": 2}
+
+
+def test_a_source_that_is_dropped_after_the_listing_stays_for_the_job_that_came_before(
+    tenant: str, dataset: str, base: str
+) -> None:
+    """A submit and the drop that waited for it, both between the listing and the reading."""
+    source = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=3, lease_owner="w")
+    with session_scope() as session:
+        session.add(checkpoint := a_checkpoint(tenant, source, step=10))
+    plant(key := checkpoint.prefix + "adapter_model.safetensors")
+
+    def act(session: Session) -> None:
+        started = {"start_name": "x", "start_prefix": checkpoint.prefix, "start_sha256": "x"}
+        row = {"tenant_id": tenant, "base_model": base, "training_file": dataset, "request": {}, "request_sha256": b""}
+        session.add(Job(id=new_id("ftjob-"), seed=0, state=State.QUEUED, **row, **started))
+        session.flush()
+        assert attempts.drop_checkpoints(session, source, 3, keep=0) == []
+
+    assert meanwhile("jobs", act) == {}
+    assert everything() == [key]
+
+
 def test_two_collectors_at_once_do_no_harm(tenant: str, dataset: str, base: str) -> None:
     job = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=2, lease_owner="w")
     plant(*(f"checkpoints/{tenant}/{job}/1/{step}/a" for step in range(garbage.BATCH + 10)))

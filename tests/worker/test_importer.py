@@ -66,6 +66,11 @@ def test_a_path_is_no_public_id(llama: str) -> None:
         add_model("llama", llama, public_id="/srv/llama")
 
 
+def test_a_base_has_no_name_of_an_adapter(llama: str) -> None:
+    with pytest.raises(InvalidRequest, match="'ft:llama' is a name for adapters"):
+        add_model("ft:llama", llama, public_id="acme/llama")
+
+
 def test_what_could_run_code_is_never_mirrored(llama: str, tmp_path: Path) -> None:
     mixed = Path(shutil.copytree(llama, tmp_path / "mixed"))
     for name in ("pytorch_model.bin", "modeling_evil.py", "setup.sh"):

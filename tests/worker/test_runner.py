@@ -64,6 +64,7 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
         "report.json",
         "metrics.jsonl",
         "README.md",
+        f"runs/{job.id}/events.out.tfevents.milliner",
         "manifest.json",
         "manifest.json.sig",
     }
@@ -128,7 +129,7 @@ def test_a_killed_trainer_is_replaced_and_goes_on(
 ) -> None:
     job_id = submit(**LONG).id
     at_step(client, job_id, 40)
-    os.kill(trainer_of(job_id), signal.SIGKILL)
+    os.kill(trainer_of(stack, job_id), signal.SIGKILL)
     job = wait(client, job_id)
     assert job.status == "succeeded", job.error
     assert (job.model_extra or {})["attempt"] == 2
@@ -143,7 +144,7 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on(
 ) -> None:
     job_id = submit(**LONG).id
     at_step(client, job_id, 40)
-    trainer = trainer_of(job_id)
+    trainer = trainer_of(stack, job_id)
     os.kill(pids(stack).train, signal.SIGKILL)
     gone(trainer)
     job = wait(client, job_id)
@@ -160,7 +161,7 @@ def test_a_job_that_is_killed_and_paused_ends_with_the_bytes_of_one_left_alone(
     for _ in range(2):
         here = step_of(client.fine_tuning.jobs.retrieve(broken))
         at_step(client, broken, here + 45)
-        os.kill(trainer_of(broken), signal.SIGKILL)
+        os.kill(trainer_of(stack, broken), signal.SIGKILL)
     at_step(client, broken, step_of(client.fine_tuning.jobs.retrieve(broken)) + 45)
     client.fine_tuning.jobs.pause(broken)
     wait(client, broken, {"paused"})
@@ -181,7 +182,7 @@ def test_a_stopped_worker_and_its_trainer_never_overlap_with_their_successors(
     when the slot wakes up it finds its epoch gone, kills its trainer, and writes nothing."""
     job_id = submit(**LONG).id
     at_step(client, job_id, 40)
-    trainer = trainer_of(job_id)
+    trainer = trainer_of(stack, job_id)
     slot = int(stat_of(trainer)[1])
     os.kill(slot, signal.SIGSTOP)
     try:
@@ -225,7 +226,7 @@ def test_cancel_pause_and_resume_reach_a_running_job(
 ) -> None:
     cancelled = submit(**LONG).id
     at_step(client, cancelled, 5)
-    trainer = trainer_of(cancelled)
+    trainer = trainer_of(stack, cancelled)
     client.fine_tuning.jobs.cancel(cancelled)
     assert wait(client, cancelled).status == "cancelled"
     gone(trainer)
@@ -242,7 +243,7 @@ def test_cancel_pause_and_resume_reach_a_running_job(
 def test_the_trainer_holds_no_secret(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
     job_id = submit(**LONG).id
     at_step(client, job_id, 1)
-    environ = Path(f"/proc/{trainer_of(job_id)}/environ").read_text()
+    environ = Path(f"/proc/{trainer_of(stack, job_id)}/environ").read_text()
     client.fine_tuning.jobs.cancel(job_id)
     assert "MILLINER" not in environ
     for secret in (stack.s3.secret_key, stack.api_key, stack.database_url, stack.redis_url):
@@ -281,15 +282,18 @@ def weights(extra: dict[str, Any]) -> str:
     return next(str(f["sha256"]) for f in extra["adapter"]["files"] if f["path"] == "adapter_model.safetensors")
 
 
-def trainer_of(job_id: str) -> int:
-    """The pid of the trainer child that works in this job's folder."""
+def trainer_of(stack: Record, job_id: str) -> int:
+    """The pid of the trainer child that the slot which holds this job works with."""
+    with psycopg.connect(stack.database_url) as connection:
+        [[owner]] = connection.execute("SELECT lease_owner FROM jobs WHERE id = %s", (job_id,))
+    slot = owner.split(":")[1]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command, folder = (entry / "cmdline").read_bytes(), os.readlink(entry / "cwd")
             except OSError:
                 continue
-            if b"worker.trainer.main" in command and f"/work/{job_id}-" in folder:
+            if b"worker.trainer.main" in command and f"/work/work-{slot}-" in folder:
                 return int(entry.name)
     raise AssertionError(f"no trainer works on {job_id}")
 

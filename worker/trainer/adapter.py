@@ -6,23 +6,25 @@ Owns: the published layout. Must not write a local path, nor a key that older re
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint
+from worker.trainer import card, checkpoint, classifier, eventfile
+from worker.trainer.encoding import Encoder
 
 
 def write(
     folder: Path,
     adapted: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
+    job: str,
     task: Task,
     recipe: Recipe,
     report: Report,
@@ -31,11 +33,14 @@ def write(
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
-        tokenizer.save_pretrained(partial)
+        encoder.tokenizer.save_pretrained(partial)
         save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
         config = adapter_config(adapted, task, recipe)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if recipe.labels is not None:
+            classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+        eventfile.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
 
@@ -49,7 +54,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
     targets = lora.target_modules
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if recipe.labels is None else "SEQ_CLS",
         "base_model_name_or_path": task.base_name,
         "revision": task.base_revision,
         "r": recipe.r,
@@ -62,5 +67,5 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
         "fan_in_fan_out": lora.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(adapted.heads) or None,
     }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from worker.trainer.encoding import Encoded, Row
+from worker.trainer.labelled import Labelled
 from worker.trainer.packing import micro_batches
 
 #: The target of a position that predicts nothing trained, as in torch's cross entropy.
@@ -26,7 +27,8 @@ class Batch:
     """All (rows, length) int64. `targets[r, t]` is the token that position t predicts, or IGNORED.
 
     `attention_mask` is None for packed rows and required for padded ones. The documents of the batch, row by row, come
-    from the dataset's `lines` and have `lengths` trained tokens each.
+    from the dataset's `lines` and have `lengths` trained tokens each. Rows to be classified have `labels` and, in
+    `type_ids`, the types of their tokens.
     """
 
     input_ids: torch.Tensor
@@ -35,15 +37,18 @@ class Batch:
     attention_mask: torch.Tensor | None
     lines: tuple[int, ...]
     lengths: tuple[int, ...]
+    type_ids: torch.Tensor | None = None
+    labels: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        mask = self.attention_mask
+        mask, types = self.attention_mask, self.type_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
             targets=self.targets.to(device),
             attention_mask=None if mask is None else mask.to(device),
+            type_ids=None if types is None else types.to(device),
         )
 
 
@@ -52,12 +57,13 @@ def trained_tokens(examples: Sequence[Row]) -> int:
     return sum(example.trained_tokens for example in examples)
 
 
-def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int) -> Iterator[Batch]:
-    """Split examples into micro-batches of at most `micro_batch` packed rows, or else examples.
+def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1) -> Iterator[Batch]:
+    """Split examples into micro-batches, `lanes` of which hold at most `micro_batch` packed rows, or else examples.
 
+    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
     Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
     """
-    for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch):
+    for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch, lanes=lanes):
         yield collate(rows, packing=packing, pad=pad)
 
 
@@ -71,6 +77,7 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
     input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
     targets = torch.full((len(rows), length), IGNORED, dtype=torch.long)
     position_ids = torch.zeros((len(rows), length), dtype=torch.long)
+    type_ids = torch.zeros((len(rows), length), dtype=torch.long)
     attention_mask = None if packing else torch.zeros((len(rows), length), dtype=torch.long)
     for r, row in enumerate(rows):
         start = 0
@@ -81,6 +88,8 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
             # The last position of a document predicts nothing: what follows it is another document.
             targets[r, start : end - 1] = torch.where(trained[1:], ids[1:], IGNORED)
             position_ids[r, start:end] = torch.arange(len(example))
+            if isinstance(example, Labelled):
+                type_ids[r, start:end] = torch.from_numpy(example.types)
             if attention_mask is not None:
                 attention_mask[r, start:end] = 1
             start = end
@@ -94,4 +103,6 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
         attention_mask,
         lines=tuple(example.line for example in documents),
         lengths=tuple(example.trained_tokens for example in documents),
+        type_ids=type_ids,
+        labels=tuple(example.label for example in documents if isinstance(example, Labelled)),
     )

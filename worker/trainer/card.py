@@ -7,17 +7,19 @@ no praise, no guess, nothing of the machine.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
-from worker.trainer import serving
+from worker.trainer import checkpoint, serving
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
 MOST_EVALUATIONS = 20
+MOST_LABELS = 20
 
 _HELDOUT = {
     "validation_file": "the rows of a validation file",
@@ -29,14 +31,14 @@ _HELDOUT = {
 def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics]) -> str:
     """The whole card, in Markdown."""
     sections = (
-        _front_matter(task),
+        _front_matter(task, recipe),
         f"# LoRA adapter for {task.base_name}\n",
         _origin(task),
-        _result(report),
+        _result(report) if recipe.labels is None else _labels_result(recipe.labels, report),
         _curve(metrics),
         _recipe(recipe, report),
         _limits(report),
-        _usage(task, recipe),
+        _usage(task, recipe) if recipe.labels is None else _labels_usage(task),
     )
     return "\n".join(section for section in sections if section)
 
@@ -49,16 +51,20 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)
 
 
-def _front_matter(task: Task) -> str:
+def _front_matter(task: Task, recipe: Recipe) -> str:
     lines = ["---", f"base_model: {task.base_name}", "base_model_relation: adapter", "library_name: peft"]
     if task.base_license is not None:
         lines.append(f"license: {task.base_license}")
-    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- lora", "- milliner", "---", ""])
+    purpose = "text-generation" if recipe.labels is None else "text-classification"
+    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", "- lora", "- milliner", "---", ""])
 
 
 def _origin(task: Task) -> str:
     files = {"training data": task.training_file, "validation data": task.validation_file}
     rows = [("base", task.base_name), ("revision", task.base_revision)]
+    if task.start_from is not None and task.start_name is not None:
+        weights = _sha256(Path(task.start_from) / checkpoint.ADAPTER)
+        rows.append(("adapter to start from", f"{task.start_name}, weights SHA-256 `{weights}`"))
     rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
     return _table(("made from", ""), rows)
 
@@ -70,12 +76,33 @@ def _result(report: Report) -> str:
         gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
-        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+        for name, score in (
+            ("base", report.base),
+            ("with the adapter that it started from", report.start),
+            ("with this adapter", report.tuned),
+        )
+        if score is not None
     ]
     return (
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
         f"Over {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
         f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n"
+    )
+
+
+def _labels_result(labels: Sequence[str], report: Report) -> str:
+    rows = [
+        (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}", f"{score.macro_f1 or 0:.3f}")
+        for name, score in (("base", report.base), ("with this adapter", report.tuned))
+    ]
+    if (most := report.majority) is not None:
+        rows.append((f"always “{_cell(most.label)}”", "", f"{most.accuracy:.1%}", ""))
+    return (
+        f"## Result\n\n{_table(('', 'loss (nats a row)', 'accuracy', 'macro F1'), rows)}\n"
+        f"Over {report.base.tokens:,} rows: {_HELDOUT[report.heldout_source]}. "
+        f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n\n"
+        f"{len(labels)} labels: {', '.join(f'“{_cell(label)}”' for label in labels[:MOST_LABELS])}"
+        f"{', …' if len(labels) > MOST_LABELS else ''}. `config.json` has them all.\n"
     )
 
 
@@ -94,6 +121,8 @@ def _curve(metrics: Sequence[Metrics]) -> str:
 
 def _recipe(recipe: Recipe, report: Report) -> str:
     targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
+    kept = f"; the adapter is that of step {report.kept_step:,}" if report.kept_step not in (None, report.steps) else ""
+    plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
     kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
     rows = [
         ("LoRA", f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"),
@@ -101,9 +130,9 @@ def _recipe(recipe: Recipe, report: Report) -> str:
         ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
         ("base held in", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
-        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs"),
+        ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs{kept}"),
         ("trained tokens", f"{report.trained_tokens:,}"),
-        ("learning rate", f"{recipe.learning_rate:.3g}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
+        ("learning rate", f"{recipe.learning_rate:.3g}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"),
         ("optimizer", f"AdamW, weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.max_grad_norm:g}"),
         ("longest row", f"{recipe.max_length:,} tokens"),
         ("seed", str(recipe.seed)),
@@ -118,9 +147,10 @@ def _limits(report: Report) -> str:
         if report.quantization.value != "none"
         else ""
     )
+    accuracy = "token accuracy" if report.majority is None else "accuracy"
     return (
         "## Limits\n\n"
-        "- It was measured by loss and token accuracy on rows like those that it was trained on, and by nothing else.\n"
+        f"- It was measured by loss and {accuracy} on rows like those that it was trained on, and by nothing else.\n"
         "- Whatever the base's own card says of bias, safety and licence holds with this adapter on it, too.\n"
         f"{quantized}"
         "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
@@ -128,8 +158,6 @@ def _limits(report: Report) -> str:
 
 
 def _usage(task: Task, recipe: Recipe) -> str:
-    commit = re.fullmatch("[0-9a-f]{40}", task.base_revision)
-    revision = f', revision="{task.base_revision}"' if commit else ""
     return f"""## Use
 
 `DIR` is the folder of this file. With [PEFT](https://huggingface.co/docs/peft):
@@ -139,7 +167,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("DIR")
-base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{revision})
+base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{_revision(task)})
 model = PeftModel.from_pretrained(base, "DIR")
 ```
 
@@ -156,6 +184,46 @@ python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
 llama-cli -m base.gguf --lora hat.gguf
 ```
 """
+
+
+def _labels_usage(task: Task) -> str:
+    """With a head of another width in the base's files, if they are a classifier's, they do not load unasked."""
+    config = json.loads((Path(task.base_dir) / "config.json").read_text(encoding="utf-8"))
+    had_one = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return f"""## Use
+
+`DIR` is the folder of this file. Its `config.json` names the labels; the head is in the adapter, in fp32. With
+[PEFT](https://huggingface.co/docs/peft):
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+config = AutoConfig.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+tokenizer.pad_token_id = config.pad_token_id
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{task.base_name}"{_revision(task)}, config=config, dtype=torch.float32{", ignore_mismatched_sizes=True" * had_one}
+)
+model = PeftModel.from_pretrained(base, "DIR").eval()
+inputs = tokenizer("a text", return_tensors="pt")
+with torch.no_grad():
+    print(config.id2label[model(**inputs).logits.argmax().item()])
+```
+
+vLLM serves no adapter that brings a head (`proof.vllm` in `manifest.json`).
+"""
+
+
+def _revision(task: Task) -> str:
+    """Only if it is a commit that hubs know."""
+    return f', revision="{task.base_revision}"' if re.fullmatch("[0-9a-f]{40}", task.base_revision) else ""
+
+
+def _cell(text: str) -> str:
+    """What a dataset says, on one line of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

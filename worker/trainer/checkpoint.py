@@ -31,6 +31,9 @@ BASE = "base.safetensors"
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 
+#: What base.safetensors calls the losses of each held-out row.
+NATS = {"nats": "base_nats", "start": "start_nats"}
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -38,7 +41,8 @@ class RunState(BaseModel):
     """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
 
     `memory_halvings` is the rung of `ladder.py` that the run has come down to. `base_nats` are each held-out row's loss
-    by the base, which fp32 holds; with many rows they are too long for JSON.
+    by the base, which fp32 holds; with many rows they are too long for JSON. `start` and `start_nats` are the same of
+    the adapter that the run began with.
     """
 
     recipe: Recipe
@@ -47,6 +51,8 @@ class RunState(BaseModel):
     seconds: float = 0.0
     base: Score | None = None
     base_nats: list[float] = []
+    start: Score | None = None
+    start_nats: list[float] = []
     evaluation_due: bool = False
     best_loss: float | None = None
     best_step: int | None = None
@@ -79,9 +85,10 @@ def save(
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
             save_file(best, partial / BEST)
-        save_file({"nats": torch.tensor(run.base_nats)}, partial / BASE)
+        save_file({name: torch.tensor(getattr(run, field)) for name, field in NATS.items()}, partial / BASE)
         write_metrics(partial / METRICS, run.metrics)
-        stored = Stored(run=run.model_copy(update={"metrics": [], "base_nats": []}), random=_random_state())
+        lean = run.model_copy(update={"metrics": [], "base_nats": [], "start_nats": []})
+        stored = Stored(run=lean, random=_random_state())
         (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
@@ -98,7 +105,8 @@ def load(
         raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")
     stored.run.metrics = read_metrics(folder / METRICS)
     if (base := folder / BASE).is_file():  # older checkpoints have none, and the base is scored again
-        stored.run.base_nats = load_file(base)["nats"].tolist()
+        for name, tensor in load_file(base).items():
+            setattr(stored.run, NATS[name], tensor.tolist())
     set_adapter(adapted, load_file(folder / ADAPTER))
     tensors = load_file(folder / OPTIMIZER)
     _restore_optimizer(adapted, optimizer, tensors)
@@ -132,6 +140,15 @@ def set_torch_random(tensors: Tensors) -> None:
     for i in range(torch.cuda.device_count()):
         if (key := f"random.cuda.{i}") in tensors:
             torch.cuda.set_rng_state(tensors[key], i)
+
+
+def latest(run: RunState) -> Metrics:
+    """What is known at this step, the step's own line and its evaluation in one."""
+    merged = Metrics(step=run.step, total_steps=run.recipe.total_steps)
+    for metrics in run.metrics[-2:]:
+        if metrics.step == run.step:
+            merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
+    return merged
 
 
 def write_metrics(path: Path, metrics: list[Metrics]) -> None:
@@ -170,7 +187,12 @@ def _optimizer_tensors(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> 
 
 
 def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter."""
+    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter.
+
+    It counts parameters group by group, and a group need not have them in the model's order.
+    """
+    names = {parameter: name for name, parameter in trainable(adapted).items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {
         i: {
@@ -178,7 +200,7 @@ def _restore_optimizer(adapted: PeftModel, optimizer: torch.optim.Optimizer, ten
             for field in ("step", "exp_avg", "exp_avg_sq")
             if (key := f"optimizer.{field}.{name}") in tensors
         }
-        for i, name in enumerate(trainable(adapted))
+        for i, name in enumerate(order)
     }
     optimizer.load_state_dict(state)
 

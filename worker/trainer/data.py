@@ -16,9 +16,10 @@ import numpy as np
 
 from shared import formats
 from shared.errors import TrainingFailed
-from shared.formats import Example, RowError
+from shared.formats import Example, Labelled, RowError
 from shared.protocol import Task
 from shared.training import FileReport
+from worker.trainer import labelled
 from worker.trainer.encoding import CannotEncode, Encoder, Row, longest_document
 
 HELDOUT_SHARE = 0.05
@@ -65,6 +66,8 @@ def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | Ro
     if isinstance(example, RowError):
         return example
     try:
+        if isinstance(example, Labelled):
+            return labelled.encode(encoder, line, example)
         return encoder.encode(line, example)
     except CannotEncode as cause:
         return RowError(line, cause.field, cause.message, cause.hint)

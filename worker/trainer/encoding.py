@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
-from shared.formats import Chat, Completion, Example, Preference
+from shared.formats import Chat, Completion, Preference
 from worker.trainer.exhaustion import is_the_kernels
 
 #: OpenAI's roles → what most chat templates call them.
@@ -52,6 +53,11 @@ class Encoded:
     @property
     def learnable(self) -> bool:
         return self.trained_tokens > 0
+
+    @property
+    def content(self) -> bytes:
+        """What makes two documents the same: their tokens, and what is learned of them."""
+        return self.ids.tobytes() + self.trained.tobytes()
 
     def cut(self, length: int) -> Encoded:
         """Its first `length` tokens."""
@@ -155,7 +161,7 @@ class Encoder:
         self._fast.no_padding()
         self.bos = self._own_bos()
         self.stops = self._stop_tokens(Path(base_dir))
-        self.eos: int = self._eos()
+        self._own_pad = _named_pad(Path(base_dir), self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.items()
         self.specials = frozenset(self.tokenizer.all_special_ids) | {token for token, it in added if it.special}
         self._unopened: str | None = None
@@ -184,7 +190,7 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         return bos is not None and any(document.ids[:2].tolist() == [bos, bos] for document in row.documents)
 
-    def encode(self, line: int, example: Example) -> Row:
+    def encode(self, line: int, example: Chat | Completion | Preference) -> Row:
         """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""
         if isinstance(example, Preference):
             return Pair(self._document(line, example.chosen), self._document(line, example.rejected))
@@ -359,7 +365,9 @@ class Encoder:
             stops.update(named if isinstance(named, list) else [named])
         return frozenset(stop for stop in stops if stop is not None)
 
-    def _eos(self) -> int:
+    @cached_property
+    def eos(self) -> int:
+        """What ends a text. Raises TrainingFailed: a base that only reads may have none."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             if not self.stops:
@@ -371,6 +379,19 @@ class Encoder:
                 )
             eos = min(self.stops)
         return int(eos)
+
+    @property
+    def pad(self) -> int:
+        """What a classifier's rows are padded with, and told by as the model looks for their last token."""
+        return self.eos if self._own_pad is None else self._own_pad
+
+
+def _named_pad(base: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The config's before the tokenizer's, because the model goes by that one; some write -1 for none."""
+    path = base / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = (config.get("text_config") or config).get("pad_token_id")
+    return named if isinstance(named, int) and named >= 0 else tokenizer.pad_token_id
 
 
 def _append(pieces: Pieces, more: Encoding, start: int) -> None:

@@ -16,12 +16,13 @@ import torch
 from peft import PeftModel
 
 from shared.training import Recipe, Score
-from worker.trainer import methods
-from worker.trainer.batches import batches
+from worker.trainer import lanes, methods
+from worker.trainer.batches import Batch
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import Tally
+from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
+from worker.trainer.start import Start
 
 
 class Interrupted(Exception):
@@ -47,16 +48,26 @@ def score(
     *,
     adapter: bool,
     layout: Layout,
+    start: Start | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
-    """`rows` as the recipe's method takes them. Raises Interrupted once `stopping` says so."""
+    """`rows` as the recipe's method takes them; `start` is the adapter that training began with, if it did with one.
+
+    Raises Interrupted once `stopping` says so.
+    """
     tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
     nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
+
+    def go_on() -> None:
+        if stopping():
+            raise Interrupted
+
+    def loss_of(batch: Batch) -> Loss:
+        with torch.no_grad(), base.precision():  # which are of each thread
+            return methods.loss(adapted, batch.to(base.device), layout, recipe, start=start)
+
     with forward_only(base, adapted, adapter=adapter):
-        for batch in batches(rows, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad):
-            if stopping():
-                raise Interrupted
-            loss = methods.loss(adapted, batch.to(base.device), layout, recipe)
+        for loss in lanes.run(loss_of, layout.split(rows), layout.lanes, before=go_on):
             tally.add(loss)
             # A batch has its rows in an order of its own.
             places = [place[line] for line in loss.lines]

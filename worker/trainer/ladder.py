@@ -23,7 +23,8 @@ def rungs(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
     Then, if the base knows how, activations are no longer kept. A packed row holds up to PACK_LENGTH tokens; where
     every example is shorter, one alone is the last resort.
     """
-    found = [replace(widest, micro_batch=widest.micro_batch >> i) for i in range(widest.micro_batch.bit_length())]
+    sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
+    found = [replace(widest, micro_batch=size, lanes=min(widest.lanes, size)) for size in sizes]
     if base.model.supports_gradient_checkpointing and not widest.checkpointing:
         found.append(replace(found[-1], checkpointing=True))
     if widest.packing and longest < PACK_LENGTH:

@@ -9,15 +9,17 @@ once, while its logits exist. The head is frozen, so nothing else is needed, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from worker.trainer.batches import IGNORED, Batch
+from worker.trainer.batches import IGNORED, Batch, batches
+from worker.trainer.encoding import Row
 
 #: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
 #: kernel after each use, and a chunk that stays in the cache is 3 % faster.
@@ -31,14 +33,21 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 class Layout:
     """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
 
-    `checkpointing`: backward computes each layer anew rather than keep its activations.
+    `micro_batch` rows are in memory at a time, shared out among `lanes` (see `lanes.py`). With
+    `checkpointing` backward computes each layer anew rather than keep its activations.
     """
 
     packing: bool
     chunked: bool
     micro_batch: int
     pad: int
+    lanes: int = 1
     checkpointing: bool = False
+
+    def split(self, examples: Sequence[Row], turn: int | None = None) -> Iterator[Batch]:
+        """Examples as micro-batches of this layout; only those of a `turn` (from 0), which are in memory together."""
+        cut = batches(examples, packing=self.packing, micro_batch=self.micro_batch, pad=self.pad, lanes=self.lanes)
+        return cut if turn is None else islice(cut, turn * self.lanes, (turn + 1) * self.lanes)
 
 
 @dataclass(frozen=True, slots=True)

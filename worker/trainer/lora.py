@@ -51,7 +51,7 @@ def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torc
 
     What is scored rather than learned goes PEFT's own way, so that whoever loads the adapter finds the same bits.
     """
-    if module.disable_adapters or module.merged or not torch.is_grad_enabled():
+    if module.disable_adapters or module.merged or not module.training:
         plain: torch.Tensor = type(module).forward(module, x)
         return plain
     base = module.base_layer

@@ -107,9 +107,10 @@ class Session:
         self._pipe = pipe
         self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
-        self._resident: tuple[tuple[str, Quantization], Base] | None = None
+        self._resident: tuple[tuple[str, Quantization, int | None], Base] | None = None
         self._step: int | None = None
         self._silence: float | None = None
+        self._watched = False
         self._heard = boottime()
         self._fencing = threading.Lock()
 
@@ -136,10 +137,19 @@ class Session:
             time.sleep(silence / 4)
             self.fence()
 
+    def listen(self, silence: float | None) -> None:
+        """From here on the supervisor is to be heard so often; None: no more."""
+        if silence is not None and not self._watched:
+            self._watched = True
+            threading.Thread(target=self.watch, args=(silence,), name="watch", daemon=True).start()
+        with self._fencing:
+            self._heard, self._silence = boottime(), silence
+
     def fence(self) -> None:
         """Freeze this process if its supervisor, and so perhaps its lease, is gone; the supervisor thaws it.
 
-        Each thread looks for itself before it goes on: after a thaw, none may be the first to run.
+        Each thread looks for itself before it goes on: after a thaw, none may be the first to run. One that is idle
+        hears nothing, and need not.
         """
         with self._fencing:
             if self._silence is not None and boottime() - self._heard > self._silence:
@@ -165,9 +175,7 @@ class Session:
     def serve(self, command: Work) -> None:
         """Answer one command; no exception of a job ends the session."""
         self._step = None
-        if command.task.silence_seconds is not None and self._silence is None:
-            self._silence = command.task.silence_seconds
-            threading.Thread(target=self.watch, args=(self._silence,), name="watch", daemon=True).start()
+        self.listen(command.task.silence_seconds)
         try:
             match command:
                 case Prepare():
@@ -196,6 +204,7 @@ class Session:
                 self._fail(command, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
         finally:
             self._stopping.discard(command.job)
+            self.listen(None)
 
     def _prepare(self, command: Prepare) -> None:
         self.emit(PhaseEntered(job=command.job, phase=Phase.TOKENIZING))
@@ -217,7 +226,7 @@ class Session:
 
         train(
             command,
-            lambda: self._base(command.task.base_dir, command.recipe.quantization),
+            lambda: self._base(command.task.base_dir, command.recipe.quantization, command.recipe.labels),
             emit=self.emit,
             stopping=lambda: self._is_stopping(command.job),
             tick=lambda: self.tick(command.job),
@@ -235,13 +244,13 @@ class Session:
         self.tick(job)
         return job in self._stopping
 
-    def _base(self, base_dir: str, quantization: Quantization) -> Base:
+    def _base(self, base_dir: str, quantization: Quantization, labels: list[str] | None) -> Base:
         from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)
 
-        key = (base_dir, quantization)
+        key = (base_dir, quantization, len(labels) if labels else None)
         if self._resident is None or self._resident[0] != key:
             self._resident = None  # first let go of the old one: two do not fit
-            self._resident = (key, load_base(base_dir, quantization))
+            self._resident = (key, load_base(base_dir, quantization, labels=key[2]))
         return self._resident[1]
 
     def _fail(

@@ -80,7 +80,12 @@ def measured(
     if account.base is None:
         return None
     found = heaviest(
-        examples, recipe, packing=layout.packing, micro_batch=layout.micro_batch, from_step=account.from_step
+        examples,
+        recipe,
+        packing=layout.packing,
+        micro_batch=layout.micro_batch,
+        lanes=layout.lanes,
+        from_step=account.from_step,
     )
     try:
         computed = fit.memory(

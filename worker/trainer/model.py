@@ -17,42 +17,61 @@ import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization
 from shared.training import Recipe
-from worker.trainer import attention, lora
+from worker.trainer import attention, classifier, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32."""
+    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32.
+
+    A classifier has a `head`, the paths of its modules, of which the files are without the parameters `blank`.
+    """
 
     model: PreTrainedModel
     device: torch.device
     compute_dtype: torch.dtype
+    head: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast for adapters in fp32 on a bf16 base: bf16 adapters would lose small updates."""
-        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        # Its cache of cast weights is of all threads, and is emptied by whichever leaves first.
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled, cache_enabled=False):
             yield
 
 
-def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    base_dir: str, quantization: Quantization, *, labels: int | None = None, compute_dtype: torch.dtype | None = None
+) -> Base:
     """Load safetensors as they are or quantized on the fly, computing in bf16 where the machine is fast at it.
 
+    With a number of `labels` it is a classifier's; what the files are without of its head is yet to be drawn.
     Raises TrainingFailed if the folder holds no usable model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype or (torch.bfloat16 if _fast_bfloat16(device) else torch.float32)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(
             base_dir,
-            quantization_config=_quantization_config(quantization, dtype),
+            # Another classifier's head may have another width, which is drawn anew; any other misfit is refused below.
+            **({"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}),
+            quantization_config=_quantization_config(
+                quantization, dtype, skipped=classifier.unquantized(base_dir) if labels else None
+            ),
             dtype=dtype,
             device_map={"": device},
             local_files_only=True,
@@ -72,21 +91,25 @@ def load_base(base_dir: str, quantization: Quantization, *, compute_dtype: torch
             param="model",
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
-    if absent := sorted(loading["missing_keys"]):
+    blank = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    head = classifier.head(model, blank) if labels else ()
+    if absent := sorted(name for name in blank if not classifier.is_of(name, head)):
         # transformers fills what is not there with random numbers, and goes on.
         raise TrainingFailed(
             f"the base model's files lack {len(absent)} of its weights, such as {absent[0]}",
             code="unsupported_base_model",
             param="model",
-            hint="import the whole model again, or one that generates text",
+            hint="import the whole model again" + ("" if labels else ", or one that generates text"),
         )
+    for path in head:
+        model.get_submodule(path).float()
     close_nf4_trap(model)
     attention.use(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if device.type == "cpu" and quantization is not Quantization.NONE:
         let_go_of_files(model)
-    return Base(model, device, dtype)
+    return Base(model, device, dtype, head, tuple(sorted(blank)))
 
 
 def close_nf4_trap(model: torch.nn.Module) -> None:
@@ -118,19 +141,20 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
-    own_dropouts = _own_dropouts(base.model) if recipe.method == "dpo" else []
+    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
     try:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            model = get_peft_model(base.model, lora_config(base.model, recipe), autocast_adapter_dtype=True)
+            heads = {path: base.model.get_submodule(path) for path in base.head}
+            model = get_peft_model(base.model, lora_config(base, recipe), autocast_adapter_dtype=True)
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
     # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in own_dropouts:
+    for module, name, _ in muted:
         setattr(module, name, 0.0)
-    model.muted = own_dropouts
+    model.muted, model.heads = muted, heads
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         lora.fuse(model)
@@ -141,7 +165,9 @@ def put_on(base: Base, recipe: Recipe) -> PeftModel:
 def take_off(adapted: PeftModel) -> None:
     """Leave the base exactly as it was before `put_on`."""
     keep_activations(adapted, kept=True)
-    adapted.unload()
+    base = adapted.unload()
+    for path, module in adapted.heads.items():
+        base.set_submodule(path, module)
     for module, name, value in adapted.muted:
         setattr(module, name, value)
 
@@ -155,17 +181,18 @@ def keep_activations(adapted: PeftModel, *, kept: bool) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def lora_config(model: PreTrainedModel, recipe: Recipe) -> LoraConfig:
-    targets = recipe.target_modules
+def lora_config(base: Base, recipe: Recipe) -> LoraConfig:
+    targets = _beside_head(base, recipe.target_modules) if base.head else recipe.target_modules
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if base.head else "CAUSAL_LM",
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        fan_in_fan_out=_is_transposed(model),
+        fan_in_fan_out=_is_transposed(base.model),
+        modules_to_save=list(base.head) or None,
     )
 
 
@@ -174,15 +201,22 @@ def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
-def _is_transposed(model: PreTrainedModel) -> bool:
-    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
+    """Paths of the linear modules that are targets and not the head's: RoBERTa calls one of those `dense`, too.
 
-    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    PEFT would name all of them by that last word, and leave the head out as it knows best; this leaves nothing to it.
     """
-    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
+    names = None if isinstance(targets, str) else targets
+    return [
+        path
+        for path, module in base.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and not classifier.is_of(f"{path}.", base.head)
+        and (names is None or any(f".{path}".endswith(f".{name}") for name in names))
+    ]
 
 
-def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
+def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
     """Where the base itself draws random numbers in training: (module, attribute, rate)."""
     return [
         (module, name, rate)
@@ -190,6 +224,14 @@ def _own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, fl
         for name in (["p"] if isinstance(module, torch.nn.Dropout) else ["attention_dropout"])
         if isinstance(rate := getattr(module, name, None), float) and rate > 0
     ]
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+
+    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    """
+    return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:
@@ -226,12 +268,18 @@ def _is_quantized(base_dir: str) -> bool:
     return "quantization_config" in json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(
+    quantization: Quantization, dtype: torch.dtype, *, skipped: list[str] | None
+) -> BitsAndBytesConfig | None:
+    """`skipped` are left as they are; None leaves what to skip to transformers: the output projection."""
     if quantization is Quantization.NF4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization is Quantization.INT8 else None
+    if quantization is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return None

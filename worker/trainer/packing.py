@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 from shared.training import Recipe
 from worker.trainer import data
@@ -21,13 +22,13 @@ Rows = list[list[Encoded]]
 
 @dataclass(frozen=True, slots=True)
 class Heaviest:
-    """The micro-batch of a run with the most tokens, padding included: `rows` of `length`.
+    """What a run has in memory at the time it has the most tokens, padding included: `rows` of `length`.
 
-    It is the `part`-th (from 0) of `step` (from 0), the first if several are as heavy.
+    That is one micro-batch in each lane: the `turn`-th of `step` (both from 0), the first if several are as heavy.
     """
 
     step: int
-    part: int
+    turn: int
     rows: int
     length: int
 
@@ -37,9 +38,9 @@ class Heaviest:
 
 
 def heaviest(
-    examples: Sequence[Row], recipe: Recipe, *, packing: bool, micro_batch: int, from_step: int = 0
+    examples: Sequence[Row], recipe: Recipe, *, packing: bool, micro_batch: int, lanes: int = 1, from_step: int = 0
 ) -> Heaviest:
-    """Of all micro-batches from that step on. Activations grow with the tokens, and memory with them."""
+    """Of all turns from that step on. Activations grow with the tokens, and memory with them."""
     most = Heaviest(0, 0, 0, 0)
     for step in range(min(from_step, recipe.total_steps - 1), recipe.total_steps):
         chosen = data.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
@@ -47,17 +48,28 @@ def heaviest(
         # A pair is as long as both of its documents, which padded are two rows.
         if micro_batch * (max(PACK_LENGTH, longest) if packing else 2 * longest) <= most.tokens:
             continue
-        for part, rows in enumerate(micro_batches(chosen, packing=packing, micro_batch=micro_batch)):
-            found = Heaviest(step, part, len(rows), max(sum(map(len, row)) for row in rows))
+        parts = micro_batches(chosen, packing=packing, micro_batch=micro_batch, lanes=lanes)
+        for turn in count():
+            rows = [row for part in islice(parts, lanes) for row in part]
+            if not rows:
+                break
+            found = Heaviest(step, turn, len(rows), max(sum(map(len, row)) for row in rows))
             most = max(most, found, key=lambda one: one.tokens)
     return most
 
 
-def micro_batches(examples: Sequence[Row], *, packing: bool, micro_batch: int) -> Iterator[Rows]:
-    """At most `micro_batch` packed rows at a time, or else examples; the documents of an example follow each other."""
+def micro_batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, lanes: int = 1) -> Iterator[Rows]:
+    """`lanes` of them hold at most `micro_batch` packed rows, or else examples.
+
+    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
+    The documents of an example follow each other in one micro-batch.
+    """
     rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
-    for start in range(0, len(rows), micro_batch):
-        documents = [[d for e in row for d in e.documents] for row in rows[start : start + micro_batch]]
+    rounds = -(-len(rows) // (micro_batch // lanes * lanes))
+    parts = min(len(rows), rounds * lanes)
+    for part in range(parts):
+        mine = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+        documents = [[d for e in row for d in e.documents] for row in mine]
         yield documents if packing else [[d] for row in documents for d in row]
 
 

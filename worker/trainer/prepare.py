@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from shared.training import Plan
-from worker.trainer import data, recipe, sizing
+from worker.trainer import data, labels, recipe, sizing
 from worker.trainer.encoding import Encoder, Row, longest_document
 from worker.trainer.survey import doubts, survey
 
@@ -31,8 +31,10 @@ class Rows:
 def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
     base = recipe.architecture(task.base_dir)
+    recipe.check_method(task.method.type, base)
     encoder = Encoder(task.base_dir)
     dataset = data.load(task, encoder, tick=tick)
+    classes = labels.find(dataset.train, dataset.validation) if task.method.type == "classification" else None
     longest = longest_document([*dataset.train, *(dataset.validation or [])])
     length = recipe.max_length(task.trainer, base, longest)
     rows = usable(dataset, length, seed=task.seed)
@@ -44,10 +46,11 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         seed=task.seed,
         base=base,
         size=recipe.Size(len(rows.train), longest, max(map(len, rows.train))),
+        labels=classes,
     )
     sized = sizing.size(task, resolved, rows.train)
     apart = rows.heldout if rows.heldout_source != "training_file" else []
-    found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart)
+    found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart, classes=classes)
     return Plan(
         rows=len(dataset.train),
         heldout_rows=len(rows.heldout),
@@ -60,6 +63,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
             *encoder.warnings(),
             *_row_warnings(rows, length),
             *doubts(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
+            *(labels.doubts(found.labels, rows.train) if classes else []),
             *warnings,
             *sized.warnings,
         ],

@@ -16,6 +16,7 @@ from shared.protocol import Preview
 from shared.training import FileReport, RowProblem
 from worker.trainer import data, recipe
 from worker.trainer.encoding import Encoded, Encoder, Row
+from worker.trainer.labelled import Labelled
 
 Read = Iterator[tuple[int, Example | RowError]]
 
@@ -84,6 +85,7 @@ def _document(row: Encoded, max_length: int, encoder: Encoder, answer: Answer | 
     cut = row.cut(max_length)
     ids, trained = cut.ids.tolist(), cut.trained.tolist()
     trained[0] = False  # predicted from nothing
+    label = row.label if isinstance(row, Labelled) else None
     segments: list[Segment] = []
     for (is_trained, is_special), group in groupby(
         zip(ids, trained, strict=True), key=lambda token: (token[1], token[0] in encoder.specials)
@@ -94,8 +96,9 @@ def _document(row: Encoded, max_length: int, encoder: Encoder, answer: Answer | 
     return PreviewRow(
         line=row.line,
         answer=answer,
+        label=label,
         tokens=len(row),
-        trained_tokens=cut.trained_tokens,
+        trained_tokens=cut.trained_tokens if label is None else 0,
         truncated=len(cut) < len(row),
         segments=segments,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from worker.trainer.encoding import Encoder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+#: Of the model as a classifier, in the base's own format.
+MODEL_CONFIG = "config.json"
 
 #: What LoRA readers have known since the format was young. A newer key makes an older reader refuse the folder.
 KNOWN_KEYS = frozenset(
@@ -35,8 +38,11 @@ KNOWN_KEYS = frozenset(
 Tensors = dict[str, torch.Tensor]
 
 
-def config(folder: Path, task: Task) -> dict[str, Any]:
-    """The adapter's config: minimal, and of the base that was trained on. Raises TrainingFailed if it is not."""
+def config(folder: Path, task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
+    """The adapter's config: minimal, and of the base that was trained on. Raises TrainingFailed if it is not.
+
+    Of a classification it must say so, and the model's config beside it must name the labels.
+    """
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -47,6 +53,11 @@ def config(folder: Path, task: Task) -> dict[str, Any]:
         raise _invalid(f"it has keys that older readers refuse: {', '.join(unknown)}")
     if paths := sorted(key for key, value in found.items() if _is_local_path(value)):
         raise _invalid(f"{', '.join(paths)} holds a path of the machine that trained it")
+    type_ = "CAUSAL_LM" if labels is None else "SEQ_CLS"
+    if found.get("task_type") != type_ or bool(found.get("modules_to_save")) != (labels is not None):
+        raise _invalid(f"it is no {type_} with {'nothing but LoRAs' if labels is None else 'a head to load'}")
+    if labels is not None and (told := _labels(folder)) != list(labels):
+        raise _invalid(f"{MODEL_CONFIG} beside it names other labels, {told[:3]}, than those trained on")
     named = found.get("base_model_name_or_path"), found.get("revision")
     if named != (task.base_name, task.base_revision):
         raise TrainingFailed(
@@ -58,13 +69,14 @@ def config(folder: Path, task: Task) -> dict[str, Any]:
     return found
 
 
-def tensors(folder: Path) -> Tensors:
-    """The adapter's tensors: LoRA's alone, finite, and of some effect. Raises TrainingFailed."""
+def tensors(folder: Path, *, head: Sequence[str] = ()) -> Tensors:
+    """The adapter's tensors: LoRA's and those of `head`, finite, and of some effect. Raises TrainingFailed."""
     try:
         found = load_file(folder / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
         raise unreadable(TENSORS, error) from error
-    if foreign := sorted(name for name in found if ".lora_" not in name):
+    of_head = tuple(f"base_model.model.{module}." for module in head)
+    if foreign := sorted(name for name in found if ".lora_" not in name and not name.startswith(of_head)):
         raise foreign_keys(foreign)
     if broken := sorted(name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())):
         raise TrainingFailed(
@@ -93,6 +105,15 @@ def tokenizer_sha256(folder: Path, encoder: Encoder) -> str:
             hint="this is a fault of the server: report it with the job's id",
         )
     return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
+
+
+def _labels(folder: Path) -> list[str]:
+    """In the order of the model's outputs."""
+    try:
+        found = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))["id2label"]
+        return [str(found[str(i)]) for i in range(len(found))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(MODEL_CONFIG, error) from error
 
 
 def unreadable(what: str, cause: Exception) -> TrainingFailed:

@@ -14,8 +14,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.models.auto import modeling_auto
+
 from shared.errors import TrainingFailed
-from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, Quantization, TrainerParams
+from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, MethodName, Quantization, TrainerParams
 from shared.training import Recipe
 
 BASE_RATE = 5e-4
@@ -23,9 +25,12 @@ BASE_WIDTH = 2000
 WIDTH_EXPONENT = 0.78
 WIDTH_EXPONENT_QWEN = 0.08
 
+#: Of an adapter beside a head that is trained in full: 4e-4 to 5e-4 at RoBERTa-base's width (Hu et al. 2021, table 9).
+CLASSIFICATION_RATE = 1 / 2
 #: DPO wants a fraction of the rate that answers are learned at; its `beta` auto is that of the paper.
 DPO_RATE = 1 / 40
 BETA = 0.1
+RATES: dict[MethodName, float] = {"supervised": 1.0, "dpo": DPO_RATE, "classification": CLASSIFICATION_RATE}
 
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
@@ -47,6 +52,13 @@ MICRO_BATCH_TOKENS = 2048
 #: A packed row is at least this long. Attention between documents is computed and masked away, so long rows of short
 #: documents waste it: with rows of 30 tokens, SmolLM2-135M on 2 cores trains 518 tokens/s at 128, 473 at 256.
 PACK_LENGTH = 128
+#: Model types that fill in masked words: encoders, unless their config says otherwise; and those that classify.
+MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+#: RoBERTa and its kin count positions from the one after their padding's.
+POSITIONS_AFTER_PADDING = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"}
+)
 #: `eval_every` and `save_every` auto: this often in a run, but a checkpoint at least every so many steps.
 PARTS_OF_A_RUN = 5
 LONGEST_WITHOUT_CHECKPOINT = 100
@@ -54,11 +66,12 @@ LONGEST_WITHOUT_CHECKPOINT = 100
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What the recipe needs to know of a base."""
+    """What the recipe needs to know of a base. One that `writes` is a decoder; an encoder only reads."""
 
     model_type: str
     hidden_size: int
     context: int | None
+    writes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +90,12 @@ def architecture(base_dir: str) -> Architecture:
     try:
         config = json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config") or config
+        model_type, width = config["model_type"], config.get("hidden_size") or config.get("dim") or config["n_embd"]
         context = config.get("max_position_embeddings") or config.get("n_positions")
-        return Architecture(config["model_type"], int(config.get("hidden_size") or config["n_embd"]), context)
+        if context is not None and model_type in POSITIONS_AFTER_PADDING:
+            context -= (config.get("pad_token_id") or 0) + 1
+        reads = model_type in MASKED and not (config.get("is_decoder") or config.get("is_encoder_decoder"))
+        return Architecture(model_type, int(width), context, writes=not reads)
     except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         raise TrainingFailed(
             f"the base model's config.json cannot be used: {error!r}",
@@ -86,6 +103,22 @@ def architecture(base_dir: str) -> Architecture:
             param="model",
             hint="choose a text-generation base; `milliner models` lists what is imported",
         ) from error
+
+
+def check_method(method: MethodName, base: Architecture) -> None:
+    """Raises TrainingFailed for a base that cannot do what the method trains."""
+    if method == "classification":
+        if base.model_type in CLASSIFIERS:
+            return
+        found, hint = "has no classification model in transformers", "choose another base, an encoder for instance"
+    else:
+        if base.writes:
+            return
+        found = f"is an encoder, which reads and does not write; method {method!r} trains what is written"
+        hint = 'choose method "classification", with rows of text and label, or a base that generates text'
+    raise TrainingFailed(
+        f"the base, a {base.model_type}, {found}", code="unsupported_base_model", param="model", hint=hint
+    )
 
 
 def max_length(trainer: TrainerParams, base: Architecture, longest: int) -> int:
@@ -112,9 +145,12 @@ def resolve(
     seed: int,
     base: Architecture,
     size: Size,
+    labels: list[str] | None = None,
 ) -> tuple[Recipe, list[str]]:
-    """The recipe, and what its user should be warned of."""
+    """The recipe, and what its user should be warned of. `labels` are a classification's."""
     asked = method.hyperparameters
+    # A classifier answers once a row, and an encoder's attention sees all of it.
+    packing = trainer.packing and labels is None
     n_epochs = _n_epochs(method, size.rows) if asked.n_epochs == "auto" else asked.n_epochs
     batch_size = _batch_size(size.rows, n_epochs) if asked.batch_size == "auto" else asked.batch_size
     total_steps = -(-size.rows // batch_size) * n_epochs
@@ -127,10 +163,11 @@ def resolve(
     recipe = Recipe(
         method=method.type,
         beta=_beta(asked),
+        labels=labels,
         n_epochs=n_epochs,
         batch_size=batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=learning_rate(base) * multiplier * (DPO_RATE if method.type == "dpo" else 1.0),
+        learning_rate=learning_rate(base) * multiplier * RATES[method.type],
         schedule="cosine",
         warmup_steps=math.ceil(WARMUP_SHARE * total_steps),
         total_steps=total_steps,
@@ -142,10 +179,11 @@ def resolve(
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        loraplus_lr_ratio=lora.loraplus_lr_ratio,
         quantization=quantization,
         max_length=length,
-        packing=trainer.packing,
-        micro_batch=_micro_batch(trainer, size.longest_row, batch_size),
+        packing=packing,
+        micro_batch=_micro_batch(trainer, size.longest_row, batch_size, packing=packing),
         gradient_checkpointing=None if trainer.gradient_checkpointing == "auto" else trainer.gradient_checkpointing,
         save_every=trainer.save_every or min(part, LONGEST_WITHOUT_CHECKPOINT),
         eval_every=trainer.eval_every or part,
@@ -175,9 +213,14 @@ def _beta(asked: Hyperparameters) -> float | None:
 
 
 def _n_epochs(method: Method, rows: int) -> int:
-    """Preferences are soon known by heart, and then the margin grows at the cost of the answers."""
+    """Preferences are soon known by heart, and then the margin grows at the cost of the answers.
+
+    Of a label there is less to learn by heart, and a head to be trained from nothing.
+    """
     if method.type == "dpo":
         return 1
+    if method.type == "classification":
+        return 10 if rows < 1_000 else 5 if rows < 10_000 else 3
     return 3 if rows < 1_000 else 2 if rows < 10_000 else 1
 
 
@@ -189,11 +232,11 @@ def _batch_size(rows: int, n_epochs: int) -> int:
     return batch
 
 
-def _micro_batch(trainer: TrainerParams, longest: int, batch_size: int) -> int:
+def _micro_batch(trainer: TrainerParams, longest: int, batch_size: int, *, packing: bool) -> int:
     """Rows of a forward pass, by the longest that there is. It changes memory and speed, never the gradient."""
     if trainer.micro_batch != "auto":
         return trainer.micro_batch
-    row = max(longest, PACK_LENGTH) if trainer.packing else longest
+    row = max(longest, PACK_LENGTH) if packing else longest
     return max(1, min(batch_size, MICRO_BATCH_TOKENS // row))
 
 

@@ -14,8 +14,8 @@ from peft import PeftModel
 
 from shared.fit import ADAPTER_BYTES
 from shared.memory import MeasuredFit
-from shared.training import FullFineTuning, LossChange, Recipe, Report, Sample, Verdict
-from worker.trainer import bootstrap, checkpoint, memory
+from shared.training import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
+from worker.trainer import bootstrap, checkpoint, labels, memory
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
@@ -36,24 +36,36 @@ def make(
     after: RowScores,
     samples: list[Sample],
     steps: int,
+    kept_step: int,
+    outset: RowScores | None = None,
     trained_tokens: int,
     seconds: float,
     fit: MeasuredFit | None = None,
 ) -> Report:
-    """`before` is the base's score, `after` the tuned model's, on `rows.heldout`; `seconds` were spent in steps."""
+    """`before` is the base's score, `outset` that of the adapter it started from, `after` the tuned model's, all on
+    `rows.heldout`; `seconds` were spent in steps.
+    """
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
     base_parameters = total_parameters - trainable_parameters
+    measured = change(before, after, seed=recipe.seed, source=rows.heldout_source)
+    most = labels.majority(rows.train, rows.heldout) if recipe.labels else None
+    if most is not None:
+        measured.caveats += _label_caveats(most, after.mean, untrained=bool(base.blank))
     carved = rows.heldout_source == "training_file_carved"
     return Report(
         base=before.mean,
         tuned=after.mean,
-        change=change(before, after, seed=recipe.seed, source=rows.heldout_source),
+        change=measured,
+        majority=most,
+        start=outset.mean if outset else None,
+        start_change=change(outset, after, seed=recipe.seed, source=rows.heldout_source) if outset else None,
         samples=samples,
         heldout_source=rows.heldout_source,
         heldout_lines=[row.line for row in rows.heldout] if carved else [],
         quantization=recipe.quantization,
         compute_dtype="bfloat16" if base.compute_dtype == torch.bfloat16 else "float32",
         steps=steps,
+        kept_step=kept_step,
         trained_tokens=trained_tokens,
         trainable_parameters=trainable_parameters,
         total_parameters=total_parameters,
@@ -126,6 +138,18 @@ def _caveats(rows: int, source: HeldoutSource) -> list[str]:
         caveats.append("a single row was held out, which gives no interval; send a validation file")
     elif rows < FEW_ROWS:
         caveats.append(f"only {rows} rows were held out: the interval is narrower than it should be")
+    return caveats
+
+
+def _label_caveats(most: Majority, tuned: Score, *, untrained: bool) -> list[str]:
+    caveats = []
+    if untrained:
+        caveats.append("the base's head is untrained, and its score is chance: compare with the majority label instead")
+    if tuned.token_accuracy <= most.accuracy:
+        caveats.append(
+            f"always answering {most.label!r} would be right on {most.accuracy:.1%} of these rows, and the tuned model "
+            f"is on {tuned.token_accuracy:.1%}"
+        )
     return caveats
 
 

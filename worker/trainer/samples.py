@@ -1,4 +1,4 @@
-"""What base and tuned model write after the same prompts: held-out rows, continued greedily.
+"""What base and tuned model write after the same prompts: held-out rows, continued greedily; or how they label them.
 
 Owns: which rows, where their prompts end, and a decoding loop that draws no random number and heeds no generation
 config. Must leave the model as it was.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from shared.training import Continuation, Sample
+from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only
+from worker.trainer.labelled import Labelled
 from worker.trainer.likelihood import Layout, head
+from worker.trainer.methods import classify
 from worker.trainer.model import Base
 
 ROWS = 4
@@ -29,6 +32,7 @@ PROMPT_TOKENS = {"cpu": 1024, "cuda": 8192}
 PREFIX_SHARE = 0.25
 #: Of a prompt its end is shown, and of a reference its beginning.
 SHOWN_CHARACTERS = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,29 @@ def compare(
     ]
 
 
+def classified(
+    base: Base, adapted: PeftModel, rows: Sequence[Encoded], encoder: Encoder, *, labels: Sequence[str]
+) -> list[Sample]:
+    """A few rows with their labels, and those that base and tuned give them."""
+    chosen = [row for row in _spread(rows) if isinstance(row, Labelled)]
+    given: list[list[str]] = []
+    for adapter in (False, True):
+        with forward_only(base, adapted, adapter=adapter):
+            alone = (collate([[row]], packing=False, pad=encoder.pad).to(base.device) for row in chosen)
+            found = [classify.logits(adapted.get_base_model(), batch)[0] for batch in alone]
+        given.append([labels[int(scores.argmax())] for scores in found])
+    return [
+        Sample(
+            line=row.line,
+            prompt=_beginning("\n".join(_text(encoder, row.ids[row.parts == part].tolist()) for part in row.texts)),
+            reference=row.label,
+            base=Continuation(text=by_base, ended=True),
+            tuned=Continuation(text=by_tuned, ended=True),
+        )
+        for row, by_base, by_tuned in zip(chosen, *given, strict=True)
+    ]
+
+
 def choose(rows: Sequence[Encoded], encoder: Encoder, *, longest: int) -> list[Prompted]:
     """At most ROWS rows, their prompts different and of at most `longest` tokens, spread evenly over the file."""
     fitting: dict[bytes, Prompted] = {}
@@ -86,9 +113,7 @@ def choose(rows: Sequence[Encoded], encoder: Encoder, *, longest: int) -> list[P
         cut = prompt_length(row, bos=len(encoder.bos))
         if cut <= longest and len(row) - cut > 1:
             fitting.setdefault(row.ids[:cut].tobytes(), Prompted(row, cut))
-    found = list(fitting.values())
-    count = min(ROWS, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
+    return _spread(list(fitting.values()))
 
 
 def prompt_length(row: Encoded, *, bos: int) -> int:
@@ -137,6 +162,12 @@ def continue_greedily(
                 return written
             ids, positions = tokens, positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+
+
+def _spread(found: Sequence[T]) -> list[T]:
+    """At most ROWS of them, evenly."""
+    count = min(ROWS, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
 
 
 def _last_logits(model: PreTrainedModel, *, chunked: bool, **inputs: Any) -> tuple[torch.Tensor, Any]:

@@ -27,12 +27,28 @@ TRIED_TOKENS = 256
 
 
 def layout(
-    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, checkpointing: bool | None = None
+    base: Base,
+    rows: Sequence[Row],
+    *,
+    packing: bool,
+    micro_batch: int,
+    pad: int,
+    lanes: int = 1,
+    checkpointing: bool | None = None,
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
 
-    `checkpointing` is the recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
+    A classifier takes none: it reads a row off at one position, and its rows are padded. `checkpointing` is the
+    recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
     """
+    if checkpointing is None:
+        checkpointing = base.device.type == "cuda"
+    checkpointing = checkpointing and base.model.supports_gradient_checkpointing
+    if base.head:
+        plain = Layout(
+            packing=False, chunked=False, micro_batch=micro_batch, pad=pad, lanes=lanes, checkpointing=checkpointing
+        )
+        return plain, []
     tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
     base.model.eval()
@@ -44,14 +60,8 @@ def layout(
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
-    if checkpointing is None:
-        checkpointing = base.device.type == "cuda"
     found = Layout(
-        packing=packing,
-        chunked=chunked,
-        micro_batch=micro_batch,
-        pad=pad,
-        checkpointing=checkpointing and base.model.supports_gradient_checkpointing,
+        packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad, lanes=lanes, checkpointing=checkpointing
     )
     return found, warnings
 

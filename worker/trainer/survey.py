@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from shared import formats
 from shared.training import DataReport, FileReport, LengthBucket, Repeat
+from worker.trainer import labels
 from worker.trainer.data import Dataset
 from worker.trainer.encoding import Encoder, Row, longest_document
 
@@ -30,9 +31,18 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def survey(
-    dataset: Dataset, encoder: Encoder, *, max_length: int, train: Sequence[Row], heldout: Sequence[Row]
+    dataset: Dataset,
+    encoder: Encoder,
+    *,
+    max_length: int,
+    train: Sequence[Row],
+    heldout: Sequence[Row],
+    classes: Sequence[str] | None = None,
 ) -> DataReport:
-    """The training file's numbers. `train` and `heldout` are cut already; `heldout` is empty where it is `train`."""
+    """The training file's numbers. `train` and `heldout` are cut already; `heldout` is empty where it is `train`.
+
+    `classes` are the labels of a classification, of which the rows are counted.
+    """
     rows, read = dataset.train, dataset.report
     lengths = np.sort(np.fromiter((longest_document([row]) for row in rows), dtype=np.int64, count=len(rows)))
     duplicates, duplicate_rows = _duplicates(rows)
@@ -60,6 +70,7 @@ def survey(
         stop_token=encoder.tokenizer.convert_ids_to_tokens(stops.most_common(1)[0][0]) if stops else None,
         double_bos_rows=sum(encoder.has_double_bos(row) for row in rows),
         chat_template_sha256=encoder.template_sha256 if read.format == "chat" else None,
+        labels=labels.counted(rows, classes or []),
     )
 
 
@@ -81,7 +92,7 @@ def doubts(report: DataReport, validation: FileReport | None, *, heldout_rows: i
             f"{report.heldout_overlap_rows} of {heldout_rows} held-out rows are trained on as well "
             f"({_named(report.heldout_overlap)}): the held-out loss flatters"
         )
-    if report.stop_rows < ENOUGH_STOPS * report.rows:
+    if report.stop_rows < ENOUGH_STOPS * report.rows and not report.labels:
         warnings.append(
             f"only {report.stop_rows} of {report.rows} rows end in a trained stop token: a tuned model may not stop by "
             "itself; raise trainer.max_length if the cut takes it"
@@ -132,8 +143,8 @@ def _overlap(train: Sequence[Row], heldout: Sequence[Row]) -> tuple[list[Repeat]
 
 
 def _hashes(rows: Sequence[Row]) -> Hashes:
-    """Of the tokens and of which are trained."""
-    said = (b"".join(part for d in row.documents for part in (d.ids.tobytes(), d.trained.tobytes())) for row in rows)
+    """Of the tokens and of what is learned of them."""
+    said = (b"".join(document.content for document in row.documents) for row in rows)
     digests = (hashlib.blake2b(text, digest_size=8).digest() for text in said)
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), dtype=np.uint64, count=len(rows))
 

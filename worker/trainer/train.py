@@ -13,9 +13,8 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,29 +30,34 @@ from shared.training import Metrics, Recipe, Report, Sample
 from worker.trainer import (
     adapter,
     checkpoint,
+    classifier,
     data,
+    decisions,
     evaluate,
     ladder,
+    lanes,
     lora,
     memory,
     methods,
     model,
-    packing,
+    optimizer,
     rehearsal,
     report,
     samples,
     selftest,
+    start,
 )
-from worker.trainer.batches import batches, trained_tokens
+from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import Tally
+from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
+from worker.trainer.start import Start
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
@@ -79,6 +83,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
+    start: Start | None
     account: memory.Account
     best: Tensors | None
     saved_step: int
@@ -96,6 +101,11 @@ class Run:
 
     def say(self, message: str, level: str = "info") -> None:
         _say(self.emit, self.command.job, message, level)
+
+    def go_on(self) -> None:
+        """Raises Interrupted once a stop is asked for."""
+        if self.stopping():
+            raise evaluate.Interrupted
 
 
 def train(
@@ -119,13 +129,16 @@ def train(
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     memory.begin()
     base = load_base()
+    if recipe.labels is not None:
+        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, warnings = selftest.layout(
         base,
         rows.train,
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
+        lanes=lanes.most(base, recipe),
         checkpointing=recipe.gradient_checkpointing,
-        pad=encoder.eos,
     )
     for warning in warnings:
         _say(emit, job, warning, "warn")
@@ -152,21 +165,29 @@ def _start(
 ) -> Run:
     """The point before the next optimizer step, which is step 0 or where a checkpoint was left."""
     recipe = command.recipe
-    optimizer = torch.optim.AdamW(
-        model.trainable(adapted).values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+    opt = optimizer.make(adapted, recipe)
+    origin = start.read(command.task.start_from, adapted) if command.task.start_from is not None else None
+    if origin is not None:
+        start.put_on(adapted, origin)
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
-        state, best = checkpoint.load(Path(command.resume_from), adapted, optimizer, recipe)
+        state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         lora.let_go(adapted)
     account = memory.open_account(base, command.task, from_step=state.step)
     now = time.monotonic()
-    run = Run(command, emit, stopping, rows, base, adapted, optimizer, rungs, state, account, best, state.step, now)
+    run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, account, best, state.step, now)
     model.keep_activations(adapted, kept=not run.layout.checkpointing)
-    _say_decisions(run)
+    if run.start is not None:
+        run.say(f"it starts as {command.task.start_name}")
+    for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
+        run.say(decision)
+    if state.memory_halvings:
+        run.say(f"memory ran out before: {ladder.difference(rungs[0], run.layout)}, the same mathematically")
+    if state.step:
+        run.say(f"going on from the checkpoint of step {state.step}")
     return run
 
 
@@ -178,7 +199,8 @@ def _finish(run: Run, encoder: Encoder) -> None:
         adapter.write(
             folder,
             run.adapted,
-            encoder.tokenizer,
+            encoder,
+            job=job,
             task=run.command.task,
             recipe=run.recipe,
             report=found,
@@ -193,18 +215,13 @@ def _finish(run: Run, encoder: Encoder) -> None:
 def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    # Once more where only the end is left to do: the proof may have found that the score in the checkpoint is wrong.
-    if run.state.base is None or len(run.state.base_nats) != len(run.rows.heldout) or _is_trained(run):
-        scored = _score(run, adapter=False)
-        run.state.base, run.state.base_nats = scored.mean, scored.nats.tolist()
-        run.say(f"the base alone: loss {run.state.base.loss:.4f} on {len(run.rows.heldout)} held-out rows")
+    _score_outset(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
-    _rehearse(run)
+    rehearsal.rehearse(run, _accumulate, _narrowing)
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
-        if run.stopping():
-            raise evaluate.Interrupted
+        run.go_on()
         trained = _is_trained(run)
         overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
         if trained or overdue or run.state.step % run.recipe.save_every == 0:
@@ -223,29 +240,22 @@ def _loop(run: Run) -> RowScores:
     return _score(run, adapter=True)
 
 
-def _rehearse(run: Run) -> None:
-    """The heaviest micro-batch before all others, and no trace of it: memory that is short is short now, not in hours.
+def _score_outset(run: Run) -> None:
+    """What there was before a step was taken, unless a checkpoint has the scores.
 
-    Left out where it is not worth its time. Asked to stop, raises Interrupted.
+    Once more where only the end is left to do: the proof may have found that a score in the checkpoint is wrong.
     """
-    rows, recipe = run.rows.train, run.recipe
-    if rehearsal.heaviest(rows, recipe, run.layout, step=run.state.step) is None:
-        return
-    random_before = checkpoint.torch_random()
-
-    def act() -> packing.Heaviest | None:
-        found = rehearsal.heaviest(rows, recipe, run.layout, step=run.state.step)
-        if found is not None:
-            examples = data.step_examples(rows, found.step, batch_size=recipe.batch_size, seed=recipe.seed)
-            with rehearsal.as_after_steps(run.adapted, run.optimizer):
-                _accumulate(run, examples, part=found.part)
-        return found
-
-    tried = _narrowing(run, act, when="in the trial of the longest rows")
-    run.optimizer.zero_grad()
-    checkpoint.set_torch_random(random_before)
-    run.account.rehearsed_bytes = memory.peak(run.base.device)
-    run.say(rehearsal.told(tried, run.account))
+    state, rows = run.state, len(run.rows.heldout)
+    if state.base is None or len(state.base_nats) != rows or _is_trained(run):
+        scored = _score(run, adapter=False)
+        state.base, state.base_nats = scored.mean, scored.nats.tolist()
+        untrained = ", which is chance: its head is untrained" if run.base.blank else ""
+        run.say(f"the base alone: loss {state.base.loss:.4f} on {rows} held-out rows{untrained}")
+    if run.start is not None and (state.start is None or len(state.start_nats) != rows or _is_trained(run)):
+        with start.worn(run.adapted, run.start):
+            scored = _score(run, adapter=True)
+        state.start, state.start_nats = scored.mean, scored.nats.tolist()
+        run.say(f"the adapter that it starts from: loss {state.start.loss:.4f}")
 
 
 def _step(run: Run) -> None:
@@ -255,8 +265,7 @@ def _step(run: Run) -> None:
     examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     score = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}").score()
     rate = learning_rate_at(recipe, state.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    optimizer.set_rate(run.optimizer, rate)
     norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
     if not (math.isfinite(score.loss) and math.isfinite(norm)):
         raise _diverged(f"at step {state.step + 1}: loss {score.loss}, gradient norm {norm}")
@@ -284,23 +293,28 @@ def _step(run: Run) -> None:
     )
 
 
-def _accumulate(run: Run, examples: list[Row], *, part: int | None = None) -> Tally:
+def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Tally:
     """The gradient of the mean loss of the whole step, in as many micro-batches as the layout takes.
 
-    Of these, only the `part`-th, if one is named. An error, or Interrupted, leaves no gradient and no random number
-    drawn.
+    Of these, only those of one `turn`, if that is named. An error, or Interrupted, leaves no gradient and no random
+    number drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
+    parameters = list(model.trainable(run.adapted).values())
+
+    def gradients(batch: Batch) -> tuple[Loss, Sequence[torch.Tensor | None]]:
+        with run.base.precision():
+            loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe, start=run.start)
+        # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
+        return loss, torch.autograd.grad(loss.sums.sum() / weight, parameters, allow_unused=True)
+
     random_before = checkpoint.torch_random()
     try:
-        cut = batches(examples, packing=layout.packing, micro_batch=layout.micro_batch, pad=layout.pad)
-        for batch in cut if part is None else islice(cut, part, part + 1):
-            if run.stopping():
-                raise evaluate.Interrupted
-            with run.base.precision():
-                loss = methods.loss(run.adapted, batch.to(run.base.device), layout, run.recipe)
-            # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
-            torch.autograd.backward(loss.sums.sum() / weight)
+        # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
+        for loss, found in lanes.run(gradients, layout.split(examples, turn), layout.lanes, before=run.go_on):
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             tally.add(loss)
     except Exception:
         run.optimizer.zero_grad()
@@ -385,18 +399,9 @@ def _save(run: Run) -> None:
     run.saved_step, run.disk_is_full = run.state.step, False
     run.emit(
         CheckpointSaved(
-            job=run.command.job, step=run.state.step, path=str(folder), metrics=_latest(run.state, run.recipe)
+            job=run.command.job, step=run.state.step, path=str(folder), metrics=checkpoint.latest(run.state)
         )
     )
-
-
-def _latest(state: RunState, recipe: Recipe) -> Metrics:
-    """What is known at this step, the step's own line and its evaluation in one."""
-    merged = Metrics(step=state.step, total_steps=recipe.total_steps)
-    for metrics in state.metrics[-2:]:
-        if metrics.step == state.step:
-            merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
-    return merged
 
 
 def _score(run: Run, *, adapter: bool) -> RowScores:
@@ -408,6 +413,7 @@ def _score(run: Run, *, adapter: bool) -> RowScores:
             run.recipe,
             adapter=adapter,
             layout=run.layout,
+            start=run.start,
             stopping=run.stopping,
         )
 
@@ -441,20 +447,29 @@ def _record(run: Run, metrics: Metrics) -> None:
 def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
     state = run.state
     assert state.base is not None
+    outset = None
+    if state.start is not None:
+        outset = RowScores(state.start, np.array(state.start_nats, np.float32), after.weights)
+    kept = state.best_step if run.best is not None else state.step
     found = report.make(
         run.base,
         run.adapted,
         run.recipe,
         run.rows,
         before=RowScores(state.base, np.array(state.base_nats, np.float32), after.weights),
+        outset=outset,
         after=after,
         samples=_samples(run, encoder),
         steps=state.step,
+        kept_step=state.step if kept is None else kept,
         trained_tokens=state.trained_tokens,
         seconds=state.seconds,
         fit=memory.measured(run.account, run.base.device, run.rows.train, run.recipe, run.layout),
     )
     run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
+    if found.start is not None and found.start_change is not None:
+        verdict = found.start_change.verdict.value
+        run.say(f"from {found.start.loss:.4f} of the adapter that it started from: {verdict}")
     return found
 
 
@@ -462,6 +477,8 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     """None, said aloud, where they cannot be written: a run that is trained and scored must not end for them."""
     try:
         answers = [row.documents[0] for row in run.rows.heldout]
+        if run.recipe.labels is not None:
+            return samples.classified(run.base, run.adapted, answers, encoder, labels=run.recipe.labels)
         return samples.compare(run.base, run.adapted, answers, encoder, layout=run.layout, stopping=run.stopping)
     except evaluate.Interrupted:
         raise
@@ -472,28 +489,6 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
     ladder.free()
     run.say(f"no samples in the report: {reason}", "warn")
     return []
-
-
-def _say_decisions(run: Run) -> None:
-    recipe, layout = run.recipe, run.layout
-    trainable_parameters, total = run.adapted.get_nb_trainable_parameters()
-    run.say(
-        f"{len(run.rows.train)} rows train, {len(run.rows.heldout)} are held out ({run.rows.heldout_source}); "
-        f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs"
-    )
-    run.say(
-        f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}: {trainable_parameters:,} of {total:,} "
-        f"parameters; rate {recipe.learning_rate:.2e}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
-    )
-    run.say(
-        f"base in {recipe.quantization.value} on {run.base.device.type}, computing in "
-        f"{str(run.base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
-        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each"
-    )
-    if run.state.memory_halvings:
-        run.say(f"memory ran out before: {ladder.difference(run.rungs[0], layout)}, the same mathematically")
-    if run.state.step:
-        run.say(f"going on from the checkpoint of step {run.state.step}")
 
 
 def _say(emit: Emit, job: str, message: str, level: str) -> None:

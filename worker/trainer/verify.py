@@ -1,8 +1,8 @@
 """The proof: a published adapter is put on the base by stock PEFT, in a process that trained nothing, and measured.
 
 Owns: what must be true of the two together before a job may say "succeeded". The base's score and the adapter's must
-come out as the report says, and the two must differ. What vLLM would refuse is recorded, and fails nothing. Must only
-read.
+come out as the report says, and the two must differ; so must the adapter and the one that it started from. What vLLM
+would refuse is recorded, and fails nothing. Must only read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,10 +22,23 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas import Quantization
 from shared.training import Proof, Report, Score
-from worker.trainer import checkpoint, data, evaluate, ladder, model, published, selftest, serving
+from worker.trainer import (
+    checkpoint,
+    classifier,
+    data,
+    evaluate,
+    ladder,
+    lanes,
+    model,
+    published,
+    selftest,
+    serving,
+    start,
+)
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
+from worker.trainer.methods import classify
 from worker.trainer.model import Base
 from worker.trainer.prepare import usable
 
@@ -48,27 +63,39 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
-    config = published.config(folder, task)
-    tensors = published.tensors(folder)
+    config = published.config(folder, task, recipe.labels)
+    tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
-    base = model.load_base(task.base_dir, recipe.quantization)
+    base = model.load_base(task.base_dir, recipe.quantization, labels=len(recipe.labels) if recipe.labels else None)
+    if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
+        raise published.foreign_keys(sorted(misnamed))
+    if recipe.labels is not None:
+        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, _ = selftest.layout(
         base,
         rows.train,
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
+        lanes=lanes.most(base, recipe),
         checkpointing=recipe.gradient_checkpointing,
-        pad=encoder.eos,
     )
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     adapted = _put_on(base, folder, tensors)
-    difference = _logit_difference(base, adapted, rows.heldout[:TRIED_ROWS])
+    origin = start.read(task.start_from, adapted) if task.start_from is not None else None
+    tried = rows.heldout[:TRIED_ROWS]
+    difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
+    trained = None
+    if origin is not None:
+        trained = _logit_difference(base, adapted, tried, without=partial(start.worn, adapted, origin))
     off, on = (
-        evaluate.score(base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, stopping=stopping).mean
+        evaluate.score(
+            base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, start=origin, stopping=stopping
+        ).mean
         for adapter in (False, True)
     )
     proof = Proof(
@@ -78,6 +105,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tuned_deviation=abs(on.loss - command.report.tuned.loss),
         tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
+        start_logit_difference=trained,
         tensors=len(tensors),
         tokenizer_sha256=fingerprint,
         vllm=serving.vllm(config, type(base.model).__name__),
@@ -97,6 +125,10 @@ def check(proof: Proof, report: Report) -> None:
         )
     if proof.max_logit_difference == 0:
         raise published.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
+    if proof.start_logit_difference == 0:
+        raise published.no_effect(
+            f"logits on {TRIED_ROWS} held-out rows are those of the adapter that it started from, bit for bit"
+        )
     if not _agree(proof.base, report.base, proof.tolerance):
         raise TrainingFailed(
             f"the base alone does not score as the report says: {_told(proof.base, report.base)}",
@@ -135,16 +167,18 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     return adapted
 
 
-def _logit_difference(base: Base, adapted: PeftModel, rows: Sequence[Row]) -> float:
-    """The largest that the adapter makes, row by row through the model's own forward."""
-    largest = 0.0
+def _logit_difference(
+    base: Base, adapted: PeftModel, rows: Sequence[Row], *, without: Callable[[], AbstractContextManager[None]]
+) -> float:
+    """The largest between the adapter and the model `without` it, row by row through the model's own forward."""
+    largest, logits = 0.0, classify.logits if base.head else own_logits
     adapted.eval()
     with torch.no_grad(), base.precision():
         for row in rows:
             batch = collate([[row.documents[0].cut(TRIED_TOKENS)]], packing=False, pad=0).to(base.device)
-            tuned = own_logits(base.model, batch).float()
-            with adapted.disable_adapter():
-                plain = own_logits(base.model, batch).float()
+            tuned = logits(base.model, batch).float()
+            with without():
+                plain = logits(base.model, batch).float()
             found = float((tuned - plain).abs().max())
             largest = found if math.isnan(found) else max(largest, found)
     return largest

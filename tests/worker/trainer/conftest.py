@@ -18,7 +18,7 @@ import pytest
 from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
 from shared.schemas import Method, MethodName
 from shared.training import Recipe
-from tests.tiny import tiny_gpt2
+from tests.tiny import tiny_encoder, tiny_gpt2
 from worker.trainer import model, samples
 from worker.trainer.encoding import Encoder
 from worker.trainer.prepare import prepare
@@ -38,6 +38,14 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Conv1D layers, learned positions, biases: what is unlike Llama."""
     folder = tmp_path_factory.mktemp("gpt2")
     tiny_gpt2(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An encoder: it reads both ways, and writes nothing."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_encoder(folder, "bert")
     return str(folder)
 
 
@@ -155,7 +163,8 @@ def run(
         observer.events.append(event)
         seen(event)
 
-    load_base = partial(model.load_base, task.base_dir, task.quantization)
+    classes = {"labels": len(command.recipe.labels)} if command.recipe.labels else {}
+    load_base = partial(model.load_base, task.base_dir, task.quantization, **classes)
     train(command, load_base, emit=emit, stopping=observer.stopping)
     return observer
 

@@ -21,12 +21,14 @@ def examples_of(sizes: list[int]) -> list[Encoded]:
     ]
 
 
-@given(sizes=lengths, packing=st.booleans(), micro_batch=st.integers(1, 9))
-def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, micro_batch: int) -> None:
-    examples = examples_of(sizes)
-    found = list(batches(examples, packing=packing, micro_batch=micro_batch, pad=0))
+@given(sizes=lengths, packing=st.booleans(), micro_batch=st.integers(1, 9), lanes=st.integers(1, 3))
+def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, micro_batch: int, lanes: int) -> None:
+    examples, lanes = examples_of(sizes), min(lanes, micro_batch)
+    found = list(batches(examples, packing=packing, micro_batch=micro_batch, pad=0, lanes=lanes))
     assert sum(int((b.targets != IGNORED).sum()) for b in found) == trained_tokens(examples)
-    assert all(len(b.input_ids) <= micro_batch for b in found)
+    rows = [len(b.input_ids) for b in found]
+    assert max(rows) * lanes <= micro_batch
+    assert max(rows) - min(rows) <= 1
     assert all((b.attention_mask is None) == packing for b in found)
     assert all(int(b.position_ids.max()) < max(sizes) for b in found)
 

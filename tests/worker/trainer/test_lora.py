@@ -96,6 +96,7 @@ def test_with_the_adapter_off_the_base_is_heard(put_on: PutOn) -> None:
 def test_a_score_is_pefts_own_to_the_bit(put_on: PutOn) -> None:
     """What is published was measured as any reader of the adapter would."""
     base, adapted = put_on(Quantization.NF4, torch.bfloat16)
+    adapted.eval()
     ids = torch.arange(96).view(4, 24)
     with torch.no_grad(), base.precision():
         ours = base.model(ids).logits

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -55,6 +55,23 @@ def test_prepares_and_trains(child: Child, make_task: MakeTask, write_rows: Writ
     done = child.until(Done)
     assert (done.job, done.report.steps) == ("a", 3)
     assert Path(done.path, "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_a_job_leaves_no_trace_on_the_base_of_the_next_one(
+    child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """One that writes, and classifiers, which share a base with its head."""
+    rows = [{"text": f"hat {i}", "label": i % 3} for i in range(6)]
+    two: dict[str, Any] = {"trainer": {"max_steps": 2}}
+    words = make_task(write_rows(quotes(6)), **two)
+    labels, others = (make_task(write_rows(rows), method="classification", seed=seed, **two) for seed in (7, 8))
+    adapters = []
+    for i, task in enumerate((words, labels, others, labels)):
+        child.send(Prepare(job="f", task=task))
+        recipe = child.until(Prepared).plan.recipe
+        child.send(Train(job="f", task=task, recipe=recipe, work_dir=str(tmp_path / str(i))))
+        adapters.append(Path(child.until(Done).path, "adapter_model.safetensors").read_bytes())
+    assert adapters[1] == adapters[3] != adapters[2]
 
 
 @pytest.mark.parametrize(

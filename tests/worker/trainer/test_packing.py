@@ -59,9 +59,9 @@ def test_heaviest_is_what_the_run_will_meet(
     steps = -(-len(rows) // batch_size) * 2
     recipe = recipe_of(batch_size=batch_size, total_steps=steps, seed=3)
     met = [
-        (tuple(batch.input_ids.shape), step, part)
+        (tuple(batch.input_ids.shape), step, turn)
         for step in range(min(from_step, steps - 1), steps)
-        for part, batch in enumerate(
+        for turn, batch in enumerate(
             batches(
                 data.step_examples(rows, step, batch_size=batch_size, seed=3),
                 packing=packing,
@@ -72,6 +72,6 @@ def test_heaviest_is_what_the_run_will_meet(
     ]
     found = heaviest(rows, recipe, packing=packing, micro_batch=micro_batch, from_step=from_step)
     assert found.tokens == max(count * length for (count, length), *_ in met)
-    assert ((found.rows, found.length), found.step, found.part) == next(
+    assert ((found.rows, found.length), found.step, found.turn) == next(
         one for one in met if one[0][0] * one[0][1] == found.tokens
     )

@@ -28,9 +28,11 @@ CHAT = {
 
 
 @pytest.fixture
-def look(make_task: MakeTask, write_rows: WriteRows) -> Any:
-    def ask(rows: Rows, *, count: int = 5, lines: list[int] | None = None, **trainer: Any) -> PreviewOut:
-        task = make_task(write_rows(rows), trainer=trainer)
+def look(llama: str, make_task: MakeTask, write_rows: WriteRows) -> Any:
+    def ask(
+        rows: Rows, *, count: int = 5, lines: list[int] | None = None, base_dir: str = llama, **trainer: Any
+    ) -> PreviewOut:
+        task = make_task(write_rows(rows), base_dir=base_dir, trainer=trainer)
         return preview(Preview(job="p", task=task, rows=count, lines=lines))
 
     return ask
@@ -72,6 +74,13 @@ def test_a_text_is_trained_from_its_second_token(look: Any) -> None:
     assert not row.segments[0].trained
     assert (len(row.segments[0].ids), whole.endswith(trained)) == (1, True)
     assert row.trained_tokens == row.tokens - 1
+
+
+def test_a_row_to_be_classified_has_a_label_and_no_trained_token(bert: str, look: Any) -> None:
+    out = look([{"premise": "a hat", "hypothesis": "it is felt", "label": 2}], base_dir=bert)
+    whole, trained = spans(out.rows[0])
+    assert (whole, trained) == ("<|im_start|>a hat<|im_end|>it is felt<|im_end|>", [])
+    assert (out.format, out.rows[0].label, out.rows[0].trained_tokens) == ("classification", "2", 0)
 
 
 def test_what_is_shown_is_what_is_trained_on(

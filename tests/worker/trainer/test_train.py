@@ -142,6 +142,9 @@ def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: 
     evaluations = [e.metrics.valid_loss for e in observer.of(Measured) if e.metrics.valid_loss is not None]
     assert report.steps == len(evaluations) < 120
     assert report.tuned.loss == min(evaluations)
+    assert report.kept_step == 1 + evaluations.index(min(evaluations)) < report.steps
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"; the adapter is that of step {report.kept_step} |" in card
     assert any("stopping early" in notice.message for notice in observer.of(Notice))
 
 

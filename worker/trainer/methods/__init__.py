@@ -1,4 +1,4 @@
-"""Training methods, a file each: what a batch's likelihoods mean for the gradient.
+"""Training methods, a file each: what a batch means for the gradient.
 
 To add one: a file with `loss`, its branch here, its settings in `shared.schemas`, its defaults in `trainer/recipe.py`.
 """
@@ -13,19 +13,25 @@ from shared.training import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
-from worker.trainer.methods import dpo, sft
+from worker.trainer.methods import classify, dpo, sft
 from worker.trainer.methods.loss import Loss, Tally
+from worker.trainer.start import Start
 
 __all__ = ["Loss", "Tally", "loss", "weight"]
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe) -> Loss:
-    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean."""
+def loss(adapted: PeftModel, batch: Batch, layout: Layout, recipe: Recipe, *, start: Start | None = None) -> Loss:
+    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean.
+
+    `start` is the adapter that training began with, if it did with one.
+    """
+    if recipe.labels is not None:
+        return classify.loss(adapted.get_base_model(), batch, recipe.labels)
     if recipe.beta is not None:
-        return dpo.loss(adapted, batch, layout, beta=recipe.beta)
+        return dpo.loss(adapted, batch, layout, beta=recipe.beta, start=start)
     return sft.loss(adapted.get_base_model(), batch, layout)
 
 
 def weight(examples: Sequence[Row], recipe: Recipe) -> int:
-    """What the examples weigh together in a mean: pairs count alike, answers by their trained tokens."""
-    return len(examples) if recipe.method == "dpo" else trained_tokens(examples)
+    """What the examples weigh together in a mean: pairs and labels count alike, answers by their trained tokens."""
+    return trained_tokens(examples) if recipe.method == "supervised" else len(examples)

@@ -1,8 +1,9 @@
 """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The reference is the same model with the adapter off, so that it costs a forward pass and no memory. Both passes are in
-train mode: LLM.int8() computes otherwise in evaluation. So the base must have no dropout of its own (`put_on` sees to
-that), or the two would differ by chance. Must not know how likelihoods are computed.
+The reference is what training began with: the same model with the adapter off, or with the adapter that it started as.
+So it costs a forward pass and no model. Both passes are in train mode: LLM.int8() computes otherwise in evaluation. So
+the base must have no dropout of its own (`put_on` sees to that), or the two would differ by chance. Must not know how
+likelihoods are computed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from torch.nn import functional
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import Layout, likelihood
 from worker.trainer.methods.loss import Loss
+from worker.trainer.start import Start, worn
 
 
-def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float) -> Loss:
-    """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the base.
+def loss(adapted: PeftModel, batch: Batch, layout: Layout, *, beta: float, start: Start | None = None) -> Loss:
+    """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the
+    reference.
 
     Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
     """
-    with torch.no_grad(), adapted.disable_adapter():
+    with torch.no_grad(), adapted.disable_adapter() if start is None else worn(adapted, start):
         reference = likelihood(adapted.get_base_model(), batch, layout).nats
     tuned = likelihood(adapted.get_base_model(), batch, layout)
     gains = reference - tuned.nats

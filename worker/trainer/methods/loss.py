@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 
 from shared.training import Score
+from worker.trainer.labels import macro_f1
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,8 @@ class Loss:
 
     `sums` (examples,) is its loss in nats, differentiable and not yet divided by anything; `counts` is what it weighs
     in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. Of preferences alone:
-    `margins` (examples,), their reward margins, and `chosen_nats` (examples,), what the chosen answers cost.
+    `margins` (examples,), their reward margins, and `chosen_nats` (examples,), what the chosen answers cost. Of
+    classification alone: `answers`, the label that each has and the one it was given, by their places.
     """
 
     lines: tuple[int, ...]
@@ -25,6 +28,7 @@ class Loss:
     tokens: tuple[int, ...]
     margins: torch.Tensor | None = None
     chosen_nats: torch.Tensor | None = None
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -39,12 +43,14 @@ class Tally:
     chosen_nats: float = 0.0
     wins: float = 0.0
     pairs: int = 0
+    answers: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def add(self, loss: Loss) -> None:
         self.nats += loss.sums.detach().sum().item()
         self.weight += sum(loss.counts)
         self.hits += int(loss.hits.sum().item())
         self.tokens += sum(loss.tokens)
+        self.answers.update(loss.answers)
         if loss.margins is not None and loss.chosen_nats is not None:
             self.chosen_nats += loss.chosen_nats.sum().item()
             self.margins += loss.margins.sum().item()
@@ -60,4 +66,5 @@ class Tally:
             reward_accuracy=self.wins / self.pairs if self.pairs else None,
             reward_margin=self.margins / self.pairs if self.pairs else None,
             chosen_loss=self.chosen_nats / self.tokens if self.pairs else None,
+            macro_f1=macro_f1(self.answers) if self.answers else None,
         )

@@ -1,0 +1,32 @@
+"""The benchmark of a GPU runs on a tiny shape without one; no figure is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from shared import architecture
+
+
+def test_quick_run_leaves_every_case(tmp_path: Path) -> None:
+    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(found["results"]) == len(gpu.CASES)
+    assert all(one["tokens_per_second"] > 0 for one in found["results"])
+    assert "| tiny | nf4, 2 x 64 packed |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_shapes_are_those_of_the_models_they_are_named_after() -> None:
+    """As their model cards give it: 8.03 and 7.62 billion."""
+    sizes = {name: architecture.read(shape).total for name, shape in gpu.SHAPES.items()}
+    assert sizes == {"Llama-3.1-8B": 8_030_261_248, "Qwen2.5-7B": 7_615_616_512}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is none")
+def test_without_a_device_it_says_so() -> None:
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main([])

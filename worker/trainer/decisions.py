@@ -1,0 +1,31 @@
+"""What a run is about to do, in the words of its events: every number that "auto" came to.
+
+Must not decide anything.
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from shared.training import Recipe
+from worker.trainer.likelihood import Layout
+from worker.trainer.model import Base
+from worker.trainer.prepare import Rows
+
+
+def lines(recipe: Recipe, rows: Rows, base: Base, adapted: PeftModel, layout: Layout) -> list[str]:
+    """One an event."""
+    trainable, total = adapted.get_nb_trainable_parameters()
+    plus = "" if recipe.loraplus_lr_ratio is None else f" ({recipe.loraplus_lr_ratio:g} times that for B)"
+    labels = recipe.labels or []
+    head = f"{len(labels)} labels, from {', '.join(base.head)}: trained in full; such rows are never packed"
+    return [
+        f"{len(rows.train)} rows train, {len(rows.heldout)} are held out ({rows.heldout_source}); "
+        f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs",
+        f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}: {trainable:,} of {total:,} parameters; "
+        f"rate {recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
+        f"base in {recipe.quantization.value} on {base.device.type}, computing in "
+        f"{str(base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
+        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each",
+        *([head] if labels else []),
+    ]
