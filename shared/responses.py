@@ -97,7 +97,7 @@ class Job(Wire):
     dry_run: bool
     plan: Plan | None
     progress: Progress | None
-    fit: Fit | None
+    fit: Fit | None = None
     report: Report | None
     adapter: AdapterOut | None
 
