@@ -49,10 +49,10 @@ def begin() -> None:
         return
 
 
-def open_account(base: Base, task: Task, *, from_step: int) -> Account:
+def open_account(base: Base, task: Task, recipe: Recipe, *, from_step: int) -> Account:
     device = machine.describe(base.device, memory_bytes=task.device_memory_bytes)
     same = (known.weighings for known in task.devices if (known.kind, known.name) == (device.kind, device.name))
-    return Account(device, known_architecture(task.base_dir), next(same, []), from_step)
+    return Account(device, known_architecture(task.base_dir, recipe), next(same, []), from_step)
 
 
 def peak(on: torch.device) -> int:

@@ -36,7 +36,7 @@ class Sized:
 
 def size(task: Task, recipe: Recipe, rows: Sequence[Row]) -> Sized:
     """Raises TrainingFailed: even one row at a time is too much for every device that has reported itself."""
-    base = known_architecture(task.base_dir)
+    base = known_architecture(task.base_dir, recipe)
     try:
         if base is None:
             return Sized(recipe, None, [])
@@ -49,12 +49,13 @@ def size(task: Task, recipe: Recipe, rows: Sequence[Row]) -> Sized:
     return Sized(chosen, PlannedFit(rows=found.rows, length=found.length, peaks=peaks), _warnings(chosen, peaks))
 
 
-def known_architecture(base_dir: str) -> Architecture | None:
-    """The base's, if it is one that fit.py can do arithmetic on."""
+def known_architecture(base_dir: str, recipe: Recipe) -> Architecture | None:
+    """The base's, as the recipe trains it, if it is one that fit.py can do arithmetic on."""
     try:
-        return architecture.read(json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8")))
+        base = architecture.read(json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8")))
     except InvalidRequest:
         return None
+    return base if recipe.labels is None else architecture.classifier(base, labels=len(recipe.labels))
 
 
 def setup(recipe: Recipe, found: Heaviest, *, kind: Kind, checkpointing: bool) -> Setup:

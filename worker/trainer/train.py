@@ -176,7 +176,7 @@ def _start(
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         lora.let_go(adapted)
-    account = memory.open_account(base, command.task, from_step=state.step)
+    account = memory.open_account(base, command.task, recipe, from_step=state.step)
     now = time.monotonic()
     run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, account, best, state.step, now)
     model.keep_activations(adapted, kept=not run.layout.checkpointing)
