@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench bench-full bench-gpu check format lock clean
+.PHONY: help setup demo up down test soak bench bench-fit bench-full bench-gpu check format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ bench: setup ## our trainer against TRL's on this machine, about eight minutes; 
 
 bench-full: setup ## a LoRA against full fine-tuning on this machine, about three minutes; figures go to benchmarks/results
 	$(BIN)/python -m benchmarks.lora_and_full
+
+bench-fit: setup ## memory predicted against measured on this machine, about six minutes; figures go to benchmarks/results
+	$(BIN)/python -m benchmarks.fit
 
 bench-gpu: setup ## our training step on a CUDA device, on random weights in the shapes of 7B and 8B models
 	$(BIN)/python -m benchmarks.gpu

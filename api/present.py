@@ -6,6 +6,7 @@ import time
 from datetime import datetime
 
 from shared import storage
+from shared.memory import Fit
 from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobEvent
 from shared.responses import AdapterOut, Artifact, Event, Progress
 from shared.responses import Checkpoint as CheckpointOut
@@ -74,6 +75,7 @@ def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
         dry_run=job.dry_run,
         plan=plan,
         progress=progress,
+        fit=_fit(plan, report),
         report=report,
         adapter=_adapter_out(adapter) if adapter else None,
     )
@@ -132,6 +134,17 @@ def _resolved(recipe: Recipe) -> Method:
     """The method as asked for, with a number for each "auto"."""
     names = ["n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if recipe.method == "dpo" else [])]
     return Method.of(recipe.method, **{name: getattr(recipe, name) for name in names})
+
+
+def _fit(plan: Plan | None, report: Report | None) -> Fit | None:
+    """Of the run, once there was one; until then the most that any of the workers would have to give."""
+    if report is not None and report.fit is not None:
+        found = report.fit
+        return Fit(predicted_bytes=found.predicted_bytes, measured_bytes=found.measured_bytes, device=found.device.name)
+    if plan is None or plan.fit is None:
+        return None
+    most = max(plan.fit.peaks, key=lambda peak: peak.predicted_bytes)
+    return Fit(predicted_bytes=most.predicted_bytes, measured_bytes=None, device=most.name)
 
 
 def _adapter_out(adapter: Adapter) -> AdapterOut:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine
 from shared import architecture, fit
+from shared.memory import Kind
 from shared.schemas import Quantization
 from shared.training import Recipe
 from worker.trainer import methods, model
@@ -51,7 +52,7 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 8192,
 }  # fmt: skip
 RANK, WARM_UP, STEPS = 16, 2, 6
-DEVICES: dict[str, fit.Kind] = {"cuda": "cuda", "cpu": "cpu"}
+DEVICES: dict[str, Kind] = {"cuda": "cuda", "cpu": "cpu"}
 #: Tokens of the documents that are packed: short ones, as conversations are.
 DOCUMENT = 256
 #: The rows of --quick are shorter by this.
@@ -139,6 +140,7 @@ def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: fl
     base = model.load_base(str(folder), case.quantization)
     recipe = _recipe(case)
     adapted = model.put_on(base, recipe)
+    model.keep_activations(adapted, kept=base.device.type != "cuda")
     if compiled:
         base.model.get_decoder().compile()
     parameters = list(model.trainable(adapted).values())

@@ -61,11 +61,17 @@ def verdict(item: Estimate) -> RenderableType:
     table.add_column("", style="dim", overflow="fold")
     for part, meaning in _MEANINGS.items():
         table.add_row(part, size(getattr(item.memory, part)), meaning)
+    if item.memory.correction:
+        table.add_row("correction", _signed(item.memory.correction), "what earlier runs took beyond that, or less")
     table.add_row("total", Text(size(item.memory.total), style="bold"), _setting(item))
     lines = [Text(f"{counts.trained:,} of {counts.total + counts.trained:,} parameters trained")]
     if item.tokens is not None and item.seconds is not None:
         lines.append(Text(f"about {duration(item.seconds)} for {item.n_epochs} x {item.tokens:,} tokens"))
     return Group(table, *lines, _fit(item), *(Text(f"assumed: {words}", style="dim") for words in item.assumptions))
+
+
+def _signed(number: int) -> str:
+    return ("-" if number < 0 else "+") + size(abs(number))
 
 
 def _fit(item: Estimate) -> Text:

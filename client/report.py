@@ -70,6 +70,10 @@ def _cost(item: Report) -> Table:
     table.add_row("base in memory", frozen, f"{size(item.base_fp32_bytes)}")
     state = f"{size(full.total_bytes)} for weights, gradients and AdamW alone"
     table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in all", state)
+    if item.fit is not None:
+        off = item.fit.measured_bytes / item.fit.predicted_bytes - 1
+        predicted = f"{size(item.fit.measured_bytes)} on {item.fit.device.name}"
+        table.add_row("of the device", f"{predicted}; predicted {size(item.fit.predicted_bytes)} ({off:+.1%})", "")
     speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
     kept = f" (the adapter is that of step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
     table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps{kept}: {speed}", "")

@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shared.memory import PredictedPeak
 from shared.responses import Event, File, Job, Model
 from shared.schemas import State
 from shared.training import (
@@ -172,7 +173,16 @@ def plan(item: Plan) -> RenderableType:
     if recipe.labels is not None:
         grid.add_row("method", f"{recipe.method}, {len(recipe.labels)} labels")
     grid.add_row("base", f"{recipe.quantization}, rows up to {recipe.max_length:,} tokens")
+    if item.fit is not None:
+        grid.add_row("memory", "; ".join(map(_peak, item.fit.peaks)))
     return Group(grid, *(Text(f"! {warning}", style="yellow") for warning in item.warnings))
+
+
+def _peak(item: PredictedPeak) -> str:
+    """`about 5.2 GB of the 24.0 GB of an NVIDIA A10`, or on which kind of device, where none is known."""
+    if item.name is None:
+        return f"about {size(item.predicted_bytes)} on a {'GPU' if item.kind == 'cuda' else 'CPU'}"
+    return f"about {size(item.predicted_bytes)} of the {size(item.memory_bytes)} of {item.name}"
 
 
 def _add_data(grid: Table, item: DataReport) -> None:

@@ -6,6 +6,7 @@ Pure. Must not know about HTTP or tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,8 +15,9 @@ from pydantic import Field
 from shared import architecture, fit
 from shared.architecture import Architecture, Config
 from shared.errors import InvalidRequest
-from shared.fit import Change, Kind, Memory, ParameterCount, Setup
-from shared.schemas import Auto, Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
+from shared.fit import Change, Memory, ParameterCount, Setup
+from shared.memory import Kind, Weighing
+from shared.schemas import Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
 
 #: English in JSON lines, keys and quotes included; anything from 2 to 6 is common.
 BYTES_A_TOKEN = 4
@@ -29,8 +31,8 @@ MANY_ROWS = 20_000
 class EstimateCreate(Request):
     """A job's own fields, and what it would run on.
 
-    `gradient_checkpointing` "auto" is what our workers do: on a GPU, and not on a CPU. `device_flops` is what the
-    device sustains in 16-bit training, in FLOP a second.
+    `trainer.gradient_checkpointing` "auto" is taken as on for a GPU, off for a CPU. `device_flops` is what the device
+    sustains in 16-bit training, in FLOP a second.
     """
 
     model: Text
@@ -40,7 +42,6 @@ class EstimateCreate(Request):
     lora: Lora = Lora()
     quantization: Quantization = Quantization.NF4
     trainer: TrainerParams = TrainerParams()
-    gradient_checkpointing: Auto | bool = "auto"
     device: Kind = "cuda"
     device_memory_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     device_flops: Annotated[float, Field(ge=1e6, le=1e21, allow_inf_nan=False)] | None = None
@@ -90,8 +91,13 @@ def guess(*, rows: int, size: int) -> Data:
     return Data(rows=rows, tokens=-(-size // BYTES_A_TOKEN), longest_row=None, source="file_size")
 
 
-def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Estimate:
-    """The answer for a base's config.json. Raises InvalidRequest: an unknown architecture, a setting it cannot bear."""
+def estimate(
+    request: EstimateCreate, config: Config, data: Data | None, weighings: Sequence[Weighing] = ()
+) -> Estimate:
+    """The answer for a base's config.json, corrected by what its runs took on such a device.
+
+    Raises InvalidRequest: an unknown architecture, a setting it cannot bear.
+    """
     base = architecture.read(config)
     classifies = request.method is not None and request.method.type == "classification"
     if classifies:
@@ -99,7 +105,7 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
     asked = _knobs(request)
     assumptions: list[str] = ["the head has two labels"] if classifies and base.causal else []
     setup = _setup(request, asked, base, data, assumptions)
-    peak, flop = fit.memory(base, setup), fit.flop_per_token(base, setup)
+    peak, flop = fit.memory(base, setup, weighings), fit.flop_per_token(base, setup)
     n_epochs, tokens, seconds = None, None, None
     if data is not None:
         n_epochs = _n_epochs(data.rows, classifies=classifies) if asked.n_epochs == "auto" else asked.n_epochs
@@ -107,6 +113,8 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
         seconds = _seconds(request, flop, _trained_tokens(request, asked, data, tokens, n_epochs), assumptions)
         if data.source == "file_size":
             assumptions.append(f"tokens are the file's bytes divided by {BYTES_A_TOKEN}; a dry run counts them")
+    if weighings:
+        assumptions.append(f"corrected by what {len(weighings)} earlier runs of this base took on such a device")
     fits = None if request.device_memory_bytes is None else peak.total <= request.device_memory_bytes
     return Estimate(
         model=request.model,
@@ -121,8 +129,8 @@ def estimate(request: EstimateCreate, config: Config, data: Data | None) -> Esti
         device=setup.device,
         device_memory_bytes=request.device_memory_bytes,
         fits=fits,
-        change=fit.change(base, setup, request.device_memory_bytes or 0) if fits is False else None,
-        smallest=fit.smallest(base, setup),
+        change=fit.change(base, setup, request.device_memory_bytes or 0, weighings) if fits is False else None,
+        smallest=fit.smallest(base, setup, weighings),
         tokens=tokens,
         tokens_source=data.source if data else None,
         flop_per_token=flop,
@@ -148,7 +156,7 @@ def _knobs(request: EstimateCreate) -> Hyperparameters:
 def _setup(
     request: EstimateCreate, asked: Hyperparameters, base: Architecture, data: Data | None, assumptions: list[str]
 ) -> Setup:
-    lora, trainer, checkpointing = request.lora, request.trainer, request.gradient_checkpointing
+    lora, trainer, checkpointing = request.lora, request.trainer, request.trainer.gradient_checkpointing
     if trainer.max_length != "auto" and base.context is not None and trainer.max_length > base.context:
         raise InvalidRequest(
             f"max_length is {trainer.max_length:,}; this base attends to at most {base.context:,} tokens",

@@ -8,12 +8,13 @@ and against published figures. Bytes are bytes, GB are 1e9.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from shared.architecture import Architecture, Linear
 from shared.errors import InvalidRequest
+from shared.memory import Kind, Weighing, corrected
 from shared.schemas import Quantization, Wire
 
 #: Compute, and whatever of the base is not quantized, is bf16; the adapter, its gradient and AdamW's two moments fp32.
@@ -30,8 +31,6 @@ NF4_BOOKS = 4 * (16 + 256 + 1)
 LOGIT_BYTES = 10
 #: A packed row is at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
 PACK_LENGTH = 128
-#: Blocks that come and go leave gaps.
-FRAGMENTATION = 0.05
 
 SHORTEST_ROW = 64
 FEWEST_BITS = (Quantization.NONE, Quantization.INT8, Quantization.NF4)
@@ -43,22 +42,25 @@ class Device:
 
     `context_bytes` are there before anything is loaded. `chunk_bytes` of fp32 logits are held at once (`CHUNK_BYTES` of
     worker/trainer/likelihood.py); 4-bit matrices stay dequantized up to `resident_bytes` (`RESIDENT_BYTES` of
-    worker/trainer/lora.py). `flops` are sustained in 16-bit training, a second.
+    worker/trainer/lora.py). What comes and goes takes `moving` times what the model counts. `flops` are sustained in
+    16-bit training, a second.
     """
 
     context_bytes: int
+    moving: float
     chunk_bytes: int
     resident_bytes: int
     flops: float
     described: str
 
 
-Kind = Literal["cuda", "cpu"]
 DEVICES: dict[Kind, Device] = {
     # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
-    "cuda": Device(500_000_000, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
+    # Blocks that come and go leave gaps.
+    "cuda": Device(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
     # An interpreter with torch and transformers; SmolLM2 at 613 tokens/s on two cores is 0.36 TFLOP/s.
-    "cpu": Device(700_000_000, 16 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
+    # The heap's gaps are wide on a CPU: 1.07 to 1.28 was measured, its fused layers included, by shape of the batch.
+    "cpu": Device(480_000_000, 1.15, 16 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
 }
 
 
@@ -100,7 +102,8 @@ class ParameterCount(Wire):
 class Memory(Wire):
     """Bytes at the moment of the peak; they add up to `total`. `head` is 0 where the peak is inside a layer.
 
-    `overhead` is the device's context and fragmentation; what torch says it has allocated is the rest.
+    `overhead` is the device's context and fragmentation; what torch says it has allocated is the rest. `correction` is
+    what earlier runs of the base on such a device took beyond all of that, or below 0, less.
     """
 
     weights: int
@@ -109,6 +112,7 @@ class Memory(Wire):
     head: int
     dequantized: int
     overhead: int
+    correction: int = 0
     total: int
 
 
@@ -161,13 +165,19 @@ def weights(base: Architecture, quantization: Quantization, *, element_bytes: in
     return sum(_matrix(linear, quantization, element_bytes) for linear in base.linears) + element_bytes * rest
 
 
-def memory(base: Architecture, setup: Setup) -> Memory:
-    """The peak of one micro-batch's forward and backward; the optimizer's step comes when the activations are gone."""
+def memory(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = ()) -> Memory:
+    """The peak of one micro-batch's forward and backward; the optimizer's step comes when the activations are gone.
+
+    Corrected by what earlier runs of this base took on such a device.
+    """
     adapter = ADAPTER_BYTES * trained(base, setup)
     activations, head = _moving(base, setup)
     dequantized = _dequantized(base, setup)
-    overhead = DEVICES[setup.device].context_bytes + round(FRAGMENTATION * (activations + head + dequantized))
+    device = DEVICES[setup.device]
+    overhead = device.context_bytes + round((device.moving - 1) * (activations + head))
     base_bytes = weights(base, setup.quantization)
+    computed = base_bytes + adapter + activations + head + dequantized + overhead
+    total = corrected(weighings, computed)
     return Memory(
         weights=base_bytes,
         adapter=adapter,
@@ -175,7 +185,8 @@ def memory(base: Architecture, setup: Setup) -> Memory:
         head=head,
         dequantized=dequantized,
         overhead=overhead,
-        total=base_bytes + adapter + activations + head + dequantized + overhead,
+        correction=total - computed,
+        total=total,
     )
 
 
@@ -193,19 +204,19 @@ def flop_per_token(base: Architecture, setup: Setup) -> int:
     return matrices + (12 + 2 * again) * pairs
 
 
-def change(base: Architecture, setup: Setup, device_bytes: int) -> Change | None:
+def change(base: Architecture, setup: Setup, device_bytes: int, weighings: Sequence[Weighing] = ()) -> Change | None:
     """The first single setting that makes it fit, changed no more than it must be; None if none does.
 
     What costs least comes first: rows at a time, checkpointing (half as much time again), length (cut rows), bits.
     """
     for param, value, narrower in _narrower(setup):
-        total = memory(base, narrower).total
+        total = memory(base, narrower, weighings).total
         if total <= device_bytes:
             return Change(param=param, value=value, total=total)
     return None
 
 
-def smallest(base: Architecture, setup: Setup) -> int:
+def smallest(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = ()) -> int:
     """The peak with all of these settings at their least: on less memory, this base cannot be trained at this rank."""
     least = replace(
         setup,
@@ -214,7 +225,7 @@ def smallest(base: Architecture, setup: Setup) -> int:
         max_length=min(setup.max_length, SHORTEST_ROW),
         quantization=Quantization.NF4,
     )
-    return memory(base, least).total
+    return memory(base, least, weighings).total
 
 
 def _narrower(setup: Setup) -> Iterator[tuple[str, int | bool | Quantization, Setup]]:
@@ -223,7 +234,7 @@ def _narrower(setup: Setup) -> Iterator[tuple[str, int | bool | Quantization, Se
         rows = setup.micro_batch >> i
         yield "trainer.micro_batch", rows, replace(setup, micro_batch=rows)
     if not setup.checkpointing:
-        yield "gradient_checkpointing", True, replace(setup, checkpointing=True)
+        yield "trainer.gradient_checkpointing", True, replace(setup, checkpointing=True)
     for length in range((setup.max_length - 1) // SHORTEST_ROW * SHORTEST_ROW, 0, -SHORTEST_ROW):
         yield "trainer.max_length", length, replace(setup, max_length=length)
     for quantization in FEWEST_BITS[FEWEST_BITS.index(setup.quantization) + 1 :]:

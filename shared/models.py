@@ -236,6 +236,33 @@ class Preview(Base):
     finished_at: Mapped[datetime | None]
 
 
+class DeviceReport(Base):
+    """What a training worker has said that it trains on; see shared/devices.py."""
+
+    __tablename__ = "devices"
+
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    memory_bytes: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class MemoryWeighing(Base):
+    """What one job's run took of its device, beside what was computed; `digest` is the base's."""
+
+    __tablename__ = "memory_weighings"
+    __table_args__ = (Index("ix_memory_weighings_base", "digest", "quantization", "kind", "created_at"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    digest: Mapped[str]
+    quantization: Mapped[str]
+    kind: Mapped[str]
+    name: Mapped[str]
+    computed_bytes: Mapped[int]
+    measured_bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
 class Adapter(Base):
     """The published result of one job, known to clients as `name`.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from shared.memory import KnownDevice
 from shared.preview import PreviewOut
 from shared.schemas import ExportName, Lora, Method, Phase, Quantization, TrainerParams
 from shared.training import Export, Metrics, Plan, Proof, Recipe, Report
@@ -19,6 +20,7 @@ class Task(BaseModel):
     """All that the child is told about a job. Paths are absolute and local.
 
     `start_from` is a folder with the adapter that training begins with, and `start_name` what its owner calls it.
+    `devices` are those that training workers have reported; `device_memory_bytes` what a run may take, 0 all there is.
     """
 
     base_dir: str
@@ -37,6 +39,8 @@ class Task(BaseModel):
     seed: int
     torch_threads: int = 0
     full_finetuning_bytes: int | None = None
+    devices: list[KnownDevice] = []
+    device_memory_bytes: int = 0
     max_row_bytes: int
     silence_seconds: float | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
+from shared.memory import Fit
 from shared.schemas import (
     Hyperparameters,
     Integration,
@@ -99,6 +100,7 @@ class Job(Wire):
     dry_run: bool
     plan: Plan | None
     progress: Progress | None
+    fit: Fit | None = None
     report: Report | None
     adapter: AdapterOut | None
 

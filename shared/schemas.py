@@ -223,6 +223,7 @@ class TrainerParams(Request):
     max_length: Auto | Annotated[int, Field(ge=8, le=131072)] = "auto"
     packing: bool = True
     micro_batch: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
+    gradient_checkpointing: Auto | bool = "auto"
     max_steps: Annotated[int, Field(ge=1)] | None = None
     eval_every: Annotated[int, Field(ge=1)] | None = None
     save_every: Annotated[int, Field(ge=1)] | None = None

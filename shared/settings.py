@@ -91,6 +91,9 @@ class Settings(BaseSettings):
     )
     cache_bytes: int = Field(200 * 1024**3, description="Disk budget of the base-model cache; least used goes first.")
     min_free_bytes: int = Field(1024**3, description="Free disk under `cache_dir` below which a worker takes no job.")
+    device_memory_bytes: int = Field(
+        0, description="Memory that a training run may take; 0 means all that its device has."
+    )
     torch_threads: int = Field(0, description="CPU threads of a trainer; 0 leaves the choice to torch.")
     log_level: str = Field("INFO", description="Lowest level that is logged.")
     log_json: bool = Field(True, description="Logs as JSON lines; false prints them for people.")

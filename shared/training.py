@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
+from shared.memory import MeasuredFit, PlannedFit
 from shared.schemas import ExportName, MethodName, Quantization, Text, Wire
 
 
@@ -19,6 +20,7 @@ class Recipe(Wire):
 
     `labels` are a classification's: the model answers with a label's place in this list.
     With `full_finetuning` all weights are trained: `r` and `alpha` are 0, and the rest of the LoRA's is not used.
+    `gradient_checkpointing` is null where no device was known: then a GPU does it and a CPU does not.
     """
 
     method: MethodName = "supervised"
@@ -45,6 +47,7 @@ class Recipe(Wire):
     max_length: int
     packing: bool
     micro_batch: int
+    gradient_checkpointing: bool | None = None
     save_every: int
     eval_every: int | None
     early_stopping: int | None
@@ -119,7 +122,10 @@ class DataReport(FileReport):
 
 
 class Plan(Wire):
-    """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact."""
+    """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact.
+
+    `fit` is null for a base whose architecture shared/architecture.py does not know.
+    """
 
     rows: int
     heldout_rows: int
@@ -131,6 +137,7 @@ class Plan(Wire):
     warnings: list[str]
     recipe: Recipe
     data: DataReport | None = None
+    fit: PlannedFit | None = None
 
 
 class Score(Wire):
@@ -259,6 +266,7 @@ class Report(Wire):
     train_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    fit: MeasuredFit | None = None
 
 
 class Servable(Wire):

@@ -3,7 +3,7 @@
 A ring wakes a slot; the slot claims jobs from Postgres until there are none, and where it prepares, it answers previews
 first. SIGTERM sets one byte of shared memory that every slot looks at: a running job checkpoints, goes back to the
 queue, and the slot ends. The first slot of a worker also collects the bucket's garbage and asks whether this machine
-will be taken away.
+will be taken away. Every slot that trains says what device it trains on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shared.manifest import private_key
 from shared.queue import Queue, celery_app
 from shared.settings import get_settings
 from shared.telemetry import bind, configure, log
-from worker import cache, garbage, notice, preview, sweeper, tracking
+from worker import cache, devices, garbage, notice, preview, sweeper, tracking
 from worker.runner import Outcome, run_next
 
 app = celery_app()
@@ -110,6 +110,8 @@ def _slot_started(**_: Any) -> None:
     bind(worker=_owner)
     sweeper.start(Event())
     Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot four seconds to be up
+    if Queue.TRAIN in app.amqp.queues.consume_from:
+        devices.announce(_slot())
     if _slot() == 0:
         garbage.start(Event(), head_start=random())
         notice.start(Event(), _drain_worker)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared import attempts, jobs, storage
+from shared import attempts, devices, jobs, storage
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
@@ -347,6 +347,9 @@ class Attempt:
                 exports=[export.model_dump(mode="json") for export in exported.exports],
                 signed_by=signed_by,
             )
+            if done.report.fit is not None:
+                devices.report(session, done.report.fit.device)
+                devices.weigh(session, job, done.report.fit)
             file = publishing.result_row(job, result)
             return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from shared import attempts, storage
+from shared import attempts, devices, storage
 from shared.db import session_scope
+from shared.memory import KnownDevice
 from shared.models import BaseModel, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
@@ -42,6 +43,7 @@ def stage(
         start_from=_start(job, work_dir, patience) if queue is Queue.TRAIN else None,
         start_name=job.start_name,
         seed=job.seed,
+        known_devices=patience.do(lambda: _devices(base, request)),
         silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
     )
     if queue is Queue.PREPARE:
@@ -66,6 +68,7 @@ def task_of(
     training_file: Path,
     validation_file: Path | None,
     seed: int,
+    known_devices: Sequence[KnownDevice] = (),
     start_from: Path | None = None,
     start_name: str | None = None,
     silence_seconds: float | None = None,
@@ -89,6 +92,8 @@ def task_of(
         seed=seed,
         torch_threads=settings.torch_threads,
         full_finetuning_bytes=settings.full_finetuning_bytes,
+        devices=list(known_devices),
+        device_memory_bytes=settings.device_memory_bytes,
         max_row_bytes=settings.max_row_bytes,
         silence_seconds=silence_seconds,
     )
@@ -137,6 +142,11 @@ def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -
         tell("info", f"Resuming from the checkpoint of step {checkpoint.step}")
         return folder
     return None
+
+
+def _devices(base: BaseModel, request: JobCreate) -> list[KnownDevice]:
+    with session_scope() as session:
+        return devices.known(session, digest=base.digest, quantization=request.quantization)
 
 
 def _checkpoints(job: Job) -> Sequence[Checkpoint]:

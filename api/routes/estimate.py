@@ -7,6 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.deps import SessionDep, TenantDep
+from shared import devices
 from shared.errors import NotFound
 from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.jobs import get_base, live_file
@@ -21,7 +22,8 @@ def create_estimate(body: EstimateCreate, tenant: TenantDep, session: SessionDep
     """Memory and time of a job by arithmetic, from the base's config.json and what is known of the file."""
     base = get_base(session, body.model)
     data = _data(session, tenant.id, body.training_file, base.name) if body.training_file is not None else None
-    return estimate(body, base.config, data)
+    weighings = devices.weighings(session, digest=base.digest, quantization=body.quantization, kind=body.device)
+    return estimate(body, base.config, data, weighings)
 
 
 def _data(session: Session, tenant_id: str, file_id: str, base: str) -> Data:

@@ -1,4 +1,4 @@
-"""What was proven of an adapter and who signed it; previews of datasets; what a job starts from.
+"""Proofs of adapters and who signed them; previews; what a job starts from; memory that training has and takes.
 
 Revision ID: 0003
 Revises: 0002
@@ -46,6 +46,30 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_previews"),
     )
     op.create_index("ix_previews_waiting", "previews", ["created_at"], postgresql_where=sa.text("finished_at IS NULL"))
+    op.create_table(
+        "devices",
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("memory_bytes", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("seen_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
+        sa.PrimaryKeyConstraint("kind", "name", "memory_bytes", name="pk_devices"),
+    )
+    op.create_table(
+        "memory_weighings",
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("digest", sa.Text(), nullable=False),
+        sa.Column("quantization", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("computed_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("measured_bytes", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_memory_weighings_job_id_jobs"),
+        sa.PrimaryKeyConstraint("job_id", name="pk_memory_weighings"),
+    )
+    op.create_index("ix_memory_weighings_base", "memory_weighings", ["digest", "quantization", "kind", "created_at"])
     for column in STARTS:
         op.add_column("jobs", sa.Column(column, sa.Text(), nullable=True))
     op.create_check_constraint(op.f("ck_jobs_start_whole"), "jobs", f"num_nulls({', '.join(STARTS)}) IN (0, 3)")
@@ -55,6 +79,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     for column in reversed(STARTS):
         op.drop_column("jobs", column)
+    op.drop_table("memory_weighings")
+    op.drop_table("devices")
     op.drop_table("previews")
     op.drop_column("adapters", "signed_by")
     op.drop_column("adapters", "exports")

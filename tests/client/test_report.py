@@ -129,6 +129,20 @@ def test_a_plan_names_the_labels() -> None:
     assert "stop" not in text
 
 
+def test_predicted_memory_stands_beside_what_was_measured() -> None:
+    fit = {
+        "device": {"kind": "cpu", "name": "a CPU", "memory_bytes": 16_000_000_000},
+        "rows": 8,
+        "length": 128,
+        "computed_bytes": 2_000_000_000,
+        "predicted_bytes": 2_500_000_000,
+        "rehearsed_bytes": None,
+        "measured_bytes": 2_600_000_000,
+    }
+    text = drawn(report.document(Report.model_validate(REPORT | {"fit": fit})))
+    assert "2.6 GB on a CPU; predicted 2.5 GB (+4.0%)" in text
+
+
 def test_what_a_model_writes_does_not_command_the_terminal() -> None:
     sample = SAMPLE | {"tuned": {"text": "\x1b]0;owned\x07\n\tfine\x9b2J", "ended": True}}
     text = drawn(report.document(Report.model_validate(REPORT | {"samples": [sample]})))

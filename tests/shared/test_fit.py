@@ -229,7 +229,7 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup, *, fuse
     [
         ({"micro_batch": 8, "max_length": 2048}, 12 * GIB, "trainer.micro_batch", 4),
         ({"micro_batch": 8, "max_length": 2048}, 9 * GIB, "trainer.micro_batch", 1),
-        ({"max_length": 2048, "checkpointing": False}, 12 * GIB, "gradient_checkpointing", True),
+        ({"max_length": 2048, "checkpointing": False}, 12 * GIB, "trainer.gradient_checkpointing", True),
         ({"max_length": 8192}, 11 * GIB, "trainer.max_length", 7296),
         ({"quantization": Quantization.NONE, "max_length": 512}, 12 * GIB, "quantization", Quantization.INT8),
         ({"quantization": Quantization.NONE, "max_length": 512}, 9 * GIB, "quantization", Quantization.NF4),

@@ -60,6 +60,8 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
     assert (extra["phase"], extra["reason"], extra["attempt"]) == (None, "completed", 1)
     assert extra["progress"]["percent"] == 100
     assert extra["report"]["tuned"]["loss"] < extra["report"]["base"]["loss"]
+    assert 0 < extra["fit"]["predicted_bytes"] < 2 * extra["fit"]["measured_bytes"]
+    assert extra["fit"]["device"] == extra["report"]["fit"]["device"]["name"]
     names = {file["path"] for file in extra["adapter"]["files"]}
     assert names >= {
         "adapter_model.safetensors",

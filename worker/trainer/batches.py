@@ -1,6 +1,7 @@
 """Encoded rows → tensors: packed rows or padded ones.
 
-Owns: how examples share a row, and the arithmetic of positions and targets. Must not know about models or epochs.
+Owns: the arithmetic of positions and targets; which examples share a row is `packing.py`'s. Must not know about models
+or epochs.
 
 In a packed row the documents are kept apart by `position_ids` that start again at 0 and by the *absence* of an
 attention mask: transformers then builds a block-diagonal mask by itself. With a mask, or with a cache, it would not.
@@ -8,7 +9,6 @@ attention mask: transformers then builds a block-diagonal mask by itself. With a
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ import torch
 
 from worker.trainer.encoding import Encoded, Row
 from worker.trainer.labelled import Labelled
-from worker.trainer.recipe import PACK_LENGTH
+from worker.trainer.packing import micro_batches
 
 #: The target of a position that predicts nothing trained, as in torch's cross entropy.
 IGNORED = -100
@@ -63,33 +63,8 @@ def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: in
     They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
     Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
     """
-    rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
-    rounds = -(-len(rows) // (micro_batch // lanes * lanes))
-    parts = min(len(rows), rounds * lanes)
-    for part in range(parts):
-        mine = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
-        documents = [[d for e in row for d in e.documents] for row in mine]
-        yield collate(documents if packing else [[d] for row in documents for d in row], packing=packing, pad=pad)
-
-
-def pack(examples: Sequence[Row]) -> list[list[Row]]:
-    """Best-fit decreasing: each example goes to the fullest row that still has room, the longest first.
-
-    Rows hold at most max(PACK_LENGTH, the longest example) tokens.
-    """
-    capacity = max(PACK_LENGTH, max(map(len, examples), default=0))
-    rows: list[list[Row]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for example in sorted(examples, key=lambda e: (-len(e), e.line)):
-        fullest = bisect_left(room, (len(example), 0))
-        if fullest < len(room):
-            left, row = room.pop(fullest)
-        else:
-            left, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(example)
-        insort(room, (left - len(example), row))
-    return rows
+    for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch, lanes=lanes):
+        yield collate(rows, packing=packing, pad=pad)
 
 
 def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Batch:

@@ -146,6 +146,15 @@ def set_torch_random(tensors: Tensors) -> None:
             torch.cuda.set_rng_state(tensors[key], i)
 
 
+def latest(run: RunState) -> Metrics:
+    """What is known at this step, the step's own line and its evaluation in one."""
+    merged = Metrics(step=run.step, total_steps=run.recipe.total_steps)
+    for metrics in run.metrics[-2:]:
+        if metrics.step == run.step:
+            merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
+    return merged
+
+
 def write_metrics(path: Path, metrics: list[Metrics]) -> None:
     path.write_text("".join(m.model_dump_json(exclude_none=True) + "\n" for m in metrics), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The way down when memory runs out: fewer rows at a time, then no packing.
+"""The way down when memory runs out: fewer rows at a time, then activations computed anew, then no packing.
 
 Owns: the rungs, and letting go of what a failed try held. Every rung gives the same gradient but for rounding, because
 a loss is divided by the tokens of its whole optimizer step. Must not know about steps or checkpoints.
@@ -13,16 +13,20 @@ from dataclasses import replace
 import torch
 
 from worker.trainer.likelihood import Layout
+from worker.trainer.model import Base
 from worker.trainer.recipe import PACK_LENGTH
 
 
-def rungs(widest: Layout, *, longest: int) -> list[Layout]:
+def rungs(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
     """From the widest layout down: each halves the rows of a micro-batch. `longest` counts the tokens of an example.
 
-    A packed row holds up to PACK_LENGTH tokens; where every example is shorter, one alone is the last resort.
+    Then, if the base knows how, activations are no longer kept. A packed row holds up to PACK_LENGTH tokens; where
+    every example is shorter, one alone is the last resort.
     """
     sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
     found = [replace(widest, micro_batch=size, lanes=min(widest.lanes, size)) for size in sizes]
+    if base.model.supports_gradient_checkpointing and not widest.checkpointing:
+        found.append(replace(found[-1], checkpointing=True))
     if widest.packing and longest < PACK_LENGTH:
         found.append(replace(found[-1], packing=False))
     return found
@@ -32,6 +36,8 @@ def difference(wider: Layout, narrower: Layout) -> str:
     """What a step down changes, in the words of an event."""
     if wider.packing and not narrower.packing:
         return "rows hold one example each, unpacked"
+    if wider.checkpointing != narrower.checkpointing:
+        return "activations are computed anew in backward"
     return f"micro-batch {wider.micro_batch} → {narrower.micro_batch}"
 
 

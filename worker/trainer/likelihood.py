@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 class Layout:
     """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
 
-    `micro_batch` rows are in memory at a time, shared out among `lanes` (see `lanes.py`).
+    `micro_batch` rows are in memory at a time, shared out among `lanes` (see `lanes.py`). With
+    `checkpointing` backward computes each layer anew rather than keep its activations.
     """
 
     packing: bool
@@ -46,10 +48,12 @@ class Layout:
     micro_batch: int
     pad: int
     lanes: int = 1
+    checkpointing: bool = False
 
-    def split(self, examples: Sequence[Row]) -> Iterator[Batch]:
-        """Examples as micro-batches of this layout."""
-        return batches(examples, packing=self.packing, micro_batch=self.micro_batch, pad=self.pad, lanes=self.lanes)
+    def split(self, examples: Sequence[Row], turn: int | None = None) -> Iterator[Batch]:
+        """Examples as micro-batches of this layout; only those of a `turn` (from 0), which are in memory together."""
+        cut = batches(examples, packing=self.packing, micro_batch=self.micro_batch, pad=self.pad, lanes=self.lanes)
+        return cut if turn is None else islice(cut, turn * self.lanes, (turn + 1) * self.lanes)
 
 
 @dataclass(frozen=True, slots=True)

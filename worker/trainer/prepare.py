@@ -12,7 +12,7 @@ from shared.errors import TrainingFailed
 from shared.fit import FULL_BYTES
 from shared.protocol import Task
 from shared.training import Plan
-from worker.trainer import data, labels, recipe
+from worker.trainer import data, labels, recipe, sizing
 from worker.trainer.encoding import Encoder, Row, longest_document
 from worker.trainer.exports import allowed
 from worker.trainer.survey import doubts, survey
@@ -53,6 +53,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         size=recipe.Size(len(rows.train), longest, max(map(len, rows.train))),
         labels=classes,
     )
+    sized = sizing.size(task, resolved, rows.train)
     apart = rows.heldout if rows.heldout_source != "training_file" else []
     found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart, classes=classes)
     return Plan(
@@ -69,9 +70,11 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
             *doubts(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
             *(labels.doubts(found.labels, rows.train) if classes else []),
             *warnings,
+            *sized.warnings,
         ],
-        recipe=resolved,
+        recipe=sized.recipe,
         data=found,
+        fit=sized.fit,
     )
 
 

@@ -189,6 +189,7 @@ def resolve(
         max_length=length,
         packing=packing,
         micro_batch=_micro_batch(trainer, size.longest_row, batch_size, packing=packing),
+        gradient_checkpointing=None if trainer.gradient_checkpointing == "auto" else trainer.gradient_checkpointing,
         save_every=trainer.save_every or min(part, LONGEST_WITHOUT_CHECKPOINT),
         eval_every=trainer.eval_every or part,
         early_stopping=trainer.early_stopping,

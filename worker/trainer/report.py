@@ -5,7 +5,6 @@ Owns: what a Report says and the arithmetic behind it. Must not run the model: `
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from shared.fit import ADAPTER_BYTES
+from shared.memory import MeasuredFit
 from shared.training import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
-from worker.trainer import bootstrap, checkpoint, labels
+from worker.trainer import bootstrap, checkpoint, labels, memory
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
@@ -40,6 +40,7 @@ def make(
     outset: RowScores | None = None,
     trained_tokens: int,
     seconds: float,
+    fit: MeasuredFit | None = None,
 ) -> Report:
     """`before` is the base's score, `outset` that of the adapter it started from, `after` the tuned model's, all on
     `rows.heldout`; `seconds` were spent in steps.
@@ -75,6 +76,7 @@ def make(
         train_seconds=round(seconds, 3),
         tokens_per_second=round(trained_tokens / seconds, 1) if seconds else 0.0,
         peak_memory_bytes=_peak_memory(base.device),
+        fit=fit,
     )
 
 
@@ -154,4 +156,4 @@ def _label_caveats(most: Majority, tuned: Score, *, untrained: bool) -> list[str
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.process_peak()

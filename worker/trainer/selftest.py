@@ -27,14 +27,28 @@ TRIED_TOKENS = 256
 
 
 def layout(
-    base: Base, rows: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1
+    base: Base,
+    rows: Sequence[Row],
+    *,
+    packing: bool,
+    micro_batch: int,
+    pad: int,
+    lanes: int = 1,
+    checkpointing: bool | None = None,
 ) -> tuple[Layout, list[str]]:
     """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
 
-    A classifier takes none: it reads a row off at one position, and its rows are padded.
+    A classifier takes none: it reads a row off at one position, and its rows are padded. `checkpointing` is the
+    recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
     """
+    if checkpointing is None:
+        checkpointing = base.device.type == "cuda"
+    checkpointing = checkpointing and base.model.supports_gradient_checkpointing
     if base.head:
-        return Layout(packing=False, chunked=False, micro_batch=micro_batch, pad=pad, lanes=lanes), []
+        plain = Layout(
+            packing=False, chunked=False, micro_batch=micro_batch, pad=pad, lanes=lanes, checkpointing=checkpointing
+        )
+        return plain, []
     tried = [document.cut(TRIED_TOKENS) for row in rows[:TRIED_ROWS] for document in row.documents]
     warnings = []
     base.model.eval()
@@ -46,7 +60,10 @@ def layout(
             packing = False
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
-    return Layout(packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad, lanes=lanes), warnings
+    found = Layout(
+        packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad, lanes=lanes, checkpointing=checkpointing
+    )
+    return found, warnings
 
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:

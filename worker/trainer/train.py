@@ -36,9 +36,11 @@ from worker.trainer import (
     ladder,
     lanes,
     lora,
+    memory,
     methods,
     model,
     optimizer,
+    rehearsal,
     report,
     samples,
     selftest,
@@ -82,6 +84,7 @@ class Run:
     rungs: list[Layout]
     state: RunState
     start: Start | None
+    account: memory.Account
     best: Tensors | None
     saved_step: int
     save_tried_at: float
@@ -124,6 +127,7 @@ def train(
     encoder = Encoder(task.base_dir)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
+    memory.begin()
     base = load_base()
     if recipe.labels is not None:
         classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
@@ -134,6 +138,7 @@ def train(
         micro_batch=recipe.micro_batch,
         pad=encoder.eos if recipe.labels is None else encoder.pad,
         lanes=lanes.most(base, recipe),
+        checkpointing=recipe.gradient_checkpointing,
     )
     for warning in warnings:
         _say(emit, job, warning, "warn")
@@ -167,12 +172,14 @@ def _start(
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
-    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         lora.let_go(adapted)
+    account = memory.open_account(base, command.task, recipe, from_step=state.step)
     now = time.monotonic()
-    run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, best, state.step, now)
+    run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, account, best, state.step, now)
+    model.keep_activations(adapted, kept=not run.layout.checkpointing)
     if run.start is not None:
         run.say(f"it starts as {command.task.start_name}")
     for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
@@ -210,6 +217,7 @@ def _loop(run: Run) -> RowScores:
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     _score_outset(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
+    rehearsal.rehearse(run, _accumulate, _narrowing)
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
@@ -222,6 +230,7 @@ def _loop(run: Run) -> RowScores:
             break
         _step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
+    ladder.free()  # what a CPU's heap has kept of activations would be added to what comes now
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
         run.latest = None
@@ -284,10 +293,11 @@ def _step(run: Run) -> None:
     )
 
 
-def _accumulate(run: Run, examples: list[Row]) -> Tally:
+def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Tally:
     """The gradient of the mean loss of the whole step, in as many micro-batches as the layout takes.
 
-    An error, or Interrupted, leaves no gradient and no random number drawn.
+    Of these, only those of one `turn`, if that is named. An error, or Interrupted, leaves no gradient and no random
+    number drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
     parameters = list(model.trainable(run.adapted).values())
@@ -301,7 +311,7 @@ def _accumulate(run: Run, examples: list[Row]) -> Tally:
     random_before = checkpoint.torch_random()
     try:
         # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
-        for loss, found in lanes.run(gradients, layout.split(examples), layout.lanes, before=run.go_on):
+        for loss, found in lanes.run(gradients, layout.split(examples, turn), layout.lanes, before=run.go_on):
             for parameter, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -326,6 +336,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
         wider = run.layout
         run.state.memory_halvings += 1
         lora.let_go(run.adapted)
+        model.keep_activations(run.adapted, kept=not run.layout.checkpointing)
         change = ladder.difference(wider, run.layout)
         run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
@@ -388,18 +399,9 @@ def _save(run: Run) -> None:
     run.saved_step, run.disk_is_full = run.state.step, False
     run.emit(
         CheckpointSaved(
-            job=run.command.job, step=run.state.step, path=str(folder), metrics=_latest(run.state, run.recipe)
+            job=run.command.job, step=run.state.step, path=str(folder), metrics=checkpoint.latest(run.state)
         )
     )
-
-
-def _latest(state: RunState, recipe: Recipe) -> Metrics:
-    """What is known at this step, the step's own line and its evaluation in one."""
-    merged = Metrics(step=state.step, total_steps=recipe.total_steps)
-    for metrics in state.metrics[-2:]:
-        if metrics.step == state.step:
-            merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
-    return merged
 
 
 def _score(run: Run, *, adapter: bool) -> RowScores:
@@ -462,6 +464,7 @@ def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
         kept_step=state.step if kept is None else kept,
         trained_tokens=state.trained_tokens,
         seconds=state.seconds,
+        fit=memory.measured(run.account, run.base.device, run.rows.train, run.recipe, run.layout),
     )
     run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
     if found.start is not None and found.start_change is not None:

@@ -85,8 +85,9 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         micro_batch=recipe.micro_batch,
         pad=encoder.eos if recipe.labels is None else encoder.pad,
         lanes=lanes.most(base, recipe),
+        checkpointing=recipe.gradient_checkpointing,
     )
-    rungs = ladder.rungs(layout, longest=max(map(len, rows.train)))
+    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     architecture = type(base.model).__name__
     adapted: Adapted

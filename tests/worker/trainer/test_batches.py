@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.trainer.batches import IGNORED, batches, collate, pack, trained_tokens
+from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.encoding import Encoded
 from worker.trainer.recipe import PACK_LENGTH
 
@@ -31,18 +31,6 @@ def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, m
     assert max(rows) - min(rows) <= 1
     assert all((b.attention_mask is None) == packing for b in found)
     assert all(int(b.position_ids.max()) < max(sizes) for b in found)
-
-
-@given(sizes=lengths)
-def test_packed_rows_hold_each_example_and_no_more_than_fits(sizes: list[int]) -> None:
-    examples = examples_of(sizes)
-    rows = pack(examples)
-    assert sorted(e.line for row in rows for e in row) == list(range(len(examples)))
-    capacity = max(PACK_LENGTH, *sizes)
-    filled = [sum(map(len, row)) for row in rows]
-    assert max(filled) <= capacity
-    # Best fit leaves no two rows that would have gone into one.
-    assert sum(sorted(filled)[:2]) > capacity or len(rows) == 1
 
 
 def test_packed_row_restarts_positions_and_predicts_nothing_across_a_seam() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
+from shared.schemas import Quantization
 from tests.tiny import tiny_tokenizer
 from worker.trainer import checkpoint, ladder, model
 from worker.trainer.batches import Batch
@@ -37,12 +38,15 @@ def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
     )
 
 
-def test_rungs_halve_and_then_unpack_what_is_short() -> None:
+def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llama: str) -> None:
+    base = model.load_base(llama, Quantization.NONE)
     narrow = [replace(WIDEST, micro_batch=rows) for rows in (5, 2, 1)]
-    unpacked = replace(WIDEST, micro_batch=1, packing=False)
-    assert ladder.rungs(WIDEST, longest=PACK_LENGTH) == narrow
-    assert ladder.rungs(WIDEST, longest=PACK_LENGTH - 1) == [*narrow, unpacked]
-    assert ladder.rungs(replace(WIDEST, packing=False), longest=9) == [replace(rung, packing=False) for rung in narrow]
+    anew = replace(WIDEST, micro_batch=1, checkpointing=True)
+    unpacked = replace(anew, packing=False)
+    assert ladder.rungs(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
+    assert ladder.rungs(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
+    assert ladder.rungs(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
+    assert ladder.rungs(replace(anew, packing=False), base, longest=9) == [unpacked]
 
 
 def test_narrower_run_comes_to_the_same_but_for_rounding(
@@ -87,6 +91,7 @@ def test_last_resort_is_one_example_without_packing(
     observer = run(task, tmp_path, packing=True, micro_batch=2)
     assert [message.partition(",")[0] for message in warnings_of(observer)] == [
         "out of memory at step 1: micro-batch 2 → 1",
+        "out of memory at step 1: activations are computed anew in backward",
         "out of memory at step 1: rows hold one example each",
     ]
     assert observer.of(Done)
@@ -170,7 +175,7 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
         assert limited == pytest.approx(free, rel=0.02)
 
 
-def wide_base(folder: Path) -> str:
+def wide_base(folder: Path, *, positions: int = 256) -> str:
     """Few parameters and large activations."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -180,7 +185,7 @@ def wide_base(folder: Path) -> str:
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         eos_token_id=2,
         bos_token_id=None,
         pad_token_id=2,

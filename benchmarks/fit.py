@@ -1,0 +1,202 @@
+"""Peak memory predicted against measured, on this machine: `python -m benchmarks.fit`.
+
+Owns: the cases and the table. Each is two runs of the real trainer child, `prepare` and `train` in one process, a few
+steps of rows that are all about as long. Off before is the arithmetic alone; off after is the second run, predicted
+from the first; off from others is the first, corrected by the other cases alone. Writes fit.json and fit.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.train import ROOT, bundled
+from shared.memory import MeasuredFit, Weighing, corrected
+from shared.protocol import EVENT, Done, Failed, Prepare, Prepared, Task, Train
+from shared.schemas import Lora, Method, Quantization, TrainerParams
+
+#: Rows and steps of a run, rows that are scored; all but the words are drawn once.
+BATCH, STEPS, HELDOUT, RANK, SEED = 32, 3, 2, 16, 7
+WORDS = ["a", "felt", "hat", "with", "the", "brim", "of", "straw", "and", "silk", "ribbon", "for", "her", "head"]
+#: The goal: how far off a prediction may be, before a base was ever trained on a machine and after.
+BEFORE, AFTER = 0.05, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """At most `micro_batch` rows at a time, of `words` words or, packed, of several such documents."""
+
+    quantization: Quantization
+    words: int
+    micro_batch: int
+    checkpointing: bool = False
+    packing: bool = False
+
+    @property
+    def name(self) -> str:
+        how = ", checkpointed" * self.checkpointing + ", packed" * self.packing
+        return f"{self.quantization.value}, {self.micro_batch} rows{how}"
+
+
+CASES = (
+    Case(Quantization.NF4, 40, 16, packing=True),
+    Case(Quantization.NF4, 120, 4),
+    Case(Quantization.NF4, 120, 16),
+    Case(Quantization.NF4, 480, 4),
+    Case(Quantization.NF4, 480, 4, checkpointing=True),
+    Case(Quantization.INT8, 120, 8),
+    Case(Quantization.NONE, 120, 8),
+)
+QUICK = (Case(Quantization.NONE, 20, 2),)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.fit", description=__doc__)
+    parser.add_argument("--base", type=Path, help="a base's folder (default: the bundled SmolLM2-135M-Instruct)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--quick", action="store_true", help="one small case: does it run?")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="milliner-bench-") as scratch:
+        found = weigh(Path(scratch), base=args.base, cases=QUICK if args.quick else CASES)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "fit.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = table(found)
+    (args.out / "fit.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def weigh(scratch: Path, *, base: Path | None, cases: tuple[Case, ...]) -> dict[str, Any]:
+    """Everything that was predicted and measured."""
+    described = machine.describe()
+    base = base or bundled(scratch / "base")
+    runs = [[run(case, base, scratch / f"{number}-{turn}") for turn in range(2)] for number, case in enumerate(cases)]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "make bench-fit",
+        "machine": described,
+        "versions": machine.versions(),
+        "base": base.name,
+        "cases": [
+            asdict(case)
+            | {"name": case.name, "rows": first.rows, "length": first.length}
+            | {"computed_bytes": first.computed_bytes, "measured_bytes": [first.measured_bytes, second.measured_bytes]}
+            | {"after_bytes": corrected([_weighing(first)], second.computed_bytes)}
+            | {"from_others_bytes": corrected(_others(cases, runs, number), first.computed_bytes)}
+            for number, (case, (first, second)) in enumerate(zip(cases, runs, strict=True))
+        ],
+    }
+
+
+def run(case: Case, base: Path, work: Path) -> MeasuredFit:
+    """Prepare and train in one fresh child."""
+    work.mkdir()
+    task = _task(case, base, work)
+    with (work / "log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=ROOT,
+        )
+    with child:
+        _send(child, Prepare(job="bench", task=task))
+        assert child.stdin is not None
+        assert child.stdout is not None
+        for line in child.stdout:
+            event = EVENT.validate_json(line)
+            if isinstance(event, Prepared):
+                _send(child, Train(job="bench", task=task, recipe=event.plan.recipe, work_dir=str(work)))
+            elif isinstance(event, Done):
+                child.stdin.close()
+                if event.report.fit is None:
+                    sys.exit(f"{base.name}: no architecture that memory is predicted for")
+                return event.report.fit
+            elif isinstance(event, Failed):
+                sys.exit(f"the trainer failed: {event.message}")
+    sys.exit(f"the trainer ended early:\n{(work / 'log').read_text()}")
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: a line a case, and the goal."""
+    about = found["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        f"`{found['command']}` on {found['date']}: {about['cpu']}, {about['cores']} cores; {packages}.",
+        f"{found['base']}, r={RANK}, all linear modules; peak resident bytes of the trainer process.",
+        "",
+        "| case | tokens at once | computed | measured | off before | again | off after | off from others |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    worst = {"before": 0.0, "after": 0.0}
+    for case in found["cases"]:
+        first, second = case["measured_bytes"]
+        before, after = case["computed_bytes"] / first - 1, case["after_bytes"] / second - 1
+        others = case["from_others_bytes"] / first - 1
+        worst = {"before": max(worst["before"], abs(before)), "after": max(worst["after"], abs(after))}
+        lines.append(
+            f"| {case['name']} | {case['rows']} x {case['length']} | {case['computed_bytes'] / 1e9:.3f} GB "
+            f"| {first / 1e9:.3f} GB | {before:+.1%} | {second / 1e9:.3f} GB | {after:+.1%} | {others:+.1%} |"
+        )
+    goals = {"before": BEFORE, "after": AFTER}
+    told = "; ".join(f"{worst[when]:.1%} {when} (goal: {goals[when]:.0%})" for when in goals)
+    return "\n".join([*lines, "", f"At worst {told}."]) + "\n"
+
+
+def _task(case: Case, base: Path, work: Path) -> Task:
+    drawn, paths = random.Random(SEED), (work / "train.jsonl", work / "validation.jsonl")
+    for path, rows in zip(paths, (BATCH * STEPS, HELDOUT), strict=True):
+        texts = [{"text": " ".join(drawn.choices(WORDS, k=case.words))} for _ in range(rows)]
+        path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    return Task(
+        base_dir=str(base),
+        base_name=base.name,
+        base_revision="0" * 40,
+        training_file=str(paths[0]),
+        validation_file=str(paths[1]),
+        method=Method.of("supervised", n_epochs=1, batch_size=BATCH),
+        lora=Lora(r=RANK),
+        quantization=case.quantization,
+        trainer=TrainerParams(
+            packing=case.packing,
+            micro_batch=case.micro_batch,
+            gradient_checkpointing=case.checkpointing,
+            max_steps=STEPS,
+        ),
+        seed=SEED,
+        max_row_bytes=1 << 20,
+    )
+
+
+def _others(cases: tuple[Case, ...], runs: list[list[MeasuredFit]], number: int) -> list[Weighing]:
+    """Of the same base as it is held: what a server would have, had it not seen this case."""
+    return [
+        _weighing(first)
+        for other, (case, (first, _)) in enumerate(zip(cases, runs, strict=True))
+        if other != number and case.quantization is cases[number].quantization
+    ]
+
+
+def _weighing(fit: MeasuredFit) -> Weighing:
+    return Weighing(computed_bytes=fit.computed_bytes, measured_bytes=fit.measured_bytes)
+
+
+def _send(child: subprocess.Popen[bytes], command: Prepare | Train) -> None:
+    assert child.stdin is not None
+    child.stdin.write(command.model_dump_json().encode() + b"\n")
+    child.stdin.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""What one run took says what the next will take."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.memory import Weighing, corrected, correction
+
+
+def weighing(computed: int, measured: int) -> Weighing:
+    return Weighing(computed_bytes=computed, measured_bytes=measured)
+
+
+def test_what_nobody_has_weighed_is_as_computed() -> None:
+    assert corrected([], 12_345) == 12_345
+
+
+def test_a_run_that_is_done_again_takes_what_it_took() -> None:
+    runs = [weighing(1_000, 900), weighing(5_000, 5_100), weighing(20_000, 23_000)]
+    assert [corrected(runs, run.computed_bytes) for run in runs] == [900, 5_100, 23_000]
+
+
+def test_the_nearest_counts_and_of_two_the_newest() -> None:
+    runs = [weighing(1_000, 1_100), weighing(1_000, 900), weighing(9_000, 9_900)]
+    assert correction(runs, 2_000) == pytest.approx(1.1)
+    assert correction(runs[1:], 4_000) == pytest.approx(0.9)
+    assert correction(runs[1:], 6_000) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(("measured", "ratio"), [(10_000, 2.0), (1, 0.5)])
+def test_a_measurement_that_cannot_be_is_not_believed(measured: int, ratio: float) -> None:
+    assert correction([weighing(1_000, measured)], 1_000) == ratio

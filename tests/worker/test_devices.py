@@ -1,0 +1,30 @@
+"""A slot's device, from a process of its own to the table."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+
+from shared import devices
+from shared.db import session_scope
+from shared.schemas import Quantization
+from shared.settings import get_settings
+from worker import devices as ours
+from worker.trainer import machine
+
+
+def test_a_slots_device_is_that_of_its_trainers(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLINER_DEVICE_MEMORY_BYTES", "4000000000")
+    get_settings.cache_clear()
+    found = ours.ask(0)
+    assert found.memory_bytes == 4_000_000_000
+    if found.kind == "cpu":
+        assert found.name == machine.cpu(memory_bytes=0).name
+
+
+def test_announced_devices_are_known(as_worker: None) -> None:
+    ours.announce(0).join(timeout=60)
+    with session_scope() as session:
+        known = devices.known(session, digest="d", quantization=Quantization.NF4)
+        session.execute(text("TRUNCATE devices"))
+    assert ours.ask(0).model_dump() in [one.model_dump(exclude={"weighings"}) for one in known]
