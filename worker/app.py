@@ -29,7 +29,8 @@ from shared.queue import Queue, celery_app
 from shared.settings import get_settings
 from shared.telemetry import bind, configure, log
 from worker import cache, devices, garbage, notice, preview, sweeper, tracking
-from worker.runner import Outcome, run_next
+from worker.leased import Outcome
+from worker.runner import run_next
 
 app = celery_app()
 LONGEST_SETBACK = 120.0

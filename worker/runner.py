@@ -12,10 +12,9 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from shared import attempts, devices, jobs, storage
 from shared.db import session_scope
@@ -45,11 +44,11 @@ from shared.queue import Queue, ring
 from shared.schemas import Desired, JobCreate, Phase, State
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
-from shared.training import JobError, Metrics, Plan
+from shared.training import JobError, Plan, Report
 from worker import cache, exporting, publishing, warm
 from worker.lease import Lease, Lost, boottime
-from worker.pace import Pace
-from worker.patience import TICK, Leave, Patience
+from worker.leased import LeasedJob, Outcome
+from worker.patience import TICK, Leave
 from worker.session import Died, Ended, TrainerSession
 from worker.staging import stage
 from worker.tracking import Tracking
@@ -57,13 +56,10 @@ from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
-RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
-DISK_FULL_WAIT = 30.0
 PUBLISHED = "published"  # what lies in the bucket, fetched back
 #: What an attempt goes on from. An export that failed is one of these: the job goes on without it.
 LastWord = Prepared | Done | Verified | Exported | Failed | None
 PURPOSES = {Verify: warm.Purpose.PROOF, MakeExport: warm.Purpose.EXPORT}
-T = TypeVar("T")
 
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
@@ -96,36 +92,14 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
     return outcome
 
 
-class Outcome(StrEnum):
-    """What came of asking for a job, as far as the slot is concerned."""
-
-    IDLE = "idle"  # there was none
-    UNABLE = "unable"  # no database to ask, or no disk
-    DONE = "done"
-    CRASHED = "crashed"  # perhaps the machine's fault
-
-
-class Attempt:
-    """The state of one attempt: its job, its lease, what it holds on this machine, and the steps not yet recorded."""
+class Attempt(LeasedJob):
+    """The state of one attempt: its job under its lease, and what it holds on this machine."""
 
     def __init__(self, job: Job, lease: Lease, queue: Queue, draining: Callable[[], bool], held: ExitStack) -> None:
-        self.job = job
+        # A paused dataset is still read.
+        super().__init__(job, lease, draining=draining, heeds_pause=queue is Queue.TRAIN)
         self.queue = queue
-        self.lease = lease
-        self.outcome = Outcome.DONE
         self.held = held
-        self.settings = get_settings()
-        self.patience = Patience(
-            lease,
-            draining=draining,
-            complain=self.complain,
-            heeds_pause=queue is Queue.TRAIN,  # a paused dataset is still read
-            stop_seconds=self.settings.stop_seconds,
-        )
-        self.pending: list[Metrics] = []
-        self.recorded_at = 0.0
-        self.pace = Pace()
-        self.tracking = Tracking(job, [], complain=self.complain)
 
     def run(self, slot: int) -> None:
         """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
@@ -266,14 +240,6 @@ class Attempt:
                     self.fail(event, session)
                     return None
 
-    def flush(self) -> None:
-        """Write the steps since the last time, at most once a second."""
-        if self.pending:
-            batch, self.pending = self.pending, []
-            progress = self.pace.progress()
-            self.guarded(lambda s: attempts.record(s, self.job.id, self.lease.epoch, batch, progress))
-        self.recorded_at = time.monotonic()
-
     def keep(self, event: CheckpointSaved) -> None:
         """Upload a checkpoint, make it real, let the oldest go."""
         self.flush()
@@ -375,6 +341,8 @@ class Attempt:
             hint = "the bucket changes what is put there: check it, and what lies between"
             self.crash(JobError(code="adapter_corrupt", message=str(damaged), hint=hint))
             return None
+        if not _has_room_for_another(done.report):
+            warm.dismiss(warm.Purpose.WORK)
         command = Verify(
             job=self.job.id,
             task=trained.task,
@@ -395,6 +363,11 @@ class Attempt:
         commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
         make, epoch = partial(self.talk, slot=slot), self.lease.epoch
         return exporting.publish(commands, prefix, make=make, tell=self.tell, epoch=epoch, patience=self.patience)
+
+    def can_shrink(self) -> bool:
+        """Is there still a micro-batch that can be halved?"""
+        plan = Plan.model_validate(self.job.plan) if self.job.plan else None
+        return plan is not None and plan.recipe.micro_batch >> self.job.memory_halvings > 1
 
     def _name(self) -> str:
         with session_scope() as session:
@@ -420,81 +393,11 @@ class Attempt:
         else:
             self.end(error)
 
-    def end(self, error: JobError) -> None:
-        """End the job for good: another attempt would meet the same."""
-        self.tracking.last_call()
-        self.guarded(lambda s: attempts.failed(s, self.job.id, self.lease.epoch, error))
 
-    def crash(self, error: JobError) -> None:
-        """Count it; the job goes back to the queue, or ends as poison."""
-        self.flush()
-        error = error.model_copy(update={"step": error.step or self.pace.step})
-        self.outcome = Outcome.CRASHED
-        backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
-        log.warning("job.crashed", message=error.message)
-        self.guarded(
-            lambda s: attempts.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
-        )
-
-    def release(self, leave: Leave) -> None:
-        """Give the job back. A worker that drains has little time; then the lease runs out by itself."""
-        reach(Point.BEFORE_RELEASE)
-        message = leave.message
-        if message is None and self.patience.is_draining():
-            message = "The worker is shutting down; the job goes on elsewhere"
-        given_up_at = time.monotonic() + RELEASE_PATIENCE
-        while not self.lease.is_lost():
-            try:
-                with session_scope() as session:
-                    attempts.released(session, self.job.id, self.lease.epoch, message=message, wait=leave.wait)
-                break
-            except Unavailable as error:
-                log.warning("release.failed", error=error.message)
-            if self.patience.is_draining() and time.monotonic() > given_up_at:
-                return
-            self.lease.progressed()
-            time.sleep(0.5)
-        reach(Point.AFTER_RELEASE)
-
-    def no_room(self, message: str) -> Leave:
-        """The disk is full: no crash of the job, which waits ever longer for this machine or another to have room."""
-        self.outcome = Outcome.UNABLE
-        wait = min(DISK_FULL_WAIT * 2.0 ** min(self.job.preempt_count, 10), attempts.LONGEST_BACKOFF)
-        return Leave(f"The disk of the worker is full; the job goes on when there is room: {message}", wait=wait)
-
-    def can_shrink(self) -> bool:
-        """Is there still a micro-batch that can be halved?"""
-        plan = Plan.model_validate(self.job.plan) if self.job.plan else None
-        return plan is not None and plan.recipe.micro_batch >> self.job.memory_halvings > 1
-
-    def enter(self, phase: Phase) -> None:
-        """Say on the job what it is doing now."""
-        self.guarded(lambda s: attempts.enter(s, self.job.id, self.lease.epoch, phase))
-
-    def tell(self, level: str, message: str) -> None:
-        """A line for the job's events."""
-        self.guarded(lambda s: attempts.note(s, self.job.id, self.lease.epoch, level=level, message=message))
-
-    def complain(self, message: str) -> None:
-        """A line for the job's events, if the database takes it."""
-        try:
-            with session_scope() as session:
-                attempts.note(session, self.job.id, self.lease.epoch, level="warn", message=message)
-        except Unavailable:
-            log.warning("complaint.unheard", message=message)
-
-    def guarded(self, write: Callable[[Any], T]) -> T:
-        """Run a guarded write in a transaction of its own; a refused one means that the lease is gone."""
-
-        def once() -> T:
-            with session_scope() as session:
-                return write(session)
-
-        result = self.patience.do(once)
-        if not result:
-            self.lease.lose()
-            raise Lost(self.job.id)
-        return result
+def _has_room_for_another(report: Report) -> bool:
+    """Beside a trainer that keeps its base, as much as that run took?"""
+    fit = report.fit
+    return fit is not None and fit.measured_bytes + report.base_bytes <= fit.device.memory_bytes
 
 
 class Stuck(Ended):

@@ -234,18 +234,26 @@ class Session:
             stopping=lambda: self._is_stopping(command.job),
             tick=lambda: self.tick(command.job),
         )
+        self._give_back()
 
     def _verify(self, command: Verify) -> None:
         from worker.trainer.verify import verify  # noqa: PLC0415 (import cost)
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(verify(command, stopping=stopping, tick=tick))
+        self._give_back()
 
     def _export(self, command: MakeExport) -> None:
         from worker.trainer.exports.make import export  # noqa: PLC0415 (import cost)
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(export(command, stopping=stopping, tick=tick))
+
+    def _give_back(self) -> None:
+        """What is held for nothing: this process may wait for its next work while others need the memory."""
+        from worker.trainer import ladder  # noqa: PLC0415 (import cost)
+
+        ladder.free()
 
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""
