@@ -70,7 +70,7 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert saved.step == stop_at
     torch.manual_seed(999)
     second = run(task, tmp_path / "second", resume_from=saved.path)
-    times = {"train_seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0}
+    times = {"train_seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0, "fit": None}
     reports = [done.report.model_copy(update=times) for observer in (second, whole) for done in observer.of(Done)]
     assert reports[0] == reports[1]
 
