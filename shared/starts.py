@@ -77,13 +77,6 @@ def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | No
             param="from_checkpoint" if request.from_checkpoint else "model",
             code="unsupported_start",
         )
-    if request.trainer.full_finetuning or start.recipe.full_finetuning:
-        raise InvalidRequest(
-            f"{start.name!r} or this job is of full fine-tuning, which has no adapter: it neither goes on from one "
-            "nor is gone on from; start from the base",
-            param="from_checkpoint" if request.from_checkpoint else "model",
-            code="unsupported_start",
-        )
     if any(other.prefix != start.prefix for other in found):
         raise InvalidRequest(
             f"model is {request.model!r} and from_checkpoint {request.from_checkpoint!r}, which is another adapter; "

@@ -121,7 +121,7 @@ def test_the_shape_is_the_sources_and_the_rest_is_free(
         ),
         (
             {"model": "MODEL", "trainer": {"full_finetuning": True}},
-            InvalidRequest, "model", "unsupported_start", "start from the base",
+            InvalidRequest, "trainer.full_finetuning", "unsupported_start", "start from the base",
         ),
         ({"model": "MODEL", "lora": {"r": 3}}, InvalidRequest, "lora.r", "lora_mismatch", "lora.r is 3, and 'ft:"),
         ({"model": "MODEL", "lora": {"alpha": 3}}, InvalidRequest, "lora.alpha", "lora_mismatch", "keeps its shape"),
@@ -157,9 +157,9 @@ def test_what_was_trained_whole_is_not_gone_on_from(
         session.execute(text("UPDATE jobs SET plan = jsonb_set(plan, '{recipe,full_finetuning}', 'true')"))
         session.execute(text("UPDATE adapters SET files = jsonb_set(files, '{0,path}', '\"model.safetensors\"')"))
     for name in (source.model, source.checkpoints[4]):
-        with pytest.raises(InvalidRequest, match="full fine-tuning, which has no adapter") as refused:
+        with pytest.raises(InvalidRequest, match="all weights are trained there is no adapter") as refused:
             submit(database, tenant, dataset, from_checkpoint=name)
-        assert (refused.value.param, refused.value.code) == ("from_checkpoint", "unsupported_start")
+        assert (refused.value.param, refused.value.code) == ("trainer.full_finetuning", "unsupported_start")
 
 
 def test_another_tenants_is_not_found_as_one_that_never_was(database: Engine, dataset: str, source: Source) -> None:
