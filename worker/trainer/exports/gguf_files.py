@@ -6,7 +6,6 @@ that nothing is held twice. What things are called is in `llama_cpp.py` and `voc
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,21 +26,15 @@ from shared.protocol import Task
 from shared.training import Recipe
 from worker.trainer.encoding import Encoder
 from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.exports.likeness import Unlike
 
 ADAPTER = "adapter.gguf"
 MODEL = "model.gguf"
 PEFT_PREFIX = "base_model.model."
 #: What llama.cpp reads in fp32 alone, besides all that has one dimension.
 FP32 = ("position_embd.weight", "_norm.weight")
-#: Norms come back from another's arithmetic: 1 is added to Gemma's, taken off again, and rounded to bf16.
-RELATIVE, ABSOLUTE = 2**-8, 1e-6
 
 Tensors = dict[str, torch.Tensor]
-Fingerprint = dict[str, bytes | torch.Tensor]
-
-
-class Unlike(Exception):
-    """What was read back is not what was to be written."""
 
 
 def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: Task, recipe: Recipe) -> None:
@@ -110,18 +103,6 @@ def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device:
         trust_remote_code=False,
     )
     return found
-
-
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """What is left of a model to compare another with, once it has made room: digests, and what is small itself."""
-    return {name: _print(tensor) for name, tensor in model.state_dict().items()}
-
-
-def check_tensors(found: PreTrainedModel, wanted: Fingerprint) -> None:
-    """Every matrix is the merged model's bit for bit, every norm and bias but for rounding. Raises Unlike."""
-    state = found.state_dict()
-    if differing := [name for name, kept in wanted.items() if name not in state or not _agrees(state[name], kept)]:
-        raise Unlike(f"{len(differing)} of {len(wanted)} tensors come back otherwise, {differing[0]} for one")
 
 
 def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, texts: list[str]) -> None:
@@ -217,18 +198,6 @@ def _processor(form: llama_cpp.Form, config: PretrainedConfig) -> TensorProcesso
     """transformers' way back from llama.cpp's layout."""
     made: TensorProcessor = TENSOR_PROCESSORS.get(form.name, TensorProcessor)(config=config.to_dict())
     return made
-
-
-def _print(tensor: torch.Tensor) -> bytes | torch.Tensor:
-    if tensor.ndim == 1:
-        return tensor.detach().float().cpu().clone()
-    return hashlib.sha256(_array(tensor.to(torch.bfloat16)).tobytes()).digest()
-
-
-def _agrees(tensor: torch.Tensor, kept: bytes | torch.Tensor) -> bool:
-    if isinstance(kept, bytes):
-        return _print(tensor) == kept
-    return tensor.shape == kept.shape and torch.allclose(tensor.float().cpu(), kept, RELATIVE, ABSOLUTE)
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

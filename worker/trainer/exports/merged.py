@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.protocol import Task
 from worker.trainer import model
+from worker.trainer.exports.likeness import Unlike, differing, fingerprint
 from worker.trainer.model import Base
 
 #: Under the 4 GiB that go up in one put, which the lease epoch fences.
@@ -56,10 +57,19 @@ def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """As any user would."""
-    again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+    """As any user would; and all of it, for transformers fills what is not there with random numbers. Raises Unlike."""
+    again: PreTrainedModel
+    again, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    for how in ("missing", "mismatched", "unexpected"):
+        if keys := sorted(map(str, loading[f"{how}_keys"])):
+            raise Unlike(f"of its tensors {len(keys)} are {how}, {keys[0]} for one")
     return again
 
 
@@ -76,6 +86,9 @@ def _plain(task: Task, dtype: torch.dtype | str, device: torch.device) -> PreTra
 
 
 def _merge(plain: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D."""
+    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D. Raises Unlike where no weight was changed by it."""
+    before = fingerprint(plain, plain.dtype)
     found: PreTrainedModel = model.load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
+    if not differing(found, before):
+        raise Unlike("merged, it is the base")
     return found.to(torch.bfloat16)

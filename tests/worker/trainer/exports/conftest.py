@@ -16,7 +16,7 @@ from shared.schemas import ExportName, Method, MethodName, Quantization
 from shared.training import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving
+from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving, verify
 from worker.trainer.encoding import Encoder
 from worker.trainer.exports.make import export
 from worker.trainer.prepare import prepare, usable
@@ -88,8 +88,9 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean
         for which in (False, True)
     )
+    tolerance = verify.TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else verify.TOLERANCE
     proof = Proof(
-        base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=0, max_logit_difference=1, tensors=1,
+        base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=tolerance, max_logit_difference=1, tensors=1,
         tokenizer_sha256="", vllm=serving.vllm({"r": recipe.r}, "LlamaForCausalLM"),
     )  # fmt: skip
     return MakeExport(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from safetensors.torch import load_file
+from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
@@ -19,7 +20,7 @@ from shared.protocol import MakeExport
 from shared.schemas import ExportName, Quantization
 from shared.training import Export
 from worker.trainer.evaluate import Interrupted
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.exports import llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.verify import TOLERANCE, TOLERANCE_INT8
 
@@ -153,6 +154,47 @@ def merges_lost(patch: Patch) -> None:
     patch.setattr(vocabulary, "of", wrong)
 
 
+def the_adapter_lost(patch: Patch) -> None:
+    patch.setattr(LoraModel, "merge_and_unload", lambda self, **options: self.unload())
+
+
+def the_adapter_scaled(patch: Patch) -> None:
+    right = LoraModel.merge_and_unload
+
+    def wrong(self: LoraModel, **options: Any) -> Any:
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(0.5)
+        return right(self, **options)
+
+    patch.setattr(LoraModel, "merge_and_unload", wrong)
+
+
+def a_tensor_lost(patch: Patch) -> None:
+    """In its place, transformers prints a line and draws random numbers."""
+    right = merged.write
+
+    def wrong(folder: Path, *others: Any) -> None:
+        right(folder, *others)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    patch.setattr(merged, "write", wrong)
+
+
+def a_tensor_changed(patch: Patch) -> None:
+    right = merged.write
+
+    def wrong(folder: Path, *others: Any) -> None:
+        right(folder, *others)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] *= 2
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    patch.setattr(merged, "write", wrong)
+
+
 def an_unshifted_norm(patch: Patch) -> None:
     patch.setitem(llama_cpp.FORMS, "gemma2", replace(llama_cpp.FORMS["gemma2"], norm_offset=0.0))
 
@@ -160,6 +202,11 @@ def an_unshifted_norm(patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "plant"),
     [
+        ("llama", ExportName.MERGED, the_adapter_lost),
+        ("llama", ExportName.MERGED, the_adapter_scaled),
+        ("llama", ExportName.GGUF_MERGED, the_adapter_scaled),
+        ("llama", ExportName.MERGED, a_tensor_lost),
+        ("llama", ExportName.MERGED, a_tensor_changed),
         ("llama", ExportName.GGUF_ADAPTER, halves_left_apart),
         ("llama", ExportName.GGUF_MERGED, halves_left_apart),
         ("llama", ExportName.GGUF_ADAPTER, halves_paired_twice),
