@@ -57,7 +57,7 @@ def encoder(llama: str) -> Encoder:
 
 @pytest.fixture(autouse=True, scope="session")
 def _frozen_imports() -> None:
-    """What torch and transformers are made of is no garbage; to go through it takes 0.4 s whenever a run frees memory."""
+    """What torch and transformers are made of is no garbage; to look for it there takes 0.4 s after every run."""
     gc.freeze()
 
 

@@ -52,7 +52,7 @@ def _print(tensor: torch.Tensor, dtype: torch.dtype) -> bytes | torch.Tensor:
     if tensor.ndim == 1:
         return tensor.detach().float().cpu().clone()
     bits = tensor.detach().to(dtype).cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(memoryview(bits.numpy())).digest()
+    return hashlib.sha256(bits.numpy().data).digest()
 
 
 def _agrees(found: bytes | torch.Tensor, kept: bytes | torch.Tensor) -> bool:
