@@ -119,7 +119,9 @@ def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, 
             raise Unlike(
                 f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
             )
-    for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
+    if theirs.chat_template != (told := vocabulary.template(encoder.tokenizer)):
+        raise Unlike(f"its chat template is read as {theirs.chat_template!r}, the base's is {told!r}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         wanted, read = getattr(encoder.tokenizer, name), getattr(theirs, name)
         if wanted is not None and wanted != read:
             raise Unlike(f"its {name} is read as {read!r}, the base's is {wanted!r}")

@@ -85,8 +85,16 @@ def write(
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if isinstance(templates := tokenizer.chat_template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    elif templates is not None:
+        writer.add_chat_template(templates)
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; of several, the one for conversations without tools."""
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _pre(backend: dict[str, Any]) -> str:

@@ -76,6 +76,15 @@ def test_a_turn_that_ends_by_another_token_than_a_text(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
+def test_a_base_with_several_chat_templates(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"tool_use": "{{ tools }}", "default": "{{ messages }}"}
+    _, theirs = rebuilt(tmp_path, tokenizer, "llama", size=320)
+    assert theirs.chat_template == vocabulary.template(tokenizer) == "{{ messages }}"
+    fields = GGUFReader(tmp_path / "words.gguf").fields
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
+
+
 def rebuilt(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
