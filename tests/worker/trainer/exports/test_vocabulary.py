@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from tests.tiny import CORPUS, tiny_tokenizer
@@ -48,6 +48,19 @@ def test_sentencepiece_is_rebuilt_from_scores(
     assert words.scores is not None
     first, last = (words.scores[words.tokens.index(words.merges[i].replace(" ", ""))] for i in (0, -1))
     assert first > last
+
+
+def test_gemmas_runs_of_spaces_are_spaces(tmp_path: Path) -> None:
+    """llama.cpp looks for them in the text before it puts stand-ins for spaces; so does transformers' reader."""
+    known = learned()
+    known["vocab"]["▁▁"] = len(known["vocab"])
+    known["merges"].insert(0, ("▁", "▁"))
+    tokenizer = GemmaTokenizer(**known)
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False, special=False)])
+    words, theirs = rebuilt(tmp_path, tokenizer, "gemma2", size=len(tokenizer))
+    run = known["vocab"]["▁▁"]
+    assert (words.tokens[run], words.types[run]) == ("  ", TokenType.USER_DEFINED)
+    assert run in tokenizer(TEXTS[1])["input_ids"] == theirs(TEXTS[1])["input_ids"]
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", *vocabulary.SPLITS])
