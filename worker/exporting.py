@@ -62,6 +62,8 @@ def publish(
         name, said = command.name, make(command)
         assert isinstance(said, Exported | Failed), said
         if isinstance(said, Failed):
+            # What a trainer that was killed left half written is more than the next may find room beside.
+            shutil.rmtree(Path(command.work_dir, FOLDER), ignore_errors=True)
             tell("warn", f"no export {name.value}: {said.message}; the adapter is not affected")
             exports.append(Export(name=name, error=said.message))
             continue

@@ -65,15 +65,18 @@ TRAINER = f"""
                 say("failed", code="adapter_" + sys.argv[1], message="so it is", retryable=retryable)
         elif command["op"] == "export":
             pathlib.Path(sys.argv[2] + "-" + command["name"]).touch()
+            exports = pathlib.Path(command["work_dir"], "exports")
             if command["name"] == "merged":
-                folder = pathlib.Path(command["work_dir"], "exports", "merged")
+                folder = exports / "merged"
                 folder.mkdir(parents=True)
                 (folder / "model.safetensors").write_bytes(b"merged")
                 say("exported", path=str(folder), export={{"name": "merged", "bytes": 6, "loss": 1, "difference": 0.5}})
             elif command["name"] == "merged_dequantized":
+                (exports / ".partial-0").mkdir(parents=True)
                 sys.exit(3)
             elif command["name"] == "gguf_adapter":
-                say("failed", code="export_unlike", message="it is another", retryable=False)
+                message = "something was left" if exports.exists() else "it is another"
+                say("failed", code="export_unlike", message=message, retryable=False)
             else:
                 time.sleep(600)
 """
