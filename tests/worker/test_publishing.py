@@ -186,6 +186,8 @@ def test_a_wish_is_heard_while_the_adapter_is_proven(
 
 def test_what_an_export_dies_of_costs_that_export_alone(attempt: Attempt, job: str) -> None:
     ask_for(job, "merged", "merged_dequantized", "gguf_adapter")
+    stray = f"adapters/{row(job).tenant_id}/{job}/exports/gguf_adapter/adapter.gguf"
+    storage.put_bytes(stray, b"of an attempt that died", epoch=0)
     done = attempt("stand")
     assert (done.state, done.crash_count) == (State.SUCCEEDED, 0), done.error
     adapter = published(done)
@@ -200,6 +202,7 @@ def test_what_an_export_dies_of_costs_that_export_alone(attempt: Attempt, job: s
     assert [file.path for file in manifest.files] == paths
     assert manifest.exports == [merged, dead, unlike]
     assert b"".join(storage.read(adapter.prefix + paths[1])) == b"merged"
+    assert not list(storage.listing(stray))
     said = events(job)
     assert "exported merged: loaded anew, loss 1.0000, +0.5000 against the adapter" in said
     assert "no export gguf_adapter: it is another; the adapter is not affected" in said
