@@ -31,6 +31,16 @@ from worker.trainer.exports.likeness import Unlike
 ADAPTER = "adapter.gguf"
 MODEL = "model.gguf"
 PEFT_PREFIX = "base_model.model."
+FILE_TYPES = {
+    torch.float32: LlamaFileType.ALL_F32,
+    torch.float16: LlamaFileType.MOSTLY_F16,
+    torch.bfloat16: LlamaFileType.MOSTLY_BF16,
+}
+TENSOR_TYPES = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
 #: What llama.cpp reads in fp32 alone, besides all that has one dimension.
 FP32 = ("position_embd.weight", "_norm.weight")
 
@@ -72,11 +82,11 @@ def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe
 
 
 def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encoder) -> None:
-    """The whole of a model in bf16, norms and biases in fp32, with the tokenizer and the chat template."""
+    """The whole of a model in its own type, norms and biases in fp32, with the tokenizer and the chat template."""
     config = merged.config
     writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
     _describe(writer, GGUFType.MODEL, task)
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(FILE_TYPES[merged.dtype])
     llama_cpp.write_hyperparameters(writer, config)
     words = vocabulary.of(encoder.tokenizer, config.vocab_size)
     vocabulary.write(writer, words, encoder.tokenizer, encoder.stops)
@@ -171,8 +181,8 @@ def _known(name: str | None, ours: str) -> str:
 def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
     """The names and shapes of all come before the first: so `tensors` is gone through twice, and none is kept."""
     for name, tensor in tensors():
-        kind = GGMLQuantizationType.F32 if tensor.dtype == torch.float32 else GGMLQuantizationType.BF16
-        writer.add_tensor_info(name, list(tensor.shape), _array(tensor[:0]).dtype, tensor.nbytes, raw_dtype=kind)
+        kind, of = TENSOR_TYPES[tensor.dtype], _array(tensor[:0]).dtype
+        writer.add_tensor_info(name, list(tensor.shape), of, tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -184,7 +194,7 @@ def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.T
 def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """NumPy has no bf16: its bits, as whole numbers."""
     tensor = tensor.detach().cpu().contiguous()
-    found: npt.NDArray[np.generic] = (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
+    found: npt.NDArray[np.generic] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return found
 
 

@@ -94,9 +94,10 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
         made = merged.dequantized(task, adapter, base)
         del base
     else:
+        stored = base.stored_dtype
         del base
         ladder.free()
-        made = merged.original(task, adapter, wanted.device)
+        made = merged.original(task, adapter, stored, wanted.device)
     wanted.go_on()
     config, kept = made.config, fingerprint(made, wanted.dtype)
     if command.name is ExportName.GGUF_MERGED:

@@ -20,7 +20,7 @@ from shared.protocol import MakeExport
 from shared.schemas import ExportName, Quantization
 from shared.training import Export
 from worker.trainer.evaluate import Interrupted
-from worker.trainer.exports import llama_cpp, merged, vocabulary
+from worker.trainer.exports import gguf_files, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.verify import TOLERANCE, TOLERANCE_INT8
 
@@ -47,6 +47,24 @@ def test_a_quantized_base_of_this_kind(make_command: MakeCommand, kind: str) -> 
     assert merged.max_logit_difference > 2 * dequantized.max_logit_difference
     assert gguf_merged.loss == pytest.approx(merged.loss, rel=1e-6)
     assert gguf_adapter.loss is gguf_adapter.difference is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "in_gguf"),
+    [("llama", torch.bfloat16, "BF16"), ("mistral", torch.float16, "F16"), ("gpt2", torch.float32, "F32")],
+)
+def test_weights_stay_in_the_type_of_the_bases_files(
+    make_command: MakeCommand, tmp_path: Path, kind: str, dtype: torch.dtype, in_gguf: str
+) -> None:
+    command = make_command(kind)
+    made(command, ExportName.MERGED)
+    made(command, ExportName.GGUF_MERGED)
+    tensors = load_file(tmp_path / "exports" / "merged" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {dtype}
+    reader = GGUFReader(tmp_path / "exports" / "gguf_merged" / "model.gguf")
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("ffn_down.weight")}
+    assert kinds == {in_gguf}
+    assert reader.fields["general.file_type"].contents() == gguf_files.FILE_TYPES[dtype]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +102,6 @@ def test_a_merged_folder_is_a_model_of_its_own(make_command: MakeCommand, tmp_pa
     assert {path.name: path.read_bytes() for path in Path(command.task.base_dir).iterdir()} == before
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert str(tmp_path) not in (folder / "config.json").read_text()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
