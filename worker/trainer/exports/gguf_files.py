@@ -7,6 +7,7 @@ that nothing is held twice. What things are called is in `llama_cpp.py` and `voc
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -25,7 +34,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from shared.protocol import Task
 from shared.training import Recipe
 from worker.trainer.encoding import Encoder
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.exports import llama_cpp, spm, vocabulary
 from worker.trainer.exports.likeness import Unlike
 
 ADAPTER = "adapter.gguf"
@@ -36,6 +45,8 @@ FILE_TYPES = {
     torch.float16: LlamaFileType.MOSTLY_F16,
     torch.bfloat16: LlamaFileType.MOSTLY_BF16,
 }
+#: In letters: where a language has no spaces, a text is one word.
+LONGEST_WORD = 64
 TENSOR_TYPES = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
@@ -129,12 +140,30 @@ def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, 
             raise Unlike(
                 f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
             )
+    if words.scores is not None:
+        check_scores(path, encoder.tokenizer, texts)
     if theirs.chat_template != (told := vocabulary.template(encoder.tokenizer)):
         raise Unlike(f"its chat template is read as {theirs.chat_template!r}, the base's is {told!r}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         wanted, read = getattr(encoder.tokenizer, name), getattr(theirs, name)
         if wanted is not None and wanted != read:
             raise Unlike(f"its {name} is read as {read!r}, the base's is {wanted!r}")
+
+
+def check_scores(path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+    """By the scores in the file llama.cpp reads the words of `texts` as the base's merges do, which transformers takes
+    from the file as well. Raises Unlike.
+    """
+    fields, backend = GGUFReader(path).fields, tokenizer.backend_tokenizer
+    tokens, scores = (fields[key].contents() for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES))
+    ids = {token: i for i, token in enumerate(tokens)}
+    # What was added to the vocabulary is looked for in the text first, by both.
+    added = sorted((token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+    between = re.compile("|".join([*map(re.escape, added), r"\s+"]))
+    for word in sorted({f"{vocabulary.SPACE}{word[:LONGEST_WORD]}" for text in texts for word in between.split(text)}):
+        wanted, read = [token.id for token in backend.model.tokenize(word)], spm.read(word, ids, scores)
+        if wanted != read:
+            raise Unlike(f"by its scores {word!r} is read as {read}, the base reads {wanted}")
 
 
 def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:

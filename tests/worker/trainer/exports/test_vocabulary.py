@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from tests.tiny import CORPUS, tiny_tokenizer
 from worker.trainer.exports import vocabulary
+from worker.trainer.exports.gguf_files import check_scores
+from worker.trainer.exports.likeness import Unlike
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<eos>", "<bos>", "<mask>"]
 TEXTS = ["the hat of the milliner", "a  hat\n\tis", "Ünïcödé 帽子 🎩 don't", "12345 3.14"]
@@ -48,6 +51,23 @@ def test_sentencepiece_is_rebuilt_from_scores(
     assert words.scores is not None
     first, last = (words.scores[words.tokens.index(words.merges[i].replace(" ", ""))] for i in (0, -1))
     assert first > last
+
+
+@pytest.mark.parametrize("tokenizer_class", [LlamaTokenizer, GemmaTokenizer])
+def test_llama_cpp_reads_by_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_class: Any) -> None:
+    """transformers' reader takes the merges, and would not see it if they were wrong."""
+    tokenizer, right = tokenizer_class(**learned()), vocabulary.of
+    rebuilt(tmp_path, tokenizer, "llama", size=len(tokenizer))
+    check_scores(tmp_path / "words.gguf", tokenizer, [*CORPUS, *TEXTS, "athat"])
+
+    def wrong(*args: Any) -> vocabulary.Vocabulary:
+        found = right(*args)
+        return replace(found, scores=[-score for score in found.scores or []])
+
+    monkeypatch.setattr(vocabulary, "of", wrong)
+    rebuilt(tmp_path, tokenizer, "llama", size=len(tokenizer))
+    with pytest.raises(Unlike, match="by its scores"):
+        check_scores(tmp_path / "words.gguf", tokenizer, ["athat"])
 
 
 def test_gemmas_runs_of_spaces_are_spaces(tmp_path: Path) -> None:
