@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,16 +88,16 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
     """One model is held at a time, beside the quantized base while its values are taken over."""
     task, adapter = command.task, Path(command.adapter_dir)
     base = model.load_base(task.base_dir, command.recipe.quantization)
-    wanted = _wanted(command, base, stopping, tick)
+    wanted, stored = _wanted(command, base, stopping, tick), base.stored_dtype
     wanted.go_on()
+    size = base.model.num_parameters() * merged.kept_type(stored).itemsize
     if command.name is ExportName.MERGED_DEQUANTIZED:
-        made = merged.dequantized(task, adapter, base)
+        made = merged.dequantized(task, adapter, base, merged.place(base.device, size))
         del base
     else:
-        stored = base.stored_dtype
         del base
         ladder.free()
-        made = merged.original(task, adapter, stored, wanted.device)
+        made = merged.original(task, adapter, stored, merged.place(wanted.device, size))
     wanted.go_on()
     config, kept = made.config, fingerprint(made, wanted.dtype)
     if command.name is ExportName.GGUF_MERGED:
@@ -107,6 +107,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
     del made
     ladder.free()
     wanted.go_on()
+    wanted = replace(wanted, device=merged.place(wanted.device, size))
     again = _read(folder, wanted, config)
     check_tensors(again, kept)
     return _measured(wanted, again)

@@ -23,6 +23,8 @@ from worker.trainer.model import Base
 #: Under the 4 GiB that go up in one put, which the lease epoch fences.
 SHARD = "4GB"
 GENERATION = "generation_config.json"
+#: Of the weights' bytes: beside them lie the matrix at hand, or the batch that is scored.
+ROOM = 1.25
 
 
 def original(task: Task, adapter: Path, stored: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -30,11 +32,11 @@ def original(task: Task, adapter: Path, stored: torch.dtype, device: torch.devic
     return _merge(_plain(task, kept_type(stored), device), adapter)
 
 
-def dequantized(task: Task, adapter: Path, quantized: Base) -> PreTrainedModel:
+def dequantized(task: Task, adapter: Path, quantized: Base, device: torch.device) -> PreTrainedModel:
     """The adapter on the values that it was trained against, which are those of `quantized`."""
     kept = kept_type(quantized.stored_dtype)
     # Nothing narrower than they are: the sum is rounded, once.
-    plain = _plain(task, max(kept, quantized.compute_dtype, key=lambda dtype: dtype.itemsize), quantized.device)
+    plain = _plain(task, max(kept, quantized.compute_dtype, key=lambda dtype: dtype.itemsize), device)
     with torch.no_grad():
         for name, module in quantized.model.named_modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
@@ -43,6 +45,14 @@ def dequantized(task: Task, adapter: Path, quantized: Base) -> PreTrainedModel:
                 # Quantized, a Conv1D is an ordinary linear.
                 into.weight.copy_(found.T if isinstance(into, Conv1D) else found)
     return _merge(plain, adapter).to(kept)
+
+
+def place(device: torch.device, size: int) -> torch.device:
+    """`device`, or the CPU if so many bytes of weights have no room there: in nf4 a base takes a quarter of them."""
+    torch.cuda.empty_cache()  # what torch has kept of what is gone is free, too
+    if device.type == "cuda" and size * ROOM > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 def kept_type(stored: torch.dtype) -> torch.dtype:

@@ -131,6 +131,15 @@ def test_a_stop_is_heard(make_command: MakeCommand) -> None:
     assert not list((Path(command.work_dir) / "exports").iterdir())
 
 
+def test_what_has_no_room_on_a_gpu_is_merged_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 GB, 13B take 7 in nf4, and 26 merged."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 << 30, 24 << 30))
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert merged.place(gpu, 13_000_000_000 * 2) == cpu
+    assert merged.place(gpu, 7_000_000_000 * 2) == gpu
+    assert merged.place(cpu, 13_000_000_000 * 2) == cpu
+
+
 # ---------------------------------------------------------------- planted faults
 
 Patch = pytest.MonkeyPatch
