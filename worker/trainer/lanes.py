@@ -61,7 +61,7 @@ def run(act: Callable[[Batch], T], batches: Iterable[Batch], lanes: int, *, befo
 def _threads(lanes: int, cores: int) -> ThreadPoolExecutor:
     """They share the cores out among themselves."""
     return ThreadPoolExecutor(
-        lanes, thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(cores // lanes,)
+        lanes, thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(max(1, cores // lanes),)
     )
 
 
