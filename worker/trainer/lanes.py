@@ -21,7 +21,7 @@ from shared.training import Recipe
 from worker.trainer.batches import Batch
 from worker.trainer.model import Base, own_dropouts
 
-#: Python's lock admits one thread at a time to what lies between the operators, some 2 % of a pass on two cores.
+#: Python's lock admits one thread at a time to what lies between the operators. Tried with two cores.
 MOST = 4
 
 T = TypeVar("T")
