@@ -199,7 +199,7 @@ class ExportName(StrEnum):
     """A form that an adapter is published in beside its own, in this order.
 
     `merged` lays it on the base's original weights, `merged_dequantized` on those that it was trained against, both as
-    a folder of bf16 safetensors. The GGUF files are llama.cpp's: the adapter alone, and what `merged` holds.
+    a folder of safetensors. The GGUF files are llama.cpp's: the adapter alone, and what `merged` holds.
     """
 
     MERGED = "merged"

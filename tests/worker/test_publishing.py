@@ -65,15 +65,18 @@ TRAINER = f"""
                 say("failed", code="adapter_" + sys.argv[1], message="so it is", retryable=retryable)
         elif command["op"] == "export":
             pathlib.Path(sys.argv[2] + "-" + command["name"]).touch()
+            exports = pathlib.Path(command["work_dir"], "exports")
             if command["name"] == "merged":
-                folder = pathlib.Path(command["work_dir"], "exports", "merged")
+                folder = exports / "merged"
                 folder.mkdir(parents=True)
                 (folder / "model.safetensors").write_bytes(b"merged")
                 say("exported", path=str(folder), export={{"name": "merged", "bytes": 6, "loss": 1, "difference": 0.5}})
             elif command["name"] == "merged_dequantized":
+                (exports / ".partial-0").mkdir(parents=True)
                 sys.exit(3)
             elif command["name"] == "gguf_adapter":
-                say("failed", code="export_unlike", message="it is another", retryable=False)
+                message = "something was left" if exports.exists() else "it is another"
+                say("failed", code="export_unlike", message=message, retryable=False)
             else:
                 time.sleep(600)
 """
@@ -183,6 +186,8 @@ def test_a_wish_is_heard_while_the_adapter_is_proven(
 
 def test_what_an_export_dies_of_costs_that_export_alone(attempt: Attempt, job: str) -> None:
     ask_for(job, "merged", "merged_dequantized", "gguf_adapter")
+    stray = f"adapters/{row(job).tenant_id}/{job}/exports/gguf_adapter/adapter.gguf"
+    storage.put_bytes(stray, b"of an attempt that died", epoch=0)
     done = attempt("stand")
     assert (done.state, done.crash_count) == (State.SUCCEEDED, 0), done.error
     adapter = published(done)
@@ -197,6 +202,7 @@ def test_what_an_export_dies_of_costs_that_export_alone(attempt: Attempt, job: s
     assert [file.path for file in manifest.files] == paths
     assert manifest.exports == [merged, dead, unlike]
     assert b"".join(storage.read(adapter.prefix + paths[1])) == b"merged"
+    assert not list(storage.listing(stray))
     said = events(job)
     assert "exported merged: loaded anew, loss 1.0000, +0.5000 against the adapter" in said
     assert "no export gguf_adapter: it is another; the adapter is not affected" in said

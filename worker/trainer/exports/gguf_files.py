@@ -6,8 +6,8 @@ that nothing is held twice. What things are called is in `llama_cpp.py` and `voc
 
 from __future__ import annotations
 
-import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -26,22 +34,28 @@ from transformers.modeling_gguf_pytorch_utils import (
 from shared.protocol import Task
 from shared.training import Recipe
 from worker.trainer.encoding import Encoder
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.exports import llama_cpp, spm, vocabulary
+from worker.trainer.exports.likeness import Unlike
 
 ADAPTER = "adapter.gguf"
 MODEL = "model.gguf"
 PEFT_PREFIX = "base_model.model."
+FILE_TYPES = {
+    torch.float32: LlamaFileType.ALL_F32,
+    torch.float16: LlamaFileType.MOSTLY_F16,
+    torch.bfloat16: LlamaFileType.MOSTLY_BF16,
+}
+#: In letters: where a language has no spaces, a text is one word.
+LONGEST_WORD = 64
+TENSOR_TYPES = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
 #: What llama.cpp reads in fp32 alone, besides all that has one dimension.
 FP32 = ("position_embd.weight", "_norm.weight")
-#: Norms come back from another's arithmetic: 1 is added to Gemma's, taken off again, and rounded to bf16.
-RELATIVE, ABSOLUTE = 2**-8, 1e-6
 
 Tensors = dict[str, torch.Tensor]
-Fingerprint = dict[str, bytes | torch.Tensor]
-
-
-class Unlike(Exception):
-    """What was read back is not what was to be written."""
 
 
 def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: Task, recipe: Recipe) -> None:
@@ -79,11 +93,11 @@ def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe
 
 
 def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encoder) -> None:
-    """The whole of a model in bf16, norms and biases in fp32, with the tokenizer and the chat template."""
+    """The whole of a model in its own type, norms and biases in fp32, with the tokenizer and the chat template."""
     config = merged.config
     writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
     _describe(writer, GGUFType.MODEL, task)
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(FILE_TYPES[merged.dtype])
     llama_cpp.write_hyperparameters(writer, config)
     words = vocabulary.of(encoder.tokenizer, config.vocab_size)
     vocabulary.write(writer, words, encoder.tokenizer, encoder.stops)
@@ -112,18 +126,6 @@ def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device:
     return found
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """What is left of a model to compare another with, once it has made room: digests, and what is small itself."""
-    return {name: _print(tensor) for name, tensor in model.state_dict().items()}
-
-
-def check_tensors(found: PreTrainedModel, wanted: Fingerprint) -> None:
-    """Every matrix is the merged model's bit for bit, every norm and bias but for rounding. Raises Unlike."""
-    state = found.state_dict()
-    if differing := [name for name, kept in wanted.items() if name not in state or not _agrees(state[name], kept)]:
-        raise Unlike(f"{len(differing)} of {len(wanted)} tensors come back otherwise, {differing[0]} for one")
-
-
 def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, texts: list[str]) -> None:
     """The tokenizer that transformers rebuilds from the file reads every text as the base's does. Raises Unlike."""
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -138,10 +140,30 @@ def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, 
             raise Unlike(
                 f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
             )
-    for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
+    if words.scores is not None:
+        check_scores(path, encoder.tokenizer, texts)
+    if theirs.chat_template != (told := vocabulary.template(encoder.tokenizer)):
+        raise Unlike(f"its chat template is read as {theirs.chat_template!r}, the base's is {told!r}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         wanted, read = getattr(encoder.tokenizer, name), getattr(theirs, name)
         if wanted is not None and wanted != read:
             raise Unlike(f"its {name} is read as {read!r}, the base's is {wanted!r}")
+
+
+def check_scores(path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+    """By the scores in the file llama.cpp reads the words of `texts` as the base's merges do, which transformers takes
+    from the file as well. Raises Unlike.
+    """
+    fields, backend = GGUFReader(path).fields, tokenizer.backend_tokenizer
+    tokens, scores = (fields[key].contents() for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES))
+    ids = {token: i for i, token in enumerate(tokens)}
+    # What was added to the vocabulary is looked for in the text first, by both.
+    added = sorted((token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+    between = re.compile("|".join([*map(re.escape, added), r"\s+"]))
+    for word in sorted({f"{vocabulary.SPACE}{word[:LONGEST_WORD]}" for text in texts for word in between.split(text)}):
+        wanted, read = [token.id for token in backend.model.tokenize(word)], spm.read(word, ids, scores)
+        if wanted != read:
+            raise Unlike(f"by its scores {word!r} is read as {read}, the base reads {wanted}")
 
 
 def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
@@ -188,8 +210,8 @@ def _known(name: str | None, ours: str) -> str:
 def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
     """The names and shapes of all come before the first: so `tensors` is gone through twice, and none is kept."""
     for name, tensor in tensors():
-        kind = GGMLQuantizationType.F32 if tensor.dtype == torch.float32 else GGMLQuantizationType.BF16
-        writer.add_tensor_info(name, list(tensor.shape), _array(tensor[:0]).dtype, tensor.nbytes, raw_dtype=kind)
+        kind, of = TENSOR_TYPES[tensor.dtype], _array(tensor[:0]).dtype
+        writer.add_tensor_info(name, list(tensor.shape), of, tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -201,7 +223,7 @@ def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.T
 def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """NumPy has no bf16: its bits, as whole numbers."""
     tensor = tensor.detach().cpu().contiguous()
-    found: npt.NDArray[np.generic] = (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
+    found: npt.NDArray[np.generic] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return found
 
 
@@ -217,18 +239,6 @@ def _processor(form: llama_cpp.Form, config: PretrainedConfig) -> TensorProcesso
     """transformers' way back from llama.cpp's layout."""
     made: TensorProcessor = TENSOR_PROCESSORS.get(form.name, TensorProcessor)(config=config.to_dict())
     return made
-
-
-def _print(tensor: torch.Tensor) -> bytes | torch.Tensor:
-    if tensor.ndim == 1:
-        return tensor.detach().float().cpu().clone()
-    return hashlib.sha256(_array(tensor.to(torch.bfloat16)).tobytes()).digest()
-
-
-def _agrees(tensor: torch.Tensor, kept: bytes | torch.Tensor) -> bool:
-    if isinstance(kept, bytes):
-        return _print(tensor) == kept
-    return tensor.shape == kept.shape and torch.allclose(tensor.float().cpu(), kept, RELATIVE, ABSOLUTE)
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -74,6 +74,9 @@ def refusal(config: PretrainedConfig) -> str | None:
         f"another pattern of local layers than {form.local_layers} in {form.local_layers + 1}": form.local_layers
         and not _has_usual_layers(config, form.local_layers),
         "bidirectional attention": getattr(config, "use_bidirectional_attention", None),
+        "attention scaled by the layer": getattr(config, "scale_attn_by_inverse_layer_idx", False),
+        "attention that is not scaled": not getattr(config, "scale_attn_weights", True),
+        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens": _has_window(config, form),
     }
     return next((objection for objection, holds in objections.items() if holds), None)
 
@@ -140,7 +143,7 @@ def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(
             getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
         )
-        writer.add_sliding_window(config.sliding_window or 0)
+        writer.add_sliding_window(0)  # without it, an older llama.cpp guesses one
     if form.local_layers:
         writer.add_sliding_window(config.sliding_window)
         if cap := getattr(config, "attn_logit_softcapping", None):
@@ -177,6 +180,19 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     of_global_layers: dict[str, Any] = rope.get("full_attention", rope)
     return of_global_layers
+
+
+def _has_window(config: PretrainedConfig, form: Form) -> bool:
+    """One that a context can be longer than, and that llama.cpp does not heed: it has windows in Gemma alone.
+
+    Mistral's is let pass: llama.cpp has run the models that have one without it since they came out.
+    """
+    window = getattr(config, "sliding_window", None)
+    if form.local_layers or config.model_type == "mistral" or window is None:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    heeded: bool = kinds is None or "sliding_attention" in kinds
+    return heeded and window < config.max_position_embeddings
 
 
 def _has_usual_layers(config: PretrainedConfig, local: int) -> bool:

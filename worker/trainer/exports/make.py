@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
-from shared.schemas import ExportName
+from shared.schemas import ExportName, Quantization
 from shared.training import Export
 from worker.trainer import checkpoint, data, ladder, model, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
 from worker.trainer.exports import gguf_files, merged, vocabulary
+from worker.trainer.exports.likeness import Unlike, check_tensors, fingerprint
 from worker.trainer.likelihood import Layout, own_logits
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model import Base
@@ -63,8 +64,12 @@ def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Callable[
                 made = _adapter(command, partial)
             else:
                 made = _model(command, partial, stopping, tick)
-        except gguf_files.Unlike as unlike:
-            raise _unlike(command.name, str(unlike)) from unlike
+        except Unlike as unlike:
+            raise TrainingFailed(
+                f"the export {command.name.value} does not read back as it was made: {unlike}",
+                code="export_unlike",
+                hint="the adapter itself is proven and published; report this with the job's id",
+            ) from unlike
     size = sum(path.stat().st_size for path in folder.iterdir())
     return Exported(job=command.job, path=str(folder), export=made.model_copy(update={"bytes": size}))
 
@@ -89,24 +94,30 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
         made = merged.dequantized(task, adapter, base)
         del base
     else:
+        stored = base.stored_dtype
         del base
         ladder.free()
-        made = merged.original(task, adapter, wanted.device)
+        made = merged.original(task, adapter, stored, wanted.device)
     wanted.go_on()
-    if command.name is not ExportName.GGUF_MERGED:
+    config, kept = made.config, fingerprint(made, wanted.dtype)
+    if command.name is ExportName.GGUF_MERGED:
+        gguf_files.write_model(folder / gguf_files.MODEL, made, task, wanted.encoder)
+    else:
         merged.write(folder, made, wanted.encoder.tokenizer, task)
-        del made
-        ladder.free()
-        return _measured(wanted, merged.read(folder, wanted.dtype, wanted.device))
-    path = folder / gguf_files.MODEL
-    gguf_files.write_model(path, made, task, wanted.encoder)
-    _check_tokenizer(path, wanted, made.config.vocab_size)
-    config, kept = made.config, gguf_files.fingerprint(made)
     del made
     ladder.free()
-    again = gguf_files.read_model(path, config, wanted.dtype, wanted.device)
-    gguf_files.check_tensors(again, kept)
+    wanted.go_on()
+    again = _read(folder, wanted, config)
+    check_tensors(again, kept)
     return _measured(wanted, again)
+
+
+def _read(folder: Path, wanted: Wanted, config: PretrainedConfig) -> PreTrainedModel:
+    if wanted.command.name is not ExportName.GGUF_MERGED:
+        return merged.read(folder, wanted.dtype, wanted.device)
+    path = folder / gguf_files.MODEL
+    _check_tokenizer(path, wanted, config.vocab_size)
+    return gguf_files.read_model(path, config, wanted.dtype, wanted.device)
 
 
 def _wanted(command: MakeExport, base: Base, stopping: Callable[[], bool], tick: Callable[[], None]) -> Wanted:
@@ -134,11 +145,14 @@ def _measured(wanted: Wanted, again: PreTrainedModel) -> Export:
     narrow = max(1, command.recipe.micro_batch >> command.memory_halvings)
     layout, _ = selftest.layout(found, wanted.rows.train, packing=False, micro_batch=narrow, pad=wanted.encoder.eos)
     loss = _loss(found, [row.documents[0] for row in wanted.rows.heldout], layout, wanted.go_on)
-    if not math.isfinite(loss + largest):
-        raise _unlike(command.name, f"its loss is {loss}, its largest difference of a logit {largest}")
     tuned = command.proof.tuned
     # Of preferences, the chosen answers': a merged model has no base left that it could gain on.
     own = tuned.loss if tuned.chosen_loss is None else tuned.chosen_loss
+    # On other weights than it was trained against, an adapter has a score of its own.
+    same = command.name is ExportName.MERGED_DEQUANTIZED or command.recipe.quantization is Quantization.NONE
+    off = same and abs(loss - own) > command.proof.tolerance * max(1.0, own)
+    if off or not math.isfinite(loss + largest):
+        raise Unlike(f"its loss is {loss:.6g}, the adapter's {own:.6g}; a logit is off by {largest:.3g}")
     return Export(name=command.name, loss=loss, difference=loss - own, max_logit_difference=largest)
 
 
@@ -166,11 +180,3 @@ def _check_tokenizer(path: Path, wanted: Wanted, size: int) -> None:
     texts = [wanted.encoder.text(row.documents[0].ids.tolist()) for row in rows]
     words = vocabulary.of(wanted.encoder.tokenizer, size)
     gguf_files.check_tokenizer(path, words, wanted.encoder, [*texts, *TEXTS])
-
-
-def _unlike(name: ExportName, found: str) -> TrainingFailed:
-    return TrainingFailed(
-        f"the export {name.value} does not read back as it was made: {found}",
-        code="export_unlike",
-        hint="the adapter itself is proven and published; report this with the job's id",
-    )

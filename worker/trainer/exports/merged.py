@@ -1,7 +1,7 @@
-"""An adapter laid on its base for good: a folder of bf16 safetensors that any reader of the base takes.
+"""An adapter laid on its base for good: a folder of safetensors that any reader of the base takes.
 
-Owns: which weights it is laid on, and the folder. The model is held once, merged where it lies, one matrix at a time,
-and written shard by shard. Must not touch the base that it was given: it may be compared with.
+Owns: which weights it is laid on, in what type they stay, and the folder. The model is held once, merged where it lies,
+one matrix at a time, and written shard by shard. Must not touch the base that it was given: it may be compared with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.protocol import Task
 from worker.trainer import model
+from worker.trainer.exports.likeness import Unlike, differing, fingerprint
 from worker.trainer.model import Base
 
 #: Under the 4 GiB that go up in one put, which the lease epoch fences.
@@ -24,14 +25,16 @@ SHARD = "4GB"
 GENERATION = "generation_config.json"
 
 
-def original(task: Task, adapter: Path, device: torch.device) -> PreTrainedModel:
+def original(task: Task, adapter: Path, stored: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The adapter on the base as it was published, in the type of its files."""
-    return _merge(_plain(task, "auto", device), adapter)
+    return _merge(_plain(task, kept_type(stored), device), adapter)
 
 
 def dequantized(task: Task, adapter: Path, quantized: Base) -> PreTrainedModel:
     """The adapter on the values that it was trained against, which are those of `quantized`."""
-    plain = _plain(task, quantized.compute_dtype, quantized.device)
+    kept = kept_type(quantized.stored_dtype)
+    # Nothing narrower than they are: the sum is rounded, once.
+    plain = _plain(task, max(kept, quantized.compute_dtype, key=lambda dtype: dtype.itemsize), quantized.device)
     with torch.no_grad():
         for name, module in quantized.model.named_modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
@@ -39,7 +42,12 @@ def dequantized(task: Task, adapter: Path, quantized: Base) -> PreTrainedModel:
                 found = dequantize_module_weight(module)
                 # Quantized, a Conv1D is an ordinary linear.
                 into.weight.copy_(found.T if isinstance(into, Conv1D) else found)
-    return _merge(plain, adapter)
+    return _merge(plain, adapter).to(kept)
+
+
+def kept_type(stored: torch.dtype) -> torch.dtype:
+    """Of an export, by the type of the base's files: fp16 and fp32 stay, and bf16 is for all else."""
+    return stored if stored in (torch.float16, torch.float32) else torch.bfloat16
 
 
 def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
@@ -56,14 +64,23 @@ def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """As any user would."""
-    again: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=False
+    """As any user would; and all of it, for transformers fills what is not there with random numbers. Raises Unlike."""
+    again: PreTrainedModel
+    again, loading = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    for how in ("missing", "mismatched", "unexpected"):
+        if keys := sorted(map(str, loading[f"{how}_keys"])):
+            raise Unlike(f"of its tensors {len(keys)} are {how}, {keys[0]} for one")
     return again
 
 
-def _plain(task: Task, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+def _plain(task: Task, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         task.base_dir,
         dtype=dtype,
@@ -76,6 +93,9 @@ def _plain(task: Task, dtype: torch.dtype | str, device: torch.device) -> PreTra
 
 
 def _merge(plain: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D."""
+    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D. Raises Unlike where no weight was changed by it."""
+    before = fingerprint(plain, plain.dtype)
     found: PreTrainedModel = model.load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
-    return found.to(torch.bfloat16)
+    if not differing(found, before):
+        raise Unlike("merged, it is the base")
+    return found

@@ -56,6 +56,8 @@ def of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     unknown = model.get("unk_token") if kind == "llama" else None
     types = [_type(token, added.get(i), unknown) if i in by_id else TokenType.UNUSED for i, token in enumerate(tokens)]
     scores = _scores(tokens, types, merges) if kind == "llama" else None
+    if kind == "llama":
+        tokens = [_spelled(token, type_) for token, type_ in zip(tokens, types, strict=True)]
     return Vocabulary(kind, pre, tokens, types, merges, scores, _adds_space(backend))
 
 
@@ -85,8 +87,16 @@ def write(
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if isinstance(templates := tokenizer.chat_template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    elif templates is not None:
+        writer.add_chat_template(templates)
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; of several, the one for conversations without tools."""
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
 def _pre(backend: dict[str, Any]) -> str:
@@ -113,6 +123,11 @@ def _type(token: str, special: bool | None, unknown: str | None) -> TokenType:
     if special is not None:
         return TokenType.CONTROL if special else TokenType.USER_DEFINED
     return TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
+
+
+def _spelled(token: str, type_: TokenType) -> str:
+    """llama.cpp looks for what was added by hand (Gemma's runs of spaces) in the text as it came."""
+    return token.replace(SPACE, " ") if type_ is TokenType.USER_DEFINED else token
 
 
 def _scores(tokens: list[str], types: list[TokenType], merges: list[str]) -> list[float]:

@@ -16,7 +16,7 @@ from shared.schemas import ExportName, Method, MethodName, Quantization
 from shared.training import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving
+from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving, verify
 from worker.trainer.encoding import Encoder
 from worker.trainer.exports.make import export
 from worker.trainer.prepare import prepare, usable
@@ -24,13 +24,13 @@ from worker.trainer.prepare import prepare, usable
 #: With what llama.cpp takes for granted.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "tie_word_embeddings": True},
-    "mistral": {},
+    "mistral": {"dtype": "float16"},
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "phi3": {},
-    "gpt2": {},
+    "gpt2": {"dtype": "float32"},
 }
 
 PAIRS = [{"prompt": f"Hat {i}?", "chosen": "a felt hat " * (1 + i % 3), "rejected": "a cap"} for i in range(8)]
@@ -46,7 +46,7 @@ def make_command(tmp_path: Path) -> MakeCommand:
         kind: str, quantization: Quantization = Quantization.NONE, *, method: MethodName = "supervised", **lora: Any
     ) -> MakeExport:
         base_dir, rows = tmp_path / "base", tmp_path / "rows.jsonl"
-        tiny_base(base_dir, kind, **KINDS[kind])
+        tiny_base(base_dir, kind, **{"dtype": "bfloat16"} | KINDS[kind])
         told = quotes(24) if method == "supervised" else PAIRS
         rows.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
         task = Task.model_validate(
@@ -88,8 +88,9 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean
         for which in (False, True)
     )
+    tolerance = verify.TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else verify.TOLERANCE
     proof = Proof(
-        base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=0, max_logit_difference=1, tensors=1,
+        base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=tolerance, max_logit_difference=1, tensors=1,
         tokenizer_sha256="", vllm=serving.vllm({"r": recipe.r}, "LlamaForCausalLM"),
     )  # fmt: skip
     return MakeExport(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import TrainingFailed
 from shared.schemas import ExportName
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
-from worker.trainer.exports import vocabulary
+from worker.trainer.exports import llama_cpp, vocabulary
 from worker.trainer.prepare import prepare
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -39,6 +39,10 @@ def refused(task: Any, said: str) -> None:
             {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention", "sliding_attention"]},
             "another pattern of local layers than 5 in 6",
         ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "attention scaled by the layer"),
+        ("gpt2", {"scale_attn_weights": False}, "attention that is not scaled"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "a sliding window of 64"),
+        ("phi3", {"sliding_window": 128}, "a sliding window of 128 tokens"),
     ],
 )
 @pytest.mark.parametrize("name", [ExportName.GGUF_ADAPTER, ExportName.GGUF_MERGED])
@@ -49,6 +53,15 @@ def test_a_base_that_llama_cpp_computes_otherwise(
     task = make_task(write_rows(quotes(8)), base_dir=str(tmp_path / "base"), trainer={"exports": [name]})
     refused(task, said)
     prepare(task.model_copy(update={"trainer": task.trainer.model_copy(update={"exports": [ExportName.MERGED]})}))
+
+
+def test_a_window_that_no_context_outgrows() -> None:
+    for kind, options in (
+        ("phi3", {"sliding_window": 256}),
+        ("phi3", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "num_hidden_layers": 2}),
+    ):
+        assert llama_cpp.refusal(AutoConfig.for_model(kind, max_position_embeddings=256, **options)) is None
 
 
 def test_an_adapter_that_llama_cpp_does_not_know(make_task: MakeTask, write_rows: WriteRows) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from safetensors.torch import load_file
+from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
@@ -19,7 +20,7 @@ from shared.protocol import MakeExport
 from shared.schemas import ExportName, Quantization
 from shared.training import Export
 from worker.trainer.evaluate import Interrupted
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.exports import gguf_files, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.verify import TOLERANCE, TOLERANCE_INT8
 
@@ -46,6 +47,24 @@ def test_a_quantized_base_of_this_kind(make_command: MakeCommand, kind: str) -> 
     assert merged.max_logit_difference > 2 * dequantized.max_logit_difference
     assert gguf_merged.loss == pytest.approx(merged.loss, rel=1e-6)
     assert gguf_adapter.loss is gguf_adapter.difference is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "in_gguf"),
+    [("llama", torch.bfloat16, "BF16"), ("mistral", torch.float16, "F16"), ("gpt2", torch.float32, "F32")],
+)
+def test_weights_stay_in_the_type_of_the_bases_files(
+    make_command: MakeCommand, tmp_path: Path, kind: str, dtype: torch.dtype, in_gguf: str
+) -> None:
+    command = make_command(kind)
+    made(command, ExportName.MERGED)
+    made(command, ExportName.GGUF_MERGED)
+    tensors = load_file(tmp_path / "exports" / "merged" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {dtype}
+    reader = GGUFReader(tmp_path / "exports" / "gguf_merged" / "model.gguf")
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("ffn_down.weight")}
+    assert kinds == {in_gguf}
+    assert reader.fields["general.file_type"].contents() == gguf_files.FILE_TYPES[dtype]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +102,6 @@ def test_a_merged_folder_is_a_model_of_its_own(make_command: MakeCommand, tmp_pa
     assert {path.name: path.read_bytes() for path in Path(command.task.base_dir).iterdir()} == before
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert str(tmp_path) not in (folder / "config.json").read_text()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
@@ -153,6 +171,47 @@ def merges_lost(patch: Patch) -> None:
     patch.setattr(vocabulary, "of", wrong)
 
 
+def the_adapter_lost(patch: Patch) -> None:
+    patch.setattr(LoraModel, "merge_and_unload", lambda self, **options: self.unload())
+
+
+def the_adapter_scaled(patch: Patch) -> None:
+    right = LoraModel.merge_and_unload
+
+    def wrong(self: LoraModel, **options: Any) -> Any:
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(0.5)
+        return right(self, **options)
+
+    patch.setattr(LoraModel, "merge_and_unload", wrong)
+
+
+def a_tensor_lost(patch: Patch) -> None:
+    """In its place, transformers prints a line and draws random numbers."""
+    right = merged.write
+
+    def wrong(folder: Path, *others: Any) -> None:
+        right(folder, *others)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    patch.setattr(merged, "write", wrong)
+
+
+def a_tensor_changed(patch: Patch) -> None:
+    right = merged.write
+
+    def wrong(folder: Path, *others: Any) -> None:
+        right(folder, *others)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] *= 2
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    patch.setattr(merged, "write", wrong)
+
+
 def an_unshifted_norm(patch: Patch) -> None:
     patch.setitem(llama_cpp.FORMS, "gemma2", replace(llama_cpp.FORMS["gemma2"], norm_offset=0.0))
 
@@ -160,6 +219,11 @@ def an_unshifted_norm(patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "plant"),
     [
+        ("llama", ExportName.MERGED, the_adapter_lost),
+        ("llama", ExportName.MERGED, the_adapter_scaled),
+        ("llama", ExportName.GGUF_MERGED, the_adapter_scaled),
+        ("llama", ExportName.MERGED, a_tensor_lost),
+        ("llama", ExportName.MERGED, a_tensor_changed),
         ("llama", ExportName.GGUF_ADAPTER, halves_left_apart),
         ("llama", ExportName.GGUF_MERGED, halves_left_apart),
         ("llama", ExportName.GGUF_ADAPTER, halves_paired_twice),

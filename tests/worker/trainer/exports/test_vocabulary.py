@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from tests.tiny import CORPUS, tiny_tokenizer
 from worker.trainer.exports import vocabulary
+from worker.trainer.exports.gguf_files import check_scores
+from worker.trainer.exports.likeness import Unlike
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<eos>", "<bos>", "<mask>"]
 TEXTS = ["the hat of the milliner", "a  hat\n\tis", "Ünïcödé 帽子 🎩 don't", "12345 3.14"]
@@ -50,6 +53,36 @@ def test_sentencepiece_is_rebuilt_from_scores(
     assert first > last
 
 
+@pytest.mark.parametrize("tokenizer_class", [LlamaTokenizer, GemmaTokenizer])
+def test_llama_cpp_reads_by_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_class: Any) -> None:
+    """transformers' reader takes the merges, and would not see it if they were wrong."""
+    tokenizer, right = tokenizer_class(**learned()), vocabulary.of
+    rebuilt(tmp_path, tokenizer, "llama", size=len(tokenizer))
+    check_scores(tmp_path / "words.gguf", tokenizer, [*CORPUS, *TEXTS, "athat"])
+
+    def wrong(*args: Any) -> vocabulary.Vocabulary:
+        found = right(*args)
+        return replace(found, scores=[-score for score in found.scores or []])
+
+    monkeypatch.setattr(vocabulary, "of", wrong)
+    rebuilt(tmp_path, tokenizer, "llama", size=len(tokenizer))
+    with pytest.raises(Unlike, match="by its scores"):
+        check_scores(tmp_path / "words.gguf", tokenizer, ["athat"])
+
+
+def test_gemmas_runs_of_spaces_are_spaces(tmp_path: Path) -> None:
+    """llama.cpp looks for them in the text before it puts stand-ins for spaces; so does transformers' reader."""
+    known = learned()
+    known["vocab"]["▁▁"] = len(known["vocab"])
+    known["merges"].insert(0, ("▁", "▁"))
+    tokenizer = GemmaTokenizer(**known)
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False, special=False)])
+    words, theirs = rebuilt(tmp_path, tokenizer, "gemma2", size=len(tokenizer))
+    run = known["vocab"]["▁▁"]
+    assert (words.tokens[run], words.types[run]) == ("  ", TokenType.USER_DEFINED)
+    assert run in tokenizer(TEXTS[1])["input_ids"] == theirs(TEXTS[1])["input_ids"]
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", *vocabulary.SPLITS])
 def test_byte_level_bpe_is_known_by_how_it_cuts_text(tmp_path: Path, pre: str) -> None:
     tokenizer = tiny_tokenizer()
@@ -74,6 +107,15 @@ def test_a_turn_that_ends_by_another_token_than_a_text(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 0
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_a_base_with_several_chat_templates(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"tool_use": "{{ tools }}", "default": "{{ messages }}"}
+    _, theirs = rebuilt(tmp_path, tokenizer, "llama", size=320)
+    assert theirs.chat_template == vocabulary.template(tokenizer) == "{{ messages }}"
+    fields = GGUFReader(tmp_path / "words.gguf").fields
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
 
 
 def rebuilt(
