@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.train import ROOT, bundled
+from benchmarks.train import ROOT, bundled, run_ours
 from shared.memory import MeasuredFit, Weighing, corrected
-from shared.protocol import EVENT, Done, Failed, Prepare, Prepared, Task, Train
+from shared.protocol import Task
 from shared.schemas import Lora, Method, Quantization, TrainerParams
+from shared.training import Report
 
 #: Rows and steps of a run, rows that are scored; all but the words are drawn once.
 BATCH, STEPS, HELDOUT, RANK, SEED = 32, 3, 2, 16, 7
@@ -100,32 +99,13 @@ def weigh(scratch: Path, *, base: Path | None, cases: tuple[Case, ...]) -> dict[
 
 def run(case: Case, base: Path, work: Path) -> MeasuredFit:
     """Prepare and train in one fresh child."""
-    work.mkdir()
-    task = _task(case, base, work)
-    with (work / "log").open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer.main", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=ROOT,
-        )
-    with child:
-        _send(child, Prepare(job="bench", task=task))
-        assert child.stdin is not None
-        assert child.stdout is not None
-        for line in child.stdout:
-            event = EVENT.validate_json(line)
-            if isinstance(event, Prepared):
-                _send(child, Train(job="bench", task=task, recipe=event.plan.recipe, work_dir=str(work)))
-            elif isinstance(event, Done):
-                child.stdin.close()
-                if event.report.fit is None:
-                    sys.exit(f"{base.name}: no architecture that memory is predicted for")
-                return event.report.fit
-            elif isinstance(event, Failed):
-                sys.exit(f"the trainer failed: {event.message}")
-    sys.exit(f"the trainer ended early:\n{(work / 'log').read_text()}")
+    rows = work.with_name(f"{work.name}-rows")
+    rows.mkdir()
+    result, _ = run_ours(_task(case, base, rows), work)
+    report = Report.model_validate_json(Path(result.adapter, "report.json").read_text(encoding="utf-8"))
+    if report.fit is None:
+        sys.exit(f"{base.name}: no architecture that memory is predicted for")
+    return report.fit
 
 
 def table(found: dict[str, Any]) -> str:
@@ -154,8 +134,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"At worst {told}."]) + "\n"
 
 
-def _task(case: Case, base: Path, work: Path) -> Task:
-    drawn, paths = random.Random(SEED), (work / "train.jsonl", work / "validation.jsonl")
+def _task(case: Case, base: Path, folder: Path) -> Task:
+    drawn, paths = random.Random(SEED), (folder / "train.jsonl", folder / "validation.jsonl")
     for path, rows in zip(paths, (BATCH * STEPS, HELDOUT), strict=True):
         texts = [{"text": " ".join(drawn.choices(WORDS, k=case.words))} for _ in range(rows)]
         path.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
@@ -190,12 +170,6 @@ def _others(cases: tuple[Case, ...], runs: list[list[MeasuredFit]], number: int)
 
 def _weighing(fit: MeasuredFit) -> Weighing:
     return Weighing(computed_bytes=fit.computed_bytes, measured_bytes=fit.measured_bytes)
-
-
-def _send(child: subprocess.Popen[bytes], command: Prepare | Train) -> None:
-    assert child.stdin is not None
-    child.stdin.write(command.model_dump_json().encode() + b"\n")
-    child.stdin.flush()
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def labelled(row: dict[str, Any]) -> Labelled:
     label = str(label)
     if not label.strip() or not label.isprintable() or len(label) > LONGEST_LABEL:
         raise _Bad("label", f"found {_found(label)}", f"a name of 1 to {LONGEST_LABEL} printable characters")
-    first, second = next((pair for pair in PAIRS if pair[0] in row), PAIRS[0])
+    whole = next((pair for pair in PAIRS if all(name in row for name in pair if name is not None)), None)
+    first, second = whole or next((pair for pair in PAIRS if pair[0] in row), PAIRS[-1])
     alone = second is None or (second == "text_pair" and row.get(second) is None)
     return Labelled(_string(row, first), None if alone else _string(row, str(second)), label)
 
@@ -192,13 +193,17 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "label": labelled,
     "text": text,
 }
-#: What one or two texts to be classified are called, here and in GLUE's datasets; the first one found counts.
+#: What one or two texts to be classified are called, here and in GLUE's datasets; the first one that is whole counts.
 PAIRS = (
     ("text", "text_pair"),
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
     ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "text"),
     ("sentence", None),
+    ("text", None),
 )
 #: Characters of a label. What is longer is a text in the wrong column.
 LONGEST_LABEL = 100
@@ -206,7 +211,8 @@ LONGEST_LABEL = 100
 KEYS = (
     *FORMATS,
     *("tools", "system", "completion", "input", "output", "rejected", "non_preferred_output"),
-    *("text_pair", "premise", "hypothesis", "sentence1", "sentence2", "question1", "question2", "sentence"),
+    *("text_pair", "premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
+    *("sentence", "question", "passage"),
 )
 #: ShareGPT's names → ours.
 SPEAKERS = {

@@ -23,7 +23,7 @@ from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, MethodName, Phase, State
+from shared.schemas import TERMINAL, Desired, JobCreate, MethodName, Phase, Quantization, State
 from shared.starts import Start
 from shared.training import FileReport
 
@@ -144,8 +144,12 @@ def submit(
     if earlier is not None:
         return earlier, False
     base, start = _origin(session, tenant_id, request)
+    lora = starts.shape(request.lora, start) if start is not None else request.lora
+    if lora.use_dora and request.quantization is Quantization.INT8:
+        # peft takes the norm of the whole weight in each forward, whose scales bitsandbytes lets go of in training.
+        raise InvalidRequest('int8 bears no DoRA; allowed with it: "nf4" or "none"', param="quantization")
     if start is not None:
-        body["lora"] = starts.shape(request.lora, start).model_dump(mode="json")
+        body["lora"] = lora.model_dump(mode="json")
     method = request.method.type
     get_usable_file(session, tenant_id, request.training_file, method, "training_file")
     if request.validation_file is not None:

@@ -93,13 +93,16 @@ def correction(weighings: Sequence[Weighing], computed_bytes: int) -> float:
     same in every run and partly a share of it; the nearest run has about the right mixture, and a run that is done
     again has exactly it.
     """
-    if not weighings:
+    credible = [one for one in weighings if 1 / LARGEST_CORRECTION <= _ratio(one) <= LARGEST_CORRECTION]
+    if not credible:
         return 1.0
-    nearest = min(weighings, key=lambda one: abs(one.computed_bytes - computed_bytes))
-    ratio = nearest.measured_bytes / nearest.computed_bytes
-    return min(max(ratio, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
+    return _ratio(min(credible, key=lambda one: abs(one.computed_bytes - computed_bytes)))
 
 
 def corrected(weighings: Sequence[Weighing], computed_bytes: int) -> int:
     """A computed peak as it will probably be measured."""
     return round(computed_bytes * correction(weighings, computed_bytes))
+
+
+def _ratio(weighing: Weighing) -> float:
+    return weighing.measured_bytes / weighing.computed_bytes

@@ -347,10 +347,6 @@ class JobCreate(Request):
     def _nothing_quantized_is_trained(cls, value: Quantization, info: ValidationInfo) -> Quantization:
         if _is_full(info) and value is not Quantization.NONE:
             raise ValueError('trainer.full_finetuning trains no quantized weights; allowed: "none", or leave it out')
-        lora = info.data.get("lora")
-        if value is Quantization.INT8 and isinstance(lora, Lora) and lora.use_dora:
-            # peft takes a norm of the whole weight in each forward, whose scales bitsandbytes lets go of in training.
-            raise ValueError('int8 bears no DoRA; allowed with lora.use_dora: "nf4" or "none"')
         return value
 
     @model_validator(mode="after")

@@ -56,6 +56,7 @@ from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
+TRACKER_SECONDS = 3.0  # of the 25 that a draining worker has
 PUBLISHED = "published"  # what lies in the bucket, fetched back
 #: What an attempt goes on from. An export that failed is one of these: the job goes on without it.
 LastWord = Prepared | Done | Verified | Exported | Failed | None
@@ -137,7 +138,7 @@ class Attempt(LeasedJob):
             message = f"{type(error).__name__}: {error}"
             self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
         finally:
-            self.tracking.end(lost=self.lease.is_lost())
+            self.tracking.end(lost=self.lease.is_lost(), wait=TRACKER_SECONDS if self.patience.is_draining() else 0.0)
 
     def talk(self, command: Prepare | Train | Verify | MakeExport, slot: int) -> LastWord:
         """Take a trainer, tell it what to do, and listen until it has had its last word.

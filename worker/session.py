@@ -58,6 +58,7 @@ class TrainerSession:
     """One trainer process, at home in `folder`. Its group can be signalled from any thread; events are read by one."""
 
     def __init__(self, folder: Path, *, visible_device: str) -> None:
+        self.visible_device = visible_device
         self._log = folder / "trainer.log"
         own = {"HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
         env = inherited(*PASSED_ON) | OFFLINE | own

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from queue import Empty, Full, Queue
 from threading import Event, Lock, Thread
@@ -74,10 +75,16 @@ class Tracking:
         for tracker in self._trackers:
             tracker.last_call()
 
-    def end(self, *, lost: bool) -> None:
-        """The attempt is over. Of a `lost` lease nothing more is said: another attempt may be at the same run."""
+    def end(self, *, lost: bool, wait: float = 0.0) -> None:
+        """The attempt is over. Of a `lost` lease nothing more is said: another attempt may be at the same run.
+
+        `wait` so many seconds at most for the last words to be handed on: a slot that drains is gone at once.
+        """
         for tracker in self._trackers:
             tracker.end(lost=lost)
+        until = time.monotonic() + wait
+        for tracker in self._trackers:
+            tracker.fed.wait(max(0.0, until - time.monotonic()))
 
 
 class Tracker:
@@ -88,7 +95,7 @@ class Tracker:
         self._integration = integration
         self._complain = complain
         self._steps: Queue[Metrics] = Queue(STEPS)
-        self._over, self._lost = Event(), Event()
+        self._over, self._lost, self.fed = Event(), Event(), Event()
         self._answered = False
         self._to_tell = Lock()  # taken for good by the first complaint
         context = contextvars.copy_context()  # for the log
@@ -136,10 +143,12 @@ class Tracker:
                     tail = (folder / "tracker.log").read_bytes()[-2000:].decode(errors="replace")
                     log.warning("tracker.died", tracker=kind, said=tail)
                     self._tell("the process that talks to it has ended")
+                self.fed.set()
                 _reap(child)
         except OSError as error:
             log.warning("tracker.broke", tracker=kind, error=str(error))
             self._tell("the worker cannot start a process for it")
+            self.fed.set()
         log.info("tracker.ended", tracker=kind)
 
     def _feed(self, pipe: IO[bytes]) -> None:

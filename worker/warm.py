@@ -40,7 +40,9 @@ _folders: dict[int, ExitStack] = {}
 def take(purpose: Purpose, *, visible_device: str) -> TrainerSession:
     """The child that was kept for this, or a new one; to be handed to `keep` or `close`."""
     if (session := _take(purpose)) is not None:
-        if session.is_running():
+        if session.is_running() and session.visible_device == visible_device:
+            if session.is_stopped():
+                session.thaw()  # it froze between its last word and being idle
             session.begin()
             log.info("trainer.warm", pid=session.pid, purpose=purpose)
             return session

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import lora_and_full
 from tests.tiny import tiny_llama
 
@@ -14,7 +16,7 @@ def test_quick_run_leaves_figures_and_a_table(tmp_path: Path) -> None:
     assert lora_and_full.main(["--quick", "--base", str(tmp_path / "base"), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "lora_and_full.json").read_text())
     lora, full = found["runs"].values()
-    assert lora["base_loss"] == full["base_loss"]
+    assert lora["base_loss"] == pytest.approx(full["base_loss"], rel=1e-4)
     assert lora["trained_tokens"] == full["trained_tokens"]
     assert full["learning_rate"] < lora["learning_rate"]
     assert lora["trainable_parameters"] < full["trainable_parameters"] == full["total_parameters"]

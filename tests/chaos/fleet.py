@@ -363,7 +363,7 @@ class Fleet:
         if folder.parent != self.folder.cache / "work":
             return None
         job, _, epoch = folder.name.removesuffix(" (deleted)").rpartition("-")
-        return job, int(epoch)
+        return (job, int(epoch)) if job.startswith("ftjob-") else None  # it waits for work, at home
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -48,18 +48,24 @@ def expected(job: str, seed: int, steps: int) -> bytes:
 
 
 def main() -> int:
-    """Serve commands until stdin ends."""
-    global _silence  # noqa: PLW0603 (one writer; a class for it would say no more)
+    """Serve commands until stdin ends; at work, in the folder of the attempt, which tells whose it is."""
     _die_with_parent(int(sys.argv[1]))
     threading.Thread(target=_read, daemon=True).start()
+    home, watched = Path.cwd(), False
     while (command := _commands.get()) is not None:
-        if _silence is None and command["task"].get("silence_seconds") is not None:
-            _silence = command["task"]["silence_seconds"]
-            threading.Thread(target=_watch, args=(_silence,), daemon=True).start()
+        silence = command["task"].get("silence_seconds")
+        if silence is not None and not watched:
+            threading.Thread(target=_watch, args=(silence,), daemon=True).start()
+            watched = True
+        _listen(silence)
+        os.chdir(Path(command["task"]["training_file"]).parent)
         try:
             {"prepare": _prepare, "train": _train, "verify": _verify, "export": _export}[command["op"]](command)
         except OSError as error:
             _emit("failed", command["job"], code="disk_full", message=str(error), retryable=True)
+        finally:
+            os.chdir(home)
+            _listen(None)
     return 0
 
 
@@ -70,7 +76,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _read() -> None:
-    global _heard  # noqa: PLW0603 (as above)
+    global _heard  # noqa: PLW0603 (a few writers under one lock; a class for it would say no more)
     _heard = _boottime()
     for line in sys.stdin.buffer:
         command = json.loads(line)
@@ -80,8 +86,16 @@ def _read() -> None:
         elif command["op"] == "stop":
             _stopping.add(command["job"])
         else:
+            _stopping.discard(command["job"])
             _commands.put(command)
     _commands.put(None)
+
+
+def _listen(silence: float | None) -> None:
+    """From here on the supervisor is to be heard so often; None: no more."""
+    global _heard, _silence
+    with _fencing:
+        _heard, _silence = _boottime(), silence
 
 
 def _watch(silence: float) -> None:

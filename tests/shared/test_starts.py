@@ -130,6 +130,10 @@ def test_the_shape_is_the_sources_and_the_rest_is_free(
             InvalidRequest, "lora.target_modules", "lora_mismatch", "has 'all-linear'",
         ),
         ({"model": "MODEL", "lora": {"use_dora": True}}, InvalidRequest, "lora.use_dora", "lora_mismatch", "leave it"),
+        (
+            {"lora": {"use_dora": True}, "quantization": "int8"},
+            InvalidRequest, "quantization", "invalid_value", "int8 bears no DoRA",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_started_from_is_told(

@@ -59,6 +59,7 @@ def as_worker(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pyte
         "CACHE_DIR": str(tmp_path / "cache"),
         "MIN_FREE_BYTES": "0",
         "CRASH_BACKOFF_SECONDS": "0",
+        "WARM_SECONDS": "0",
     }
     for name, value in environment.items():
         monkeypatch.setenv(f"MILLINER_{name}", value)

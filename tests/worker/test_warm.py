@@ -51,6 +51,20 @@ def test_proof_is_never_given_to_one_that_has_worked() -> None:
     warm.close(proves)
 
 
+def test_one_for_another_device_is_not_taken_and_one_that_is_frozen_goes_on() -> None:
+    first = warm.take(Purpose.WORK, visible_device="")
+    first.freeze()
+    warm.keep(Purpose.WORK, first)
+    until(first.is_stopped)
+    assert warm.take(Purpose.WORK, visible_device="") is first
+    until(lambda: not first.is_stopped())
+    warm.keep(Purpose.WORK, first)
+    second = warm.take(Purpose.WORK, visible_device="1")
+    assert second is not first
+    assert not first.is_running()
+    warm.close(second)
+
+
 def test_one_that_died_while_idle_is_replaced() -> None:
     first = warm.take(Purpose.WORK, visible_device="")
     warm.keep(Purpose.WORK, first)

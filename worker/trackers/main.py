@@ -24,6 +24,8 @@ FIRST_WAIT = 1.0
 LONGEST_WAIT = 15.0
 #: After the attempt has ended, the tracker has so many seconds to take what is left.
 FAREWELL = 30.0
+#: Where another attempt will go on, and must not meet this one.
+BRIEF = 5.0
 SHOWN = 200
 
 Batch = list[tuple[int, Values]]
@@ -90,8 +92,8 @@ class Backlog:
     def end(self, ending: Ending) -> None:
         with self._changed:
             self._ending = ending
-            if ending == "interrupted" and self._steps:
-                del self._steps[max(self._steps)]  # the next attempt may still evaluate it
+            if ending == "interrupted":
+                self._steps.clear()  # the next attempt may be at the same run already, and tells what is not there
             self._changed.notify_all()
 
     def due(self) -> tuple[Batch, Ending | None]:
@@ -130,7 +132,7 @@ def _read(backlog: Backlog) -> None:
         message = MESSAGE.validate_json(line)
         if isinstance(message, End):
             backlog.end(message.ending)
-            Timer(FAREWELL, _die).start()  # a daemon, as this thread is
+            Timer(BRIEF if message.ending == "interrupted" else FAREWELL, _die).start()  # a daemon, as this thread is
             return
         assert isinstance(message, Step)
         backlog.add(message)

@@ -41,9 +41,9 @@ Tensors = dict[str, torch.Tensor]
 class RunState(BaseModel):
     """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
 
-    `memory_halvings` is the rung of `ladder.py` that the run has come down to. `base_nats` are each held-out row's loss
-    by the base, which fp32 holds; with many rows they are too long for JSON. `start` and `start_nats` are the same of
-    the adapter that the run began with.
+    `memory_halvings` is the rung of `ladder.py` that the run has come down to, `lanes` how many it began with.
+    `base_nats` are each held-out row's loss by the base, which fp32 holds; with many rows they are too long for JSON.
+    `start` and `start_nats` are the same of the adapter that the run began with.
     """
 
     recipe: Recipe
@@ -59,6 +59,7 @@ class RunState(BaseModel):
     best_step: int | None = None
     worse_evaluations: int = 0
     memory_halvings: int = 0
+    lanes: int = 1
     metrics: list[Metrics] = []
 
 

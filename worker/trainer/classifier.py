@@ -50,6 +50,15 @@ def config(base_dir: str, labels: Sequence[str], *, pad: int) -> PreTrainedConfi
     return found
 
 
+def means_other(config: PreTrainedConfig, labels: Sequence[str]) -> bool:
+    """Do the base's files name the outputs of their head, and other than `labels`, or in another order?
+
+    Such an output would begin as the answer to another question.
+    """
+    named = [config.id2label.get(i) for i in range(len(labels))]
+    return named != [f"LABEL_{i}" for i in range(len(labels))] and named != list(labels)
+
+
 def is_of(name: str, head: Iterable[str]) -> bool:
     """Is this parameter the head's?"""
     return any(name.startswith(f"{module}.") for module in head)

@@ -390,8 +390,11 @@ def _named_pad(base: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The config's before the tokenizer's, because the model goes by that one; some write -1 for none."""
     path = base / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = (config.get("text_config") or config).get("pad_token_id")
-    return named if isinstance(named, int) and named >= 0 else tokenizer.pad_token_id
+    config = config.get("text_config") or config
+    named, rows = config.get("pad_token_id"), config.get("vocab_size")
+    found = named if isinstance(named, int) and named >= 0 else tokenizer.pad_token_id
+    # A token that was added to the tokenizer alone has no embedding.
+    return None if found is None or (isinstance(rows, int) and found >= rows) else found
 
 
 def _append(pieces: Pieces, more: Encoding, start: int) -> None:

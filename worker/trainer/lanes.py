@@ -21,7 +21,7 @@ from shared.training import Recipe
 from worker.trainer.batches import Batch
 from worker.trainer.model import Base, own_dropouts
 
-#: Python's lock admits one thread at a time to what lies between the operators, some 2 % of a pass on two cores.
+#: Python's lock admits one thread at a time to what lies between the operators. Tried with two cores.
 MOST = 4
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def run(act: Callable[[Batch], T], batches: Iterable[Batch], lanes: int, *, befo
 def _threads(lanes: int, cores: int) -> ThreadPoolExecutor:
     """They share the cores out among themselves."""
     return ThreadPoolExecutor(
-        lanes, thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(cores // lanes,)
+        lanes, thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(max(1, cores // lanes),)
     )
 
 

@@ -108,7 +108,7 @@ class Session:
         self._pipe = pipe
         self._emitted_at = time.monotonic()
         self._stopping: set[str] = set()
-        self._resident: tuple[tuple[str, Quantization, int | None], Base] | None = None
+        self._resident: tuple[tuple[str, Quantization, tuple[str, ...] | None], Base] | None = None
         self._step: int | None = None
         self._silence: float | None = None
         self._watched = False
@@ -129,6 +129,7 @@ class Session:
             elif isinstance(command, Stop):
                 self._stopping.add(command.job)
             else:
+                self._stopping.discard(command.job)  # the pipe keeps order: a stop before its command is of another one
                 self.commands.put(command)
         self.commands.put(None)
 
@@ -227,9 +228,14 @@ class Session:
         # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
         from worker.trainer.train import train  # noqa: PLC0415 (import cost)
 
+        labels = command.recipe.labels
+        key = (command.task.base_dir, command.recipe.quantization, tuple(labels) if labels else None)
+        if self._resident is not None and self._resident[0] != key:
+            self._resident = None  # two may not fit; and what this run takes is measured from here on
+            self._give_back()
         train(
             command,
-            lambda: self._base(command.task.base_dir, command.recipe.quantization, command.recipe.labels),
+            lambda: self._base(*key),
             emit=self.emit,
             stopping=lambda: self._is_stopping(command.job),
             tick=lambda: self.tick(command.job),
@@ -250,7 +256,10 @@ class Session:
         self.emit(export(command, stopping=stopping, tick=tick))
 
     def _give_back(self) -> None:
-        """What is held for nothing: this process may wait for its next work while others need the memory."""
+        """What is held for nothing: this process may wait for its next work while others need the memory.
+
+        A base in 4 bits is a cycle (bitsandbytes' weights know their layer), and goes with a collection alone.
+        """
         from worker.trainer import ladder  # noqa: PLC0415 (import cost)
 
         ladder.free()
@@ -261,13 +270,12 @@ class Session:
         self.tick(job)
         return job in self._stopping
 
-    def _base(self, base_dir: str, quantization: Quantization, labels: list[str] | None) -> Base:
+    def _base(self, base_dir: str, quantization: Quantization, labels: tuple[str, ...] | None) -> Base:
+        """The resident one, loaded if there is none."""
         from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)
 
-        key = (base_dir, quantization, len(labels) if labels else None)
-        if self._resident is None or self._resident[0] != key:
-            self._resident = None  # first let go of the old one: two do not fit
-            self._resident = (key, load_base(base_dir, quantization, labels=key[2]))
+        if self._resident is None:
+            self._resident = (base_dir, quantization, labels), load_base(base_dir, quantization, labels=labels)
         return self._resident[1]
 
     def _fail(

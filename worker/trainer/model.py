@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,15 @@ class Base:
 
 
 def load_base(
-    base_dir: str, quantization: Quantization, *, labels: int | None = None, compute_dtype: torch.dtype | None = None
+    base_dir: str,
+    quantization: Quantization,
+    *,
+    labels: Sequence[str] | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Base:
     """Load safetensors as they are or quantized on the fly, computing in bf16 where the machine is fast at it.
 
-    With a number of `labels` it is a classifier's; what the files are without of its head is yet to be drawn.
+    With `labels` it is a classifier's; what the files are without of its head is yet to be drawn.
     Raises TrainingFailed if the folder holds no usable model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +77,7 @@ def load_base(
         model, loading = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(
             base_dir,
             # Another classifier's head may have another width, which is drawn anew; any other misfit is refused below.
-            **({"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}),
+            **({"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}),
             quantization_config=_quantization_config(
                 quantization, dtype, skipped=classifier.unquantized(base_dir) if labels else None
             ),
@@ -98,6 +102,9 @@ def load_base(
         ) from error
     blank = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     head = classifier.head(model, blank) if labels else ()
+    if labels is not None and classifier.means_other(model.config, labels):
+        outputs = {name for name, parameter in model.named_parameters() if len(parameter) == len(labels)}
+        blank |= {name for name in outputs if classifier.is_of(name, head)}
     if absent := sorted(name for name in blank if not classifier.is_of(name, head)):
         # transformers fills what is not there with random numbers, and goes on.
         raise TrainingFailed(
@@ -248,12 +255,12 @@ def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
 
 
 def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
-    """Where the base itself draws random numbers in training: (module, attribute, rate)."""
+    """Where the base itself draws random numbers in training: (module, attribute, rate). Of no adapter that is on."""
     return [
         (module, name, rate)
         for module in model.modules()
-        for name in (["p"] if isinstance(module, torch.nn.Dropout) else ["attention_dropout"])
-        if isinstance(rate := getattr(module, name, None), float) and rate > 0
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and rate > 0 and ("drop" in name or isinstance(module, torch.nn.Dropout))
     ]
 
 

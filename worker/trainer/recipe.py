@@ -60,7 +60,10 @@ MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 #: RoBERTa and its kin count positions from the one after their padding's.
 POSITIONS_AFTER_PADDING = frozenset(
-    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"}
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"),
+        *("mpnet", "longformer", "luke", "ibert", "esm", "markuplm", "lilt", "layoutlmv3"),
+    }
 )
 #: `eval_every` and `save_every` auto: this often in a run, but a checkpoint at least every so many steps.
 PARTS_OF_A_RUN = 5

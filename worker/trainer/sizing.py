@@ -50,7 +50,9 @@ def size(task: Task, recipe: Recipe, rows: Sequence[Row]) -> Sized:
 
 
 def known_architecture(base_dir: str, recipe: Recipe) -> Architecture | None:
-    """The base's, as the recipe trains it, if it is one that fit.py can do arithmetic on."""
+    """The base's, as the recipe trains it, if fit.py can do arithmetic on both: it knows no full fine-tuning."""
+    if recipe.full_finetuning:
+        return None
     try:
         base = architecture.read(json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8")))
     except InvalidRequest:

@@ -14,7 +14,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -172,6 +172,8 @@ def _start(
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
+        layout = replace(layout, lanes=state.lanes)  # another machine's cores would split a step into other sums
+    state.lanes = layout.lanes
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
@@ -275,7 +277,9 @@ def _step(run: Run) -> None:
     state.step += 1
     state.trained_tokens += tokens
     state.seconds += seconds
-    state.evaluation_due = bool(recipe.eval_every) and state.step % (recipe.eval_every or 1) == 0
+    # What was not scored cannot be the best: with early stopping, the last step is as well.
+    last = recipe.early_stopping is not None and state.step == recipe.total_steps
+    state.evaluation_due = recipe.eval_every is not None and (state.step % recipe.eval_every == 0 or last)
     _record(
         run,
         Metrics(
@@ -316,6 +320,7 @@ def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Ta
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             tally.add(loss)
+            del loss, found, gradient  # or they would be held until the next ones are there
     except Exception:
         run.optimizer.zero_grad()
         checkpoint.set_torch_random(random_before)

@@ -75,7 +75,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
-    base = model.load_base(task.base_dir, recipe.quantization, labels=len(recipe.labels) if recipe.labels else None)
+    base = model.load_base(task.base_dir, recipe.quantization, labels=recipe.labels)
     if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
         raise published.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:

@@ -102,6 +102,8 @@ def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
         ("supervised", {"micro_batch": 8, "quantization": Quantization.INT8}, {}, 1),
         ("dpo", {"micro_batch": 8}, {}, 1),
         ("supervised", {"micro_batch": 8}, {"attention_dropout": 0.1}, 1),
+        ("supervised", {"micro_batch": 8}, {"model_type": "opt", "dropout": 0.1}, 1),
+        ("supervised", {"micro_batch": 8}, {"model_type": "opt", "dropout": 0.0}, 2),
         (
             "supervised",
             {"micro_batch": 8},
@@ -119,7 +121,7 @@ def test_lanes_only_where_they_share_nothing_that_changes(
     write_rows: WriteRows,
     tmp_path: Path,
 ) -> None:
-    tiny_base(tmp_path / "base", "llama", **config)
+    tiny_base(tmp_path / "base", **({"model_type": "llama"} | config))
     pair = {"input": {"messages": [{"role": "user", "content": "hat"}]}}
     said = {"role": "assistant", "content": "felt"}
     rows = (

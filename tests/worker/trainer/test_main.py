@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 
 from shared.protocol import (
     EVENT,
@@ -33,6 +37,7 @@ from shared.protocol import (
 )
 from shared.schemas import Phase
 from worker.trainer import main as child_main
+from worker.trainer import model
 from worker.trainer.main import Session, boottime
 
 from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
@@ -74,6 +79,32 @@ def test_a_job_leaves_no_trace_on_the_base_of_the_next_one(
     assert adapters[1] == adapters[3] != adapters[2]
 
 
+def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
+    make_task: MakeTask, write_rows: WriteRows, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may not fit. bitsandbytes' weights know their layer, and no count of references lets go of a cycle."""
+    gone: list[bool] = []
+    weights: list[weakref.ref[torch.nn.Parameter]] = []
+    load = model.load_base
+
+    def noted(*args: Any, **options: Any) -> model.Base:
+        gone.append(all(weight() is None for weight in weights))
+        base = load(*args, **options)
+        weights.extend(weakref.ref(layer.weight) for layer in base.model.modules() if isinstance(layer, Linear4bit))
+        return base
+
+    monkeypatch.setattr(model, "load_base", noted)
+    other = shutil.copytree(llama, tmp_path / "other")
+    rows = write_rows(quotes(2))
+    with Path("/dev/null").open("wb") as pipe:
+        session = Session(pipe)
+        for i, base_dir in enumerate((llama, str(other))):
+            task = make_task(rows, base_dir=base_dir, quantization="nf4", trainer={"max_steps": 1})
+            session.serve(Train(job="g", task=task, recipe=recipe_of(task), work_dir=str(tmp_path / str(i))))
+    assert weights
+    assert gone == [True, True]
+
+
 @pytest.mark.parametrize(
     ("content", "code", "said"),
     [
@@ -106,6 +137,7 @@ def test_stops_when_told_and_goes_on_from_there(
     child.send(Stop(job="c"))
     saved = child.until(CheckpointSaved)
     assert child.until(Stopped).step == saved.step < recipe.total_steps
+    child.send(Stop(job="c"))  # too late for the one, and not meant for the other
     child.send(Train(job="c", task=task, recipe=recipe, work_dir=str(tmp_path), resume_from=saved.path))
     assert child.until(Measured).metrics.step == saved.step + 1
     child.send(Stop(job="c"))

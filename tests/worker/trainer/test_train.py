@@ -125,9 +125,10 @@ def test_adapter_folder_is_public(make_task: MakeTask, write_rows: WriteRows, tm
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", "0" * 40)
     assert any(name.endswith("q_proj") for name in config["target_modules"])
-    texts = [p.read_text() for p in folder.iterdir() if p.suffix != ".safetensors"]
-    assert not any(task.base_dir in text or str(tmp_path) in text for text in texts)
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    texts = [path.read_bytes() for path in files if path.suffix != ".safetensors"]
+    assert not any(task.base_dir.encode() in text or str(tmp_path).encode() in text for text in texts)
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors", ".jinja", ".md", ".milliner"}
 
 
 def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
@@ -146,6 +147,17 @@ def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: 
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"; the adapter is that of step {report.kept_step} |" in card
     assert any("stopping early" in notice.message for notice in observer.of(Notice))
+
+
+def test_early_stopping_looks_at_the_last_step_as_well(
+    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """Or the end of a run whose length does not divide would be trained for nothing."""
+    trainer = {"eval_every": 2, "early_stopping": 3, "max_steps": 5}
+    task = make_task(write_rows(quotes(24)), hyperparameters={"n_epochs": 5, "batch_size": 8}, trainer=trainer)
+    observer = run(task, tmp_path, learning_rate=1e-3)
+    assert [e.metrics.step for e in observer.of(Measured) if e.metrics.valid_loss is not None] == [2, 4, 5]
+    assert observer.of(Done)[0].report.kept_step == 5
 
 
 def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
