@@ -54,23 +54,20 @@ def publish(
 ) -> Published:
     """One after the other, so that a disk holds one at a time. `make` answers Exported or Failed.
 
-    What an earlier attempt has put there is written over, or deleted where there is none now; a file more that it had,
-    no manifest names. `tell` raises once the lease is gone.
+    What an earlier attempt has put there is written over; a file more that it had goes once the job has ended.
     """
     exports: list[Export] = []
     files: list[Entry] = []
     for command in commands:
         name, said = command.name, make(command)
-        path = f"{FOLDER}{name.value}/"
         assert isinstance(said, Exported | Failed), said
         if isinstance(said, Failed):
             # What a trainer that was killed left half written is more than the next may find room beside.
             shutil.rmtree(Path(command.work_dir, FOLDER), ignore_errors=True)
             tell("warn", f"no export {name.value}: {said.message}; the adapter is not affected")
-            # Of an earlier attempt, which no manifest will name; and the lease is ours, for it has taken a line.
-            patience.do(partial(storage.delete_prefix, prefix + path))
             exports.append(Export(name=name, error=said.message))
             continue
+        path = f"{FOLDER}{name.value}/"
         put = partial(storage.put_files, prefix + path, Path(said.path), epoch=epoch)
         for file in patience.do(put):
             files.append(Entry(path=path + file["path"], bytes=file["bytes"], sha256=file["sha256"]))

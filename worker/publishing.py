@@ -101,6 +101,15 @@ def put_result(job: Job, *, patience: Patience) -> Result:
     return Result(file_id, key, len(table), storage.sha256_of_bytes(table))
 
 
+def drop_strays(prefix: str, files: list[Entry], *, patience: Patience) -> None:
+    """What earlier attempts have put beside the manifest's files, such as an export that could not be made again.
+
+    Only of a job that has ended: nobody else can have put there what will be named.
+    """
+    named = {prefix + file["path"] for file in files}
+    patience.do(lambda: storage.delete_many([at.key for at in storage.listing(prefix) if at.key not in named]))
+
+
 def result_row(job: Job, result: Result) -> File:
     """What makes it real; a new one for each try to commit it."""
     return File(

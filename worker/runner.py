@@ -324,7 +324,9 @@ class Attempt(LeasedJob):
         state = self.guarded(finish)
         log.info("job.finished", state=state)
         reach(Point.AFTER_FINISH)
-        if state is not State.SUCCEEDED:
+        if state is State.SUCCEEDED:
+            publishing.drop_strays(prefix, sealed, patience=self.patience)
+        else:
             self.patience.do(lambda: storage.delete_prefix(prefix))
             self.patience.do(lambda: storage.delete(result.key))
 
