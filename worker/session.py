@@ -64,6 +64,7 @@ class TrainerSession:
         env = inherited(*PASSED_ON) | OFFLINE | own
         told = get_settings().trainer_command
         command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
+        self._log_begins, self._oom_kills = 0, oom_kills()
         with self._log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [*command, str(os.getpid())],
@@ -78,13 +79,11 @@ class TrainerSession:
         self.heard_at = 0.0  # when the event that was received last came out of the pipe (monotonic)
         self._signals, self._sending = Lock(), Lock()
         self.frozen = False
-        self.begin()
         Thread(target=self._read, name="trainer-events", daemon=True).start()
 
     def begin(self) -> None:
-        """Before each piece of work: what the log or the kernel said earlier is of another."""
-        self._log_begins = self._log.stat().st_size
-        self._oom_kills = oom_kills()
+        """Before more work: what the log or the kernel has said so far is of another."""
+        self._log_begins, self._oom_kills = self._log.stat().st_size, oom_kills()
 
     @property
     def pid(self) -> int:
