@@ -362,8 +362,10 @@ class Fleet:
             return None
         if folder.parent != self.folder.cache / "work":
             return None
-        job, _, epoch = folder.name.removesuffix(" (deleted)").rpartition("-")
-        return (job, int(epoch)) if job.startswith("ftjob-") else None  # it waits for work, at home
+        job, _, epoch = folder.name.rpartition("-")
+        if folder.name.endswith(" (deleted)") or not job.startswith("ftjob-"):
+            return None  # its attempt is over, or it had none yet: it waits for work
+        return job, int(epoch)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -48,10 +48,10 @@ def expected(job: str, seed: int, steps: int) -> bytes:
 
 
 def main() -> int:
-    """Serve commands until stdin ends; at work, in the folder of the attempt, which tells whose it is."""
+    """Serve commands until stdin ends, in the folder of the attempt, which tells whose it is or was."""
     _die_with_parent(int(sys.argv[1]))
     threading.Thread(target=_read, daemon=True).start()
-    home, watched = Path.cwd(), False
+    watched = False
     while (command := _commands.get()) is not None:
         silence = command["task"].get("silence_seconds")
         if silence is not None and not watched:
@@ -64,7 +64,6 @@ def main() -> int:
         except OSError as error:
             _emit("failed", command["job"], code="disk_full", message=str(error), retryable=True)
         finally:
-            os.chdir(home)
             _listen(None)
     return 0
 

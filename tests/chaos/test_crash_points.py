@@ -174,9 +174,11 @@ def succeed(ours: Fleet, job: str) -> None:
 def lapse(ours: Fleet) -> None:
     """Turn Postgres's clock past every lease, once the trainers under it have stopped, as they must have by then.
 
-    One that was never told to train has nothing to stop.
+    One that was never told to train, or has come to the end, has nothing to stop.
     """
-    witnessed = {int(line.split()[2]) for log in ours.witness.glob("*.log") for line in log.read_text().splitlines()}
-    until(lambda: all(state_of(pid) in "TZX" for pid in witnessed), "trainers without a supervisor stand still")
+    lines = (line.split() for log in ours.witness.glob("*.log") for line in log.read_text().splitlines())
+    reached = {int(pid): int(step) for _, step, pid, _ in lines}
+    training = [pid for pid, step in reached.items() if step < STEPS]
+    until(lambda: all(state_of(pid) in "TZX" for pid in training), "trainers without a supervisor stand still")
     past = "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1s'"
     ours.sql(f"{past} WHERE lease_owner IS NOT NULL RETURNING id")
