@@ -108,7 +108,8 @@ def test_sizes_are_those_of_what_is_held(
     assert full.total_bytes == full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * frozen
     assert found.adapter_bytes == 4 * found.trainable_parameters
     assert found.adapter_bytes < (tmp_path / "adapter" / checkpoint.ADAPTER).stat().st_size
-    assert found.tokens_per_second == pytest.approx(found.trained_tokens / found.train_seconds, rel=0.05)
+    # Told in milliseconds, of which a step on so small a base takes few.
+    assert found.trained_tokens / found.tokens_per_second == pytest.approx(found.train_seconds, abs=1e-3)
 
 
 def test_report_json_is_the_report(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
