@@ -111,7 +111,7 @@ def _slot_started(**_: Any) -> None:
     bind(worker=_owner)
     sweeper.start(Event())
     Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot four seconds to be up
-    if Queue.TRAIN in app.amqp.queues.consume_from:
+    if Queue.TRAIN in app.amqp.queues.consume_from and get_settings().trainer_command is None:  # another's may differ
         devices.announce(_slot())
     if _slot() == 0:
         garbage.start(Event(), head_start=random())
