@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from shared.training import Recipe
+from worker.trainer import lanes
 from worker.trainer.batches import Batch, collate
-from worker.trainer.encoding import Encoded, Row
+from worker.trainer.encoding import Encoded, Encoder, Row
 from worker.trainer.likelihood import Layout, backbone, head, own_logits
 from worker.trainer.model import Base
 
@@ -24,6 +26,19 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 TOLERANCE_INT8 = 0.4
 TRIED_ROWS = 4
 TRIED_TOKENS = 256
+
+
+def layout_of(recipe: Recipe, base: Base, rows: Sequence[Row], encoder: Encoder) -> tuple[Layout, list[str]]:
+    """What a run and its proof share, or the one would not find the other's numbers: `layout` for this recipe."""
+    return layout(
+        base,
+        rows,
+        packing=recipe.packing,
+        micro_batch=recipe.micro_batch,
+        pad=encoder.eos if recipe.labels is None else encoder.pad,
+        lanes=lanes.most(base, recipe),
+        checkpointing=recipe.gradient_checkpointing,
+    )
 
 
 def layout(

@@ -131,15 +131,7 @@ def train(
     base = load_base()
     if recipe.labels is not None:
         classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
-    layout, warnings = selftest.layout(
-        base,
-        rows.train,
-        packing=recipe.packing,
-        micro_batch=recipe.micro_batch,
-        pad=encoder.eos if recipe.labels is None else encoder.pad,
-        lanes=lanes.most(base, recipe),
-        checkpointing=recipe.gradient_checkpointing,
-    )
+    layout, warnings = selftest.layout_of(recipe, base, rows.train, encoder)
     for warning in warnings:
         _say(emit, job, warning, "warn")
     random.seed(recipe.seed)

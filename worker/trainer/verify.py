@@ -28,7 +28,6 @@ from worker.trainer import (
     data,
     evaluate,
     ladder,
-    lanes,
     model,
     published,
     published_model,
@@ -80,15 +79,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         raise published.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:
         classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
-    layout, _ = selftest.layout(
-        base,
-        rows.train,
-        packing=recipe.packing,
-        micro_batch=recipe.micro_batch,
-        pad=encoder.eos if recipe.labels is None else encoder.pad,
-        lanes=lanes.most(base, recipe),
-        checkpointing=recipe.gradient_checkpointing,
-    )
+    layout, _ = selftest.layout_of(recipe, base, rows.train, encoder)
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     architecture = type(base.model).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ Kind = TypeVar("Kind", bound="Server")
 Answer = tuple[int, dict[str, Any] | bytes]
 
 
-class Server:
+class Server(ABC):
     """A tracker on a port of its own. `seen` has path and headers of every request; while `down` it refuses them."""
 
     def __init__(self) -> None:
@@ -29,8 +30,9 @@ class Server:
         self.closing = Event()
         self.down = False
 
+    @abstractmethod
     def answer(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> Answer:
-        raise NotImplementedError
+        """To one request, by its path, its query and the JSON that it brought."""
 
 
 class Mlflow(Server):
