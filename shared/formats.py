@@ -232,7 +232,7 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
     """
     marker: str | None = None
     line = 0
-    for line, row in tables.read(stream, columns=KEYS, max_row_bytes=max_row_bytes):
+    for line, row in tables.read(stream, markers=FORMATS, columns=KEYS, max_row_bytes=max_row_bytes):
         try:
             if isinstance(row, tables.Unreadable):
                 raise _Bad("", row.message, row.hint)

@@ -30,14 +30,14 @@ class Refused(Exception):
     """The rest of the file cannot be had: (message, hint)."""
 
 
-def main(columns: list[str]) -> int:
-    """Write the rows' `columns`, nulls left out. 0, or 1 with a word on stderr."""
+def main(markers: list[str], columns: list[str]) -> int:
+    """Write the rows' `columns`, nulls left out, of a file that has one of `markers`. 0, or 1 with a word on stderr."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     pa.set_memory_pool(pa.system_memory_pool())  # the others map more than they use
     pa.set_io_thread_count(1)
     pa.set_cpu_count(1)
     try:
-        for line in lines(sys.stdin.buffer, columns):
+        for line in lines(sys.stdin.buffer, markers, columns):
             sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
     except Refused as refused:
@@ -55,13 +55,13 @@ def main(columns: list[str]) -> int:
     return 1
 
 
-def lines(stream: BinaryIO, columns: list[str], *, unpacked: int = UNPACKED) -> Iterator[bytes]:
+def lines(stream: BinaryIO, markers: list[str], columns: list[str], *, unpacked: int = UNPACKED) -> Iterator[bytes]:
     """One JSON object a row, each at most a batch after the file gave it. Raises Refused and what pyarrow raises."""
     file = pq.ParquetFile(stream, buffer_size=AHEAD, pre_buffer=False)
     wanted = [name for name in file.schema_arrow.names if name in columns]
-    if not wanted:
+    if not set(wanted) & set(markers):
         found = ", ".join(json.dumps(name, ensure_ascii=False) for name in file.schema_arrow.names[:6])
-        raise Refused(f"found columns {found or 'none'}", "one or more of " + ", ".join(columns))
+        raise Refused(f"found columns {found or 'none'}", "one or more of " + ", ".join(markers))
     if (claimed := _claimed(file.metadata, wanted)) > unpacked:
         raise Refused(f"its rows unpack to {claimed:,} bytes", f"at most {unpacked:,} bytes; several files")
     written = 0
@@ -107,4 +107,4 @@ def _plain(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*(names.split(",") for names in sys.argv[1:])))

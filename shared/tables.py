@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator
 from typing import IO, Any
 
 SAMPLE = '{"messages":[{"role":"user","content":"…"},{"role":"assistant","content":"…"}]}'
@@ -51,20 +51,23 @@ class Unreadable(Exception):
 Row = tuple[int, dict[str, Any] | Unreadable]
 
 
-def read(stream: IO[bytes], *, columns: Sequence[str], max_row_bytes: int) -> Generator[Row]:
+def read(
+    stream: IO[bytes], *, markers: Collection[str], columns: Collection[str], max_row_bytes: int
+) -> Generator[Row]:
     """Yield (1-based line, object or Unreadable) in constant memory; blank lines are passed over.
 
-    `columns` are the keys that anybody asks for: a CSV header has at least one of them, and of Parquet only those are
-    read. A CSV row has the line that it begins at, a Parquet row its number. Parquet needs a stream with a `fileno`.
+    `markers` are the keys of which every table has one, in a CSV header or as a Parquet column; `columns` those that
+    are read from Parquet. A CSV row has the line that it begins at, a Parquet row its number. Parquet needs a stream
+    with a `fileno`.
     """
     head = stream.read(HEAD)
     stream.seek(0)
     start = head.removeprefix(BOM).lstrip()
     if head.startswith(b"PAR1"):
-        yield from _parquet(stream, columns, max_row_bytes)
+        yield from _parquet(stream, markers, columns, max_row_bytes)
     elif not start or start.startswith((b"{", b"[")):
         yield from _json_lines(stream, max_row_bytes)
-    elif delimiter := _delimiter(start, columns):
+    elif delimiter := _delimiter(start, markers):
         yield from _csv(stream, delimiter, max_row_bytes)
     else:
         yield 1, Unreadable(_foreign(head), f"JSON lines, such as {SAMPLE}; CSV with a header; or Parquet")
@@ -228,9 +231,9 @@ def _under(header: list[str], fields: list[str], delimiter: str) -> dict[str, An
 # ---------------------------------------------------------------- Parquet
 
 
-def _parquet(stream: IO[bytes], columns: Sequence[str], limit: int) -> Iterator[Row]:
+def _parquet(stream: IO[bytes], markers: Collection[str], columns: Collection[str], limit: int) -> Iterator[Row]:
     """A child unpacks the file into JSON lines: what a stranger's file does to it, it does not do to us."""
-    number, command = 0, [sys.executable, "-m", "shared.parquet", *columns]
+    number, command = 0, [sys.executable, "-m", "shared.parquet", ",".join(markers), ",".join(columns)]
     descriptor = stream.fileno()
     position = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
@@ -262,12 +265,12 @@ def _last_words(said: bytes, code: int) -> Unreadable:
 # ---------------------------------------------------------------- which of them
 
 
-def _delimiter(start: bytes, columns: Sequence[str]) -> str | None:
-    """What parts the first line's fields, if one of these is a column that we know."""
+def _delimiter(start: bytes, markers: Collection[str]) -> str | None:
+    """What parts the first line's fields, if one of these is a marker."""
     line = start.splitlines()[0].decode(errors="replace")
     for delimiter in DELIMITERS:
         header = next(csv.reader([line], delimiter=delimiter))
-        if any(field.strip() in columns for field in header):
+        if any(field.strip() in markers for field in header):
             return delimiter if len(header) > 1 else PARTS_NOTHING
     return None
 
