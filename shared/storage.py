@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 CHUNK = 1024 * 1024
+ONE_PUT = 4 * 1024**3  # S3 takes 5 GiB
+PART = 64 * CHUNK  # of which S3 takes 10,000
 MANIFEST = "manifest.json"
 EPOCH = "lease-epoch"
 CAS_TRIES = 5
@@ -126,10 +128,9 @@ def put_bytes(
 
 
 def put_file(key: str, path: Path, sha256: str, *, epoch: int | None = None) -> None:
-    """Store one file, fenced as in `put_bytes`; files over 4 GiB go up in parts (S3 takes 5 GiB in one put)."""
-    if path.stat().st_size > 4 * 1024**3:
-        with path.open("rb") as stream:
-            put_stream(key, stream)
+    """Store one file, fenced as in `put_bytes`; one over 4 GiB goes up in parts, and is there with the last of them."""
+    if path.stat().st_size > ONE_PUT:
+        _put_parts(key, path, sha256, epoch)
     else:
         _put({"Key": key, "ChecksumSHA256": _base64(sha256)}, lambda: path.open("rb"), epoch)
 
@@ -287,29 +288,71 @@ def _bucket() -> str:
 
 def _put(put: dict[str, Any], body: Callable[[], BinaryIO], epoch: int | None) -> None:
     """One put; with an epoch, only over nothing or over what an epoch up to ours has put."""
-    if epoch is None:
-        with _translated(), body() as stream:
-            client().put_object(Bucket=_bucket(), Body=stream, **put)
-        return
-    put |= {"Metadata": {EPOCH: str(epoch)}}
-    condition: dict[str, Any] = {"IfNoneMatch": "*"}
+
+    def send(condition: dict[str, Any]) -> None:
+        with body() as stream:
+            client().put_object(Bucket=_bucket(), Body=stream, **put, **_bearing(epoch), **condition)
+
+    _swap(put["Key"], send, epoch)
+
+
+def _put_parts(key: str, path: Path, sha256: str, epoch: int | None) -> None:
+    """As `_put`, under the condition that is asked of the last request; S3 checks the parts, and we the whole."""
+
+    def send(condition: dict[str, Any]) -> None:
+        at: dict[str, Any] = {"Bucket": _bucket(), "Key": key}
+        upload = client().create_multipart_upload(**at, ChecksumAlgorithm="SHA256", **_bearing(epoch))["UploadId"]
+        try:
+            whole, parts = hashlib.sha256(), list[Any]()
+            with path.open("rb") as stream:
+                while body := stream.read(PART):
+                    whole.update(body)
+                    checksum, number = _base64(sha256_of_bytes(body)), len(parts) + 1
+                    put = client().upload_part(
+                        **at, UploadId=upload, PartNumber=number, Body=body, ChecksumSHA256=checksum
+                    )
+                    parts.append({"PartNumber": number, "ETag": put["ETag"], "ChecksumSHA256": checksum})
+            if whole.hexdigest() != sha256:
+                raise Unavailable(f"object storage: {path} changed on its way to {key}; try again")
+            client().complete_multipart_upload(**at, UploadId=upload, MultipartUpload={"Parts": parts}, **condition)
+        except Exception:
+            abort(Upload(key, upload, age=0.0))
+            raise
+
+    with _translated():
+        there = None if epoch is None else _head(key)
+    _swap(key, send, epoch, there=there)
+
+
+def _bearing(epoch: int | None) -> dict[str, Any]:
+    return {} if epoch is None else {"Metadata": {EPOCH: str(epoch)}}
+
+
+def _swap(
+    key: str, send: Callable[[dict[str, Any]], None], epoch: int | None, *, there: dict[str, Any] | None = None
+) -> None:
+    """`send` under the condition that at `key` still is what was `there`, which no epoch later than ours has put."""
     for _ in range(CAS_TRIES):
+        condition = _condition(key, there, epoch)
         with _translated():
             try:
-                with body() as stream:
-                    client().put_object(Bucket=_bucket(), Body=stream, **put, **condition)
+                send(condition)
                 return
             except ClientError as refused:
                 if refused.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
                     raise
-            there = _head(put["Key"])
-        if there is None:  # gone since: then again over nothing
-            condition = {"IfNoneMatch": "*"}
-            continue
-        if int(there["Metadata"].get(EPOCH, "0")) > epoch:
-            raise Fenced(f"{put['Key']} was written at epoch {there['Metadata'][EPOCH]}, ours is {epoch}")
-        condition = {"IfMatch": there["ETag"]}
-    raise Unavailable(f"object storage: {put['Key']} changed {CAS_TRIES} times under our hands; try again")
+            there = _head(key)  # None if it is gone since
+    raise Unavailable(f"object storage: {key} changed {CAS_TRIES} times under our hands; try again")
+
+
+def _condition(key: str, there: dict[str, Any] | None, epoch: int | None) -> dict[str, Any]:
+    if epoch is None:
+        return {}
+    if there is None:
+        return {"IfNoneMatch": "*"}
+    if int(there["Metadata"].get(EPOCH, "0")) > epoch:
+        raise Fenced(f"{key} was written at epoch {there['Metadata'][EPOCH]}, ours is {epoch}")
+    return {"IfMatch": there["ETag"]}
 
 
 def _head(key: str) -> dict[str, Any] | None:

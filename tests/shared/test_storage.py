@@ -66,7 +66,11 @@ def test_wrong_bytes_are_not_let_in_or_out(prefix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "y.partial").exists()
 
 
-def test_a_zombie_cannot_overwrite_what_its_successor_published(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [storage.ONE_PUT, 0], ids=["in one put", "in parts"])
+def test_a_zombie_cannot_overwrite_what_its_successor_published(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(storage, "ONE_PUT", limit)
     path = tmp_path / "adapter"
     for epoch in (1, 1, 3):
         path.write_text(f"of epoch {epoch}")
@@ -75,6 +79,19 @@ def test_a_zombie_cannot_overwrite_what_its_successor_published(prefix: str, tmp
     with pytest.raises(storage.Fenced, match="epoch 3, ours is 2"):
         storage.put_folder(prefix, tmp_path, epoch=2)
     assert b"".join(storage.read(prefix + "adapter")) == b"of epoch 3"
+    assert not list(storage.unfinished(prefix))
+
+
+def test_a_file_in_parts_is_checked_as_a_whole(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ONE_PUT", 0)
+    monkeypatch.setattr(storage, "PART", 5 * storage.CHUNK)  # the least that S3 takes
+    path = tmp_path / "model.gguf"
+    path.write_bytes(os.urandom(11 * storage.CHUNK))
+    with pytest.raises(Unavailable, match="changed on its way"):
+        storage.put_file(prefix + "model.gguf", path, "0" * 64, epoch=1)
+    assert not [*storage.listing(prefix), *storage.unfinished(prefix)]
+    storage.put_file(prefix + "model.gguf", path, storage.sha256_of(path), epoch=1)
+    assert b"".join(storage.read(prefix + "model.gguf")) == path.read_bytes()
 
 
 def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
