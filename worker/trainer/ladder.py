@@ -1,16 +1,12 @@
 """The way down when memory runs out: fewer rows at a time, then activations computed anew, then no packing.
 
-Owns: the rungs, and letting go of what a failed try held. Every rung gives the same gradient but for rounding, because
+Owns: the rungs. Every rung gives the same gradient but for rounding, because
 a loss is divided by the tokens of its whole optimizer step. Must not know about steps or checkpoints.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from dataclasses import replace
-
-import torch
 
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
@@ -39,11 +35,3 @@ def difference(wider: Layout, narrower: Layout) -> str:
     if wider.checkpointing != narrower.checkpointing:
         return "activations are computed anew in backward"
     return f"micro-batch {wider.micro_batch} → {narrower.micro_batch}"
-
-
-def free() -> None:
-    """Give back what nobody holds any more. Call it outside of the `except` block: a traceback holds activations."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    # Each thread has an arena of its own, and backward is another thread: what one hoards, the other cannot have.
-    ctypes.CDLL(None).malloc_trim(0)

@@ -256,13 +256,10 @@ class Session:
         self.emit(export(command, stopping=stopping, tick=tick))
 
     def _give_back(self) -> None:
-        """What is held for nothing: this process may wait for its next work while others need the memory.
+        """What is held for nothing: this process may wait for its next work while others need the memory."""
+        from worker.trainer import heap  # noqa: PLC0415 (import cost)
 
-        A base in 4 bits is a cycle (bitsandbytes' weights know their layer), and goes with a collection alone.
-        """
-        from worker.trainer import ladder  # noqa: PLC0415 (import cost)
-
-        ladder.free()
+        heap.free()
 
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""

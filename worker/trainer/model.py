@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import TrainingFailed
 from shared.schemas import Quantization
 from shared.training import Recipe
-from worker.trainer import attention, classifier, lora
+from worker.trainer import attention, classifier, heap, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 from worker.trainer.whole import Adapted, Whole
 
@@ -121,6 +121,7 @@ def load_base(
     model.config.use_cache = False
     if device.type == "cpu" and quantization is not Quantization.NONE:
         let_go_of_files(model)
+    heap.free()  # of SmolLM2-135M's matrices as they were, it has kept half a gigabyte
     return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
 
 

@@ -33,6 +33,7 @@ from worker.trainer import (
     data,
     decisions,
     evaluate,
+    heap,
     ladder,
     lanes,
     lora,
@@ -224,7 +225,7 @@ def _loop(run: Run) -> RowScores:
             break
         _step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    ladder.free()  # what a CPU's heap has kept of activations would be added to what comes now
+    heap.free()  # what a CPU's heap has kept of activations would be added to what comes now
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
         run.latest = None
@@ -329,7 +330,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
             if not is_out_of_memory(error) or run.layout is run.rungs[-1]:
                 raise
             traceback.print_exc()
-        ladder.free()
+        heap.free()
         wider = run.layout
         run.state.memory_halvings += 1
         lora.let_go(run.adapted)
@@ -483,7 +484,7 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
         traceback.print_exc()
         memory = is_out_of_memory(error)
         reason = "out of memory while they were written" if memory else f"{type(error).__name__}: {error}"
-    ladder.free()
+    heap.free()
     run.say(f"no samples in the report: {reason}", "warn")
     return []
 

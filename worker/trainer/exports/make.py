@@ -18,7 +18,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas import ExportName, Quantization
 from shared.training import Export
-from worker.trainer import checkpoint, data, ladder, model, published, selftest
+from worker.trainer import checkpoint, data, heap, model, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
@@ -96,7 +96,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
         del base
     else:
         del base
-        ladder.free()
+        heap.free()
         made = merged.original(task, adapter, stored, merged.place(wanted.device, size))
     wanted.go_on()
     config, kept = made.config, fingerprint(made, wanted.dtype)
@@ -105,7 +105,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
     else:
         merged.write(folder, made, wanted.encoder.tokenizer, task)
     del made
-    ladder.free()
+    heap.free()
     wanted.go_on()
     wanted = replace(wanted, device=merged.place(wanted.device, size))
     again = _read(folder, wanted, config)
