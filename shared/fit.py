@@ -27,8 +27,8 @@ FULL_BYTES = ADAPTER_BYTES + 4 + COMPUTE_BYTES
 #: scale a 256 of those, and for each matrix two code books (16 and 256 fp32) and an offset. 0.5159 bytes an element.
 NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_BOOKS = 4 * (16 + 256 + 1)
-#: Logits in 16 bits and fp32, and their log-softmax, which its gradient overwrites.
-LOGIT_BYTES = 10
+#: Logits in 16 bits, and in fp32, where their gradient is written over them.
+LOGIT_BYTES = 6
 #: A packed row is at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
 PACK_LENGTH = 128
 
@@ -60,7 +60,7 @@ DEVICES: dict[Kind, Device] = {
     "cuda": Device(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
     # An interpreter with torch and transformers; SmolLM2 at 613 tokens/s on two cores is 0.36 TFLOP/s.
     # The heap's gaps are wide on a CPU: 1.07 to 1.28 was measured, its fused layers included, by shape of the batch.
-    "cpu": Device(480_000_000, 1.15, 16 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
+    "cpu": Device(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
 }
 
 
@@ -253,7 +253,7 @@ def _moving(base: Architecture, setup: Setup) -> tuple[int, int]:
     gradients = 12 * h + 6 * base.feed_forward + (2 * base.heads * setup.row if base.scores else 0)
     chunk = max(1, DEVICES[setup.device].chunk_bytes // (4 * base.vocabulary))
     logits = LOGIT_BYTES * base.vocabulary * min(tokens, chunk)
-    head = tokens * 8 * h + (0 if base.classifier else logits)
+    head = tokens * 10 * h + (0 if base.classifier else logits)
     # The adapter is cast to 16 bits once a forward.
     casts = COMPUTE_BYTES * trained(base, setup)
     if setup.checkpointing:

@@ -17,6 +17,7 @@ import torch
 from worker.trainer.encoding import Encoded, Row
 from worker.trainer.labelled import Labelled
 from worker.trainer.packing import micro_batches
+from worker.trainer.recipe import PACK_LENGTH
 
 #: The target of a position that predicts nothing trained, as in torch's cross entropy.
 IGNORED = -100
@@ -57,13 +58,14 @@ def trained_tokens(examples: Sequence[Row]) -> int:
     return sum(example.trained_tokens for example in examples)
 
 
-def batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, lanes: int = 1) -> Iterator[Batch]:
-    """Split examples into micro-batches, `lanes` of which hold at most `micro_batch` packed rows, or else examples.
+def batches(
+    examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, row: int = PACK_LENGTH, lanes: int = 1
+) -> Iterator[Batch]:
+    """Split examples into micro-batches, as `packing.micro_batches` does.
 
-    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
     Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
     """
-    for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch, lanes=lanes):
+    for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch, row=row, lanes=lanes):
         yield collate(rows, packing=packing, pad=pad)
 
 

@@ -26,7 +26,12 @@ def lines(recipe: Recipe, rows: Rows, base: Base, adapted: Adapted, layout: Layo
         f"{what}: {trainable:,} of {total:,} parameters; "
         f"rate {recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
         f"base in {recipe.quantization.value} on {base.device.type}, computing in "
-        f"{str(base.compute_dtype).removeprefix('torch.')}; rows {'packed' if layout.packing else 'padded'}, "
-        f"{layout.micro_batch} at a time, at most {recipe.max_length} tokens each",
+        f"{str(base.compute_dtype).removeprefix('torch.')}; {_held(recipe, layout)}",
         *([head] if labels else []),
     ]
+
+
+def _held(recipe: Recipe, layout: Layout) -> str:
+    if layout.packing:
+        return f"rows packed, {layout.micro_batch * layout.row:,} tokens at a time"
+    return f"rows padded, {layout.micro_batch} at a time, at most {recipe.max_length} tokens each"

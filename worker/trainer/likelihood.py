@@ -4,7 +4,8 @@ Owns: the forward pass and the chunked head. Must not know what a method makes o
 
 Logits are what fills memory (16 bytes × vocabulary a token, 2 MB for Llama 3). The backbone runs alone; the head sees
 only the trained positions, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken at
-once, while its logits exist. A frozen head needs nothing else, and backward computes no logits again.
+once, while its logits exist. A frozen head needs nothing else, and backward computes no logits again. Every chunk is
+worked on in one and the same buffer: memory that comes new from the kernel costs more than what is done in it.
 
 A head that learns needs its own gradient too, and in it each document weighs what is known in backward alone. There the
 chunks are checkpointed: their logits are computed again.
@@ -12,7 +13,7 @@ chunks are checkpointed: their logits are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,37 +23,43 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from worker.trainer import lora
 from worker.trainer.batches import IGNORED, Batch, batches
 from worker.trainer.encoding import Row
+from worker.trainer.recipe import PACK_LENGTH
 
-#: Bytes of fp32 logits that a chunk may hold. A GPU wants large products; on a CPU, memory over 32 MB goes back to the
-#: kernel after each use, and a chunk that stays in the cache is 3 % faster.
-CHUNK_BYTES = {"cpu": 16 * 1024**2, "cuda": 256 * 1024**2}
+#: Bytes of fp32 logits that a chunk may hold. A GPU wants large products, a CPU a chunk that stays in its cache.
+CHUNK_BYTES = {"cpu": 24 * 1024**2, "cuda": 256 * 1024**2}
 #: The same where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
 LEARNED_CHUNK_BYTES = 256 * 1024**2
-
-#: (tokens, hidden) → fp32 logits (tokens, vocabulary)
-Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
 
-    `micro_batch` rows are in memory at a time, shared out among `lanes` (see `lanes.py`). With
-    `checkpointing` backward computes each layer anew rather than keep its activations.
+    `micro_batch` rows are in memory at a time, packed ones of about `row` tokens, shared out among `lanes` (see
+    `lanes.py`). With `checkpointing` backward computes each layer anew rather than keep its activations.
     """
 
     packing: bool
     chunked: bool
     micro_batch: int
     pad: int
+    row: int = PACK_LENGTH
     lanes: int = 1
     checkpointing: bool = False
 
     def split(self, examples: Sequence[Row], turn: int | None = None) -> Iterator[Batch]:
         """Examples as micro-batches of this layout; only those of a `turn` (from 0), which are in memory together."""
-        cut = batches(examples, packing=self.packing, micro_batch=self.micro_batch, pad=self.pad, lanes=self.lanes)
+        cut = batches(
+            examples,
+            packing=self.packing,
+            micro_batch=self.micro_batch,
+            pad=self.pad,
+            row=self.row,
+            lanes=self.lanes,
+        )
         return cut if turn is None else islice(cut, turn * self.lanes, (turn + 1) * self.lanes)
 
 
@@ -66,13 +73,42 @@ class Likelihood:
     hits: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """(tokens, hidden) → fp32 logits (tokens, vocabulary): a projection times `scale`, kept by tanh within ±`cap`."""
+
+    projection: torch.nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """By autograd."""
+        scores: torch.Tensor = self.projection(hidden).float()
+        scores = scores if self.scale == 1.0 else scores * self.scale
+        return scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+
+    def bend(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """What the projection gave → logits, in place; what tanh leaves of a gradient, where there is a cap."""
+        if self.scale != 1.0:
+            scores.mul_(self.scale)
+        if self.cap is None:
+            return None
+        slope = 1 - scores.div_(self.cap).tanh_().square()
+        scores.mul_(self.cap)
+        return slope
+
+    def gradient(self, excess: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Of the hidden states, (tokens, hidden), by that of the scores, which are written over."""
+        return (scores.copy_(excess) @ lora.weight(self.projection).to(scores.dtype)).mul_(self.scale)
+
+
 def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likelihood:
     """One forward pass over the batch."""
     wanted = batch.targets != IGNORED
     states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
-    to_logits = head(model) if layout.chunked else torch.Tensor.float
+    to_logits = head(model) if layout.chunked else None
     lengths = torch.tensor(batch.lengths, device=batch.targets.device)
-    if layout.chunked and _learns(model.get_output_embeddings()):
+    if to_logits is not None and _learns(to_logits.projection):
         return _by_autograd(states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model))
     pair: tuple[torch.Tensor, torch.Tensor]
     pair = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
@@ -106,19 +142,11 @@ def backbone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def head(model: PreTrainedModel) -> Head:
     """The output projection with what its architecture does to logits (Gemma caps them, Cohere and Granite scale)."""
-    projection = model.get_output_embeddings()
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
     multiplied = float(getattr(config, "logit_scale", None) or 1.0)
     divided = float(getattr(config, "logits_scaling", None) or 1.0)
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = projection(hidden).float()
-        if multiplied != divided:
-            scores = scores * (multiplied / divided)
-        return scores if cap is None else torch.tanh(scores / cap) * cap
-
-    return logits
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), multiplied / divided, None if cap is None else float(cap))
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -151,33 +179,34 @@ def _cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> t
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy over (tokens, hidden), summed by document; saves one gradient of the size of the hidden states.
 
-    `lengths` (documents,) says how many of the tokens, which come in the order of documents, are each one's.
+    `lengths` (documents,) says how many of the tokens, which come in the order of documents, are each one's. With no
+    head, the states are the logits.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes no keywords)
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head, vocabulary: int
+        ctx: Any, states: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head | None, vocabulary: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wants_gradient = ctx.needs_input_grad[0]
-        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        hits = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocabulary))
-        for start in range(0, len(hidden), size):
-            end = start + size
-            piece = hidden[start:end].detach().requires_grad_(wants_gradient)
-            with torch.set_grad_enabled(wants_gradient):
-                logits = head(piece)
-            log_likely = functional.log_softmax(logits.detach(), dim=-1)
-            wanted = targets[start:end, None]
-            nats[start:end] = -log_likely.gather(1, wanted)[:, 0]
-            hits[start:end] = logits.detach().argmax(dim=-1) == targets[start:end]
+        size, device = max(1, CHUNK_BYTES[states.device.type] // (4 * vocabulary)), states.device
+        buffer = torch.empty(min(size, len(states)), vocabulary, dtype=torch.float32, device=device)
+        nats, hits = (torch.empty(len(states), dtype=torch.float32, device=device) for _ in range(2))
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(states), size):
+            here = slice(start, start + size)
+            scores = states[here] if head is None else head.projection(states[here])
+            logits, wanted = buffer[: len(scores)].copy_(scores), targets[here, None]
+            slope = None if head is None else head.bend(logits)
+            hits[here] = logits.argmax(dim=-1) == targets[here]
+            likely = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, wanted)[:, 0]
+            total = logits.exp_().sum(dim=-1)
+            nats[here] = total.log() - likely
             if gradient is not None:
-                # Of cross entropy with respect to the logits: what was predicted less what was there. In place, where
-                # autograd would take four more passes over the largest tensor there is.
-                excess = log_likely.exp_()
+                # Of cross entropy with respect to the logits: what was predicted less what was there.
+                excess = logits.div_(total[:, None])
                 excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
-                (gradient[start:end],) = torch.autograd.grad(logits, piece, excess)
+                if slope is not None:
+                    excess.mul_(slope)
+                gradient[here] = excess if head is None else head.gradient(excess, scores)
         ctx.gradient, ctx.lengths = gradient, lengths
         hits_by_document = _by_document(hits, lengths).long()
         ctx.mark_non_differentiable(hits_by_document)

@@ -1,21 +1,24 @@
 """Which examples share a row, and which rows a micro-batch.
 
-Owns: best-fit packing, and the heaviest micro-batch that a run will meet. A pure function of lengths, seed and recipe.
+Owns: packing, and the heaviest micro-batch that a run will meet. A pure function of lengths, seed and recipe.
 Must not import torch: a dataset is planned without it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import count, islice
+from math import inf
 
 from shared.training import Recipe
 from worker.trainer import data
 from worker.trainer.encoding import Encoded, Row
 from worker.trainer.recipe import PACK_LENGTH
 
+#: A row of this length costs twice what its tokens would cost in short ones: what attention takes grows with it.
+ATTENTION = 1500
 #: Rows of a tensor: each the documents that lie in it.
 Rows = list[list[Encoded]]
 
@@ -24,7 +27,8 @@ Rows = list[list[Encoded]]
 class Heaviest:
     """What a run has in memory at the time it has the most tokens, padding included: `rows` of `length`.
 
-    That is one micro-batch in each lane: the `turn`-th of `step` (both from 0), the first if several are as heavy.
+    That is one micro-batch in each lane, taken together: the `turn`-th of `step` (both from 0), the first if several
+    are as heavy. Where lanes differ in length, `rows` of the longest have at least as many tokens.
     """
 
     step: int
@@ -41,53 +45,90 @@ def heaviest(
     examples: Sequence[Row], recipe: Recipe, *, packing: bool, micro_batch: int, lanes: int = 1, from_step: int = 0
 ) -> Heaviest:
     """Of all turns from that step on. Activations grow with the tokens, and memory with them."""
-    most = Heaviest(0, 0, 0, 0)
+    row, most = row_of(examples), Heaviest(0, 0, 0, 0)
     for step in range(min(from_step, recipe.total_steps - 1), recipe.total_steps):
         chosen = data.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
-        longest = max(map(len, chosen))
         # A pair is as long as both of its documents, which padded are two rows.
-        if micro_batch * (max(PACK_LENGTH, longest) if packing else 2 * longest) <= most.tokens:
+        if micro_batch * (row if packing else 2 * max(map(len, chosen))) <= most.tokens:
             continue
-        parts = micro_batches(chosen, packing=packing, micro_batch=micro_batch, lanes=lanes)
+        parts = micro_batches(chosen, packing=packing, micro_batch=micro_batch, row=row, lanes=lanes)
         for turn in count():
-            rows = [row for part in islice(parts, lanes) for row in part]
-            if not rows:
+            sizes = [(len(rows), max(sum(map(len, row)) for row in rows)) for rows in islice(parts, lanes)]
+            if not sizes:
                 break
-            found = Heaviest(step, turn, len(rows), max(sum(map(len, row)) for row in rows))
+            length = max(length for _, length in sizes)
+            found = Heaviest(step, turn, -(-sum(rows * length for rows, length in sizes) // length), length)
             most = max(most, found, key=lambda one: one.tokens)
     return most
 
 
-def micro_batches(examples: Sequence[Row], *, packing: bool, micro_batch: int, lanes: int = 1) -> Iterator[Rows]:
-    """`lanes` of them hold at most `micro_batch` packed rows, or else examples.
+def row_of(examples: Sequence[Row]) -> int:
+    """Tokens that a packed row is reckoned to have, where these are all the examples of a run."""
+    return max(PACK_LENGTH, max(map(len, examples), default=0))
 
-    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory.
-    The documents of an example follow each other in one micro-batch.
+
+def micro_batches(
+    examples: Sequence[Row], *, packing: bool, micro_batch: int, row: int, lanes: int = 1
+) -> Iterator[Rows]:
+    """`lanes` of them hold at most `micro_batch` examples; packed, as many tokens as so many rows of `row` have.
+
+    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory,
+    and of lanes side by side the lightest waits for the heaviest. The documents of an example stay together.
     """
-    rows = pack(examples) if packing else [[e] for e in sorted(examples, key=lambda e: (-len(e), e.line))]
-    rounds = -(-len(rows) // (micro_batch // lanes * lanes))
-    parts = min(len(rows), rounds * lanes)
-    for part in range(parts):
-        mine = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
-        documents = [[d for e in row for d in e.documents] for row in mine]
+    ordered, most = sorted(examples, key=lambda e: (-len(e), e.line)), micro_batch // lanes
+    tokens = most * max(row, len(ordered[0]))
+    for rows in _packed(ordered, tokens, lanes) if packing else _unpacked(ordered, most, lanes):
+        documents = [[d for e in row for d in e.documents] for row in rows]
         yield documents if packing else [[d] for row in documents for d in row]
 
 
-def pack(examples: Sequence[Row]) -> list[list[Row]]:
-    """Best-fit decreasing: each example goes to the fullest row that still has room, the longest first.
+def _unpacked(ordered: Sequence[Row], most: int, lanes: int) -> Iterator[list[list[Row]]]:
+    parts = min(len(ordered), -(-len(ordered) // (most * lanes)) * lanes)
+    for part in range(parts):
+        yield [[e] for e in ordered[part * len(ordered) // parts : (part + 1) * len(ordered) // parts]]
 
-    Rows hold at most max(PACK_LENGTH, the longest example) tokens.
+
+def _packed(ordered: Sequence[Row], tokens: int, lanes: int) -> list[list[list[Row]]]:
+    """Examples of like lengths share a micro-batch of at most so many tokens: they can be parted into even rows."""
+    for rounds in count(-(-sum(map(len, ordered)) // (tokens * lanes))):
+        shares = _shares(ordered, min(len(ordered), rounds * lanes))
+        packed = [rows for share in shares if (rows := pack(share, tokens=tokens))]
+        if len(packed) == len(shares):
+            return packed
+    raise AssertionError  # an example alone fits
+
+
+def pack(ordered: Sequence[Row], *, tokens: int) -> list[list[Row]]:
+    """Rows for one micro-batch, padding included at most so many tokens; none if that fails.
+
+    Each example, the longest first, goes to the emptiest row, and of three numbers of rows the one that costs least
+    is taken.
     """
-    capacity = max(PACK_LENGTH, max(map(len, examples), default=0))
-    rows: list[list[Row]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for example in sorted(examples, key=lambda e: (-len(e), e.line)):
-        fullest = bisect_left(room, (len(example), 0))
-        if fullest < len(room):
-            left, row = room.pop(fullest)
-        else:
-            left, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(example)
-        insort(room, (left - len(example), row))
-    return rows
+    total, longest = sum(map(len, ordered)), len(ordered[0])
+    about = round(total / max(PACK_LENGTH, longest))
+    best, least = list[list[Row]](), inf
+    for number in range(max(1, about - 1), min(about + 1, len(ordered)) + 1):
+        rows: list[list[Row]] = [[] for _ in range(number)]
+        filled = [(0, row) for row in range(number)]
+        for example in ordered:
+            length, row = filled[0]
+            rows[row].append(example)
+            heapreplace(filled, (length + len(example), row))
+        longest = max(length for length, _ in filled)
+        cost = number * longest * (longest + ATTENTION)
+        if number * longest <= tokens and cost < least:
+            best, least = rows, cost
+    return best
+
+
+def _shares(ordered: Sequence[Row], parts: int) -> list[Sequence[Row]]:
+    """Consecutive examples, none of the shares empty, with as even sums of tokens as that allows."""
+    shares, start, left = list[Sequence[Row]](), 0, sum(map(len, ordered))
+    for rest in range(parts, 0, -1):
+        end, taken, most = start + 1, len(ordered[start]), len(ordered) - rest + 1
+        while end < most and (rest == 1 or taken + len(ordered[end]) / 2 <= left / rest):
+            taken += len(ordered[end])
+            end += 1
+        shares.append(ordered[start:end])
+        start, left = end, left - taken
+    return shares

@@ -16,6 +16,7 @@ from worker.trainer.batches import Batch, collate
 from worker.trainer.encoding import Encoded, Encoder, Row
 from worker.trainer.likelihood import Layout, backbone, head, own_logits
 from worker.trainer.model import Base
+from worker.trainer.packing import row_of
 
 #: Relative error of the head's logits, over all tokens.
 TOLERANCE = 0.1
@@ -76,7 +77,13 @@ def layout(
             warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
     base.model.train()
     found = Layout(
-        packing=packing, chunked=chunked, micro_batch=micro_batch, pad=pad, lanes=lanes, checkpointing=checkpointing
+        packing=packing,
+        chunked=chunked,
+        micro_batch=micro_batch,
+        pad=pad,
+        row=row_of(rows),
+        lanes=lanes,
+        checkpointing=checkpointing,
     )
     return found, warnings
 

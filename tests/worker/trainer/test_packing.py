@@ -1,7 +1,8 @@
-"""Rows are filled as full as they can be, and the heaviest micro-batch is the heaviest."""
+"""Rows and lanes are even, nothing is lost or over the budget, and the heaviest micro-batch is the heaviest."""
 
 from __future__ import annotations
 
+import random
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.shared.test_jobs import RECIPE
 from worker.trainer import data
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Pair, Row
-from worker.trainer.packing import heaviest, pack
+from worker.trainer.packing import Rows, heaviest, micro_batches, row_of
 from worker.trainer.recipe import PACK_LENGTH
 
 from .test_batches import examples_of, lengths
@@ -23,22 +24,37 @@ def recipe_of(**changes: Any) -> Recipe:
     return RECIPE.model_copy(update=changes)
 
 
-@given(sizes=lengths)
-def test_packed_rows_hold_each_example_and_no_more_than_fits(sizes: list[int]) -> None:
-    examples = examples_of(sizes)
-    rows = pack(examples)
-    assert sorted(e.line for row in rows for e in row) == list(range(len(examples)))
-    capacity = max(PACK_LENGTH, *sizes)
-    filled = [sum(map(len, row)) for row in rows]
-    assert max(filled) <= capacity
-    # Best fit leaves no two rows that would have gone into one.
-    assert sum(sorted(filled)[:2]) > capacity or len(rows) == 1
+def padded(rows: Rows) -> int:
+    return len(rows) * max(sum(map(len, row)) for row in rows)
 
 
-def test_packing_many_rows_takes_no_square_of_them() -> None:
+@given(sizes=lengths, micro_batch=st.integers(1, 9), lanes=st.integers(1, 3), row=st.integers(1, 3 * PACK_LENGTH))
+def test_packed_micro_batches_hold_each_example_and_no_more_than_fits(
+    sizes: list[int], micro_batch: int, lanes: int, row: int
+) -> None:
+    lanes = min(lanes, micro_batch)
+    cut = list(micro_batches(examples_of(sizes), packing=True, micro_batch=micro_batch, row=row, lanes=lanes))
+    assert sorted(e.line for rows in cut for row in rows for e in row) == list(range(len(sizes)))
+    assert all(row for rows in cut for row in rows)
+    budget = micro_batch // lanes * max(row, PACK_LENGTH, *sizes)
+    assert max(map(padded, cut)) <= budget
+
+
+def test_what_is_short_is_packed_with_little_padding_and_in_even_lanes() -> None:
+    drawn = random.Random(7)
+    for _ in range(20):
+        # Most examples are short, and some step or other has a long one: as quotations have it.
+        sizes = [drawn.randint(20, 60) for _ in range(31)] + [drawn.choice((40, 238))]
+        cut = list(micro_batches(examples_of(sizes), packing=True, micro_batch=8, row=238, lanes=2))
+        assert len(cut) == 2
+        # Were the lanes as even as can be and nothing padded, each would have this much.
+        assert max(map(padded, cut)) <= 1.25 * sum(sizes) / 2
+
+
+def test_packing_many_examples_takes_no_square_of_them() -> None:
     examples = examples_of([2 + i % PACK_LENGTH for i in range(20_000)])
     started = time.perf_counter()
-    pack(examples)
+    list(micro_batches(examples, packing=True, micro_batch=20_000, row=PACK_LENGTH))
     assert time.perf_counter() - started < 2
 
 
@@ -67,6 +83,7 @@ def test_heaviest_is_what_the_run_will_meet(
                 packing=packing,
                 micro_batch=micro_batch,
                 pad=0,
+                row=row_of(rows),
             )
         )
     ]
