@@ -54,6 +54,7 @@ class Architecture:
     other: int
     stored: int
     scores: int
+    caps_logits: bool = False
 
     @property
     def linear(self) -> int:
@@ -153,6 +154,7 @@ def _llama(config: Config) -> Architecture:
         stored=stored + (4 * (q + k) + 4 * (heads + groups)) * kind.query_key_norm,
         # Gemma 2 caps the scores, which no fused kernel of transformers does.
         scores=8 if config.get("attn_logit_softcapping", kind.score_cap) else 0,
+        caps_logits=bool(config.get("final_logit_softcapping", kind.score_cap)),
     )
 
 

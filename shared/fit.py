@@ -27,9 +27,9 @@ FULL_BYTES = ADAPTER_BYTES + 4 + COMPUTE_BYTES
 #: scale a 256 of those, and for each matrix two code books (16 and 256 fp32) and an offset. 0.5159 bytes an element.
 NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_BOOKS = 4 * (16 + 256 + 1)
-#: Logits in 16 bits, and in fp32, where their gradient is written over them.
+#: Logits in 16 bits, and in fp32, where their gradient is written over them; a cap has a slope of their size.
 LOGIT_BYTES = 6
-#: A packed row is at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
+#: A packed row is reckoned to be at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
 PACK_LENGTH = 128
 
 SHORTEST_ROW = 64
@@ -58,7 +58,7 @@ DEVICES: dict[Kind, Device] = {
     # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
     # Blocks that come and go leave gaps.
     "cuda": Device(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
-    # An interpreter with torch and transformers; SmolLM2 at 613 tokens/s on two cores is 0.36 TFLOP/s.
+    # An interpreter with torch and transformers; SmolLM2 at 671 tokens/s on two cores is 0.36 TFLOP/s.
     # The heap's gaps are wide on a CPU: 1.07 to 1.28 was measured, its fused layers included, by shape of the batch.
     "cpu": Device(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
 }
@@ -252,7 +252,7 @@ def _moving(base: Architecture, setup: Setup) -> tuple[int, int]:
     layer = _stored(base, setup)
     gradients = 12 * h + 6 * base.feed_forward + (2 * base.heads * setup.row if base.scores else 0)
     chunk = max(1, DEVICES[setup.device].chunk_bytes // (4 * base.vocabulary))
-    logits = LOGIT_BYTES * base.vocabulary * min(tokens, chunk)
+    logits = (LOGIT_BYTES + 4 * base.caps_logits) * base.vocabulary * min(tokens, chunk)
     head = tokens * 10 * h + (0 if base.classifier else logits)
     # The adapter is cast to 16 bits once a forward.
     casts = COMPUTE_BYTES * trained(base, setup)

@@ -34,6 +34,8 @@ CHUNK = 1024 * 1024
 ONE_PUT = 4 * 1024**3  # S3 takes 5 GiB
 PART = 64 * CHUNK  # of which S3 takes 10,000
 MANIFEST = "manifest.json"
+#: What a put is refused with when the object that its condition names is another by now, or gone.
+CHANGED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"})
 EPOCH = "lease-epoch"
 CAS_TRIES = 5
 DELETE_LIMIT = 1000  # S3's own, per request
@@ -316,7 +318,8 @@ def _put_parts(key: str, path: Path, sha256: str, epoch: int | None) -> None:
                 raise Unavailable(f"object storage: {path} changed on its way to {key}; try again")
             client().complete_multipart_upload(**at, UploadId=upload, MultipartUpload={"Parts": parts}, **condition)
         except Exception:
-            abort(Upload(key, upload, age=0.0))
+            with suppress(Unavailable):  # what stays is collected as garbage, and why it stays is what matters
+                abort(Upload(key, upload, age=0.0))
             raise
 
     with _translated():
@@ -339,7 +342,7 @@ def _swap(
                 send(condition)
                 return
             except ClientError as refused:
-                if refused.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
+                if refused.response["Error"]["Code"] not in CHANGED:
                     raise
             there = _head(key)  # None if it is gone since
     raise Unavailable(f"object storage: {key} changed {CAS_TRIES} times under our hands; try again")

@@ -94,10 +94,13 @@ def test_a_file_in_parts_is_checked_as_a_whole(prefix: str, tmp_path: Path, monk
     assert b"".join(storage.read(prefix + "model.gguf")) == path.read_bytes()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
 def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
-    prefix: str, monkeypatch: pytest.MonkeyPatch
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool
 ) -> None:
     """The zombie has looked, and may overwrite epoch 1; before its put arrives, epoch 3 writes."""
+    late = tmp_path / "late"
+    late.write_bytes(b"two")
     storage.put_bytes(prefix + "x", b"one", epoch=1)
     look, looks = storage.client().head_object, []
 
@@ -109,9 +112,11 @@ def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
         return answer
 
     monkeypatch.setattr(storage.client(), "head_object", look_and_be_stuck)
+    monkeypatch.setattr(storage, "ONE_PUT", 3 if whole else 2)
     with pytest.raises(storage.Fenced):
-        storage.put_bytes(prefix + "x", b"two", epoch=2)
+        storage.put_file(prefix + "x", late, storage.sha256_of(late), epoch=2)
     assert b"".join(storage.read(prefix + "x")) == b"three"
+    assert not list(storage.unfinished(prefix))
 
 
 def test_a_presigned_url_needs_no_key_and_a_plain_one_is_refused(prefix: str) -> None:

@@ -33,5 +33,6 @@ def lines(recipe: Recipe, rows: Rows, base: Base, adapted: Adapted, layout: Layo
 
 def _held(recipe: Recipe, layout: Layout) -> str:
     if layout.packing:
-        return f"rows packed, {layout.micro_batch * layout.row:,} tokens at a time"
+        tokens = layout.micro_batch // layout.lanes * layout.lanes * layout.row
+        return f"rows packed, at most {tokens:,} tokens at a time"
     return f"rows padded, {layout.micro_batch} at a time, at most {recipe.max_length} tokens each"

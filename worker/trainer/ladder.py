@@ -14,10 +14,10 @@ from worker.trainer.recipe import PACK_LENGTH
 
 
 def rungs(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
-    """From the widest layout down: each halves the rows of a micro-batch. `longest` counts the tokens of an example.
+    """From the widest layout down: each halves a micro-batch. `longest` counts the tokens of an example.
 
-    Then, if the base knows how, activations are no longer kept. A packed row holds up to PACK_LENGTH tokens; where
-    every example is shorter, one alone is the last resort.
+    Then, if the base knows how, activations are no longer kept. Packed, the narrowest holds up to PACK_LENGTH tokens;
+    where every example is shorter, one alone is the last resort.
     """
     sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
     found = [replace(widest, micro_batch=size, lanes=min(widest.lanes, size)) for size in sizes]

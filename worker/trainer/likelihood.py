@@ -93,7 +93,7 @@ class Head:
             scores.mul_(self.scale)
         if self.cap is None:
             return None
-        slope = 1 - scores.div_(self.cap).tanh_().square()
+        slope = scores.div_(self.cap).tanh_().square().neg_().add_(1.0)
         scores.mul_(self.cap)
         return slope
 

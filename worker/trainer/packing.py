@@ -28,24 +28,21 @@ class Heaviest:
     """What a run has in memory at the time it has the most tokens, padding included: `rows` of `length`.
 
     That is one micro-batch in each lane, taken together: the `turn`-th of `step` (both from 0), the first if several
-    are as heavy. Where lanes differ in length, `rows` of the longest have at least as many tokens.
+    are as heavy. `length` is the mean, rounded up, where lanes differ in it.
     """
 
     step: int
     turn: int
     rows: int
     length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
+    tokens: int
 
 
 def heaviest(
     examples: Sequence[Row], recipe: Recipe, *, packing: bool, micro_batch: int, lanes: int = 1, from_step: int = 0
 ) -> Heaviest:
     """Of all turns from that step on. Activations grow with the tokens, and memory with them."""
-    row, most = row_of(examples), Heaviest(0, 0, 0, 0)
+    row, most = row_of(examples), Heaviest(0, 0, 0, 0, 0)
     for step in range(min(from_step, recipe.total_steps - 1), recipe.total_steps):
         chosen = data.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
         # A pair is as long as both of its documents, which padded are two rows.
@@ -56,9 +53,8 @@ def heaviest(
             sizes = [(len(rows), max(sum(map(len, row)) for row in rows)) for rows in islice(parts, lanes)]
             if not sizes:
                 break
-            length = max(length for _, length in sizes)
-            found = Heaviest(step, turn, -(-sum(rows * length for rows, length in sizes) // length), length)
-            most = max(most, found, key=lambda one: one.tokens)
+            rows, tokens = sum(rows for rows, _ in sizes), sum(rows * length for rows, length in sizes)
+            most = max(most, Heaviest(step, turn, rows, -(-tokens // rows), tokens), key=lambda one: one.tokens)
     return most
 
 
@@ -76,8 +72,8 @@ def micro_batches(
     and of lanes side by side the lightest waits for the heaviest. The documents of an example stay together.
     """
     ordered, most = sorted(examples, key=lambda e: (-len(e), e.line)), micro_batch // lanes
-    tokens = most * max(row, len(ordered[0]))
-    for rows in _packed(ordered, tokens, lanes) if packing else _unpacked(ordered, most, lanes):
+    row = max(row, len(ordered[0])) if ordered else row
+    for rows in _packed(ordered, most, row, lanes) if packing else _unpacked(ordered, most, lanes):
         documents = [[d for e in row for d in e.documents] for row in rows]
         yield documents if packing else [[d] for row in documents for d in row]
 
@@ -88,37 +84,49 @@ def _unpacked(ordered: Sequence[Row], most: int, lanes: int) -> Iterator[list[li
         yield [[e] for e in ordered[part * len(ordered) // parts : (part + 1) * len(ordered) // parts]]
 
 
-def _packed(ordered: Sequence[Row], tokens: int, lanes: int) -> list[list[list[Row]]]:
-    """Examples of like lengths share a micro-batch of at most so many tokens: they can be parted into even rows."""
-    for rounds in count(-(-sum(map(len, ordered)) // (tokens * lanes))):
+def _packed(ordered: Sequence[Row], most: int, row: int, lanes: int) -> list[list[list[Row]]]:
+    """Examples of like lengths share a micro-batch: they can be parted into even rows."""
+    rounds = -(-sum(map(len, ordered)) // (most * row * lanes))
+    while True:  # at the latest where each example has a micro-batch of its own, all fit
         shares = _shares(ordered, min(len(ordered), rounds * lanes))
-        packed = [rows for share in shares if (rows := pack(share, tokens=tokens))]
+        packed = [rows for share in shares if (rows := pack(share, tokens=most * row, row=row))]
         if len(packed) == len(shares):
             return packed
-    raise AssertionError  # an example alone fits
+        rounds += max(1, rounds // 16)
 
 
-def pack(ordered: Sequence[Row], *, tokens: int) -> list[list[Row]]:
-    """Rows for one micro-batch, padding included at most so many tokens; none if that fails.
+def pack(ordered: Sequence[Row], *, tokens: int, row: int) -> list[list[Row]]:
+    """Rows for one micro-batch, each of `row` tokens at most, and padding included of `tokens`; none if that fails.
 
-    Each example, the longest first, goes to the emptiest row, and of three numbers of rows the one that costs least
-    is taken.
+    Each example, the longest first, goes to the emptiest row. Of the numbers of rows that will do, near the one that
+    makes them as long as the longest example, that is taken which costs least.
     """
-    total, longest = sum(map(len, ordered)), len(ordered[0])
-    about = round(total / max(PACK_LENGTH, longest))
+    about = round(sum(map(len, ordered)) / max(PACK_LENGTH, len(ordered[0])))
     best, least = list[list[Row]](), inf
-    for number in range(max(1, about - 1), min(about + 1, len(ordered)) + 1):
+    for number in _numbers(about, len(ordered)):
         rows: list[list[Row]] = [[] for _ in range(number)]
-        filled = [(0, row) for row in range(number)]
+        filled = [(0, one) for one in range(number)]
         for example in ordered:
-            length, row = filled[0]
-            rows[row].append(example)
-            heapreplace(filled, (length + len(example), row))
+            length, emptiest = filled[0]
+            rows[emptiest].append(example)
+            heapreplace(filled, (length + len(example), emptiest))
         longest = max(length for length, _ in filled)
-        cost = number * longest * (longest + ATTENTION)
-        if number * longest <= tokens and cost < least:
-            best, least = rows, cost
+        if longest <= row:
+            cost = number * longest * (longest + ATTENTION)
+            if number * longest <= tokens and cost < least:
+                best, least = rows, cost
+            if number > about:
+                break  # more of them would have more padding
     return best
+
+
+def _numbers(about: int, most: int) -> Iterator[int]:
+    """From just under `about` upwards, ever faster, and `most` at last."""
+    number = max(1, about - 1)
+    while number < most:
+        yield number
+        number += 1 if number <= about else max(1, number // 8)
+    yield most
 
 
 def _shares(ordered: Sequence[Row], parts: int) -> list[Sequence[Row]]:

@@ -90,10 +90,12 @@ def layout(
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:
     batch = _batch(base, [row], packing=False)
+    to_logits = head(base.model)
     try:
-        ours = head(base.model)(backbone(base.model, batch))
+        ours = to_logits.projection(backbone(base.model, batch)).float()
     except (AttributeError, TypeError):
         return False
+    to_logits.bend(ours)
     return _error(ours, own_logits(base.model, batch)) < TOLERANCE
 
 

@@ -184,6 +184,22 @@ def test_capped_and_scaled_heads_are_followed(odd: PreTrainedModel, examples: li
     assert (found.chunked, warnings) == (True, [])
 
 
+@pytest.mark.parametrize("odd", odd_heads(), ids=lambda m: type(m).__name__)
+def test_gradients_go_through_capped_and_scaled_heads(
+    odd: PreTrainedModel, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of five tokens, by hand, against the whole model, by autograd."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
+    base = Base(odd, torch.device("cpu"), torch.float32)
+    odd.get_input_embeddings().requires_grad_(requires_grad=False)
+    wanted, wanted_gradients = gradients(base, examples, layout(chunked=False))
+    found, found_gradients = gradients(base, examples, layout())
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert max(float(one.abs().max()) for one in wanted_gradients) > 1e-4
+    for one, other in zip(found_gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-6)
+
+
 def test_unknown_head_falls_back_to_the_models_own(base: Base, examples: list[Encoded]) -> None:
     handle = base.model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits**3))
     found, warnings = selftest.layout(base, examples, packing=True, micro_batch=1, pad=2)
