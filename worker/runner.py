@@ -368,9 +368,12 @@ class Attempt(LeasedJob):
         return exporting.publish(commands, prefix, make=make, tell=self.tell, epoch=epoch, patience=self.patience)
 
     def can_shrink(self) -> bool:
-        """Is there still a micro-batch that can be halved?"""
-        plan = Plan.model_validate(self.job.plan) if self.job.plan else None
-        return plan is not None and plan.recipe.micro_batch >> self.job.memory_halvings > 1
+        """Is there still a rung below on the trainer's ladder, by what the recipe tells of it?"""
+        if not self.job.plan:
+            return False
+        recipe = Plan.model_validate(self.job.plan).recipe
+        rungs = recipe.micro_batch.bit_length() + (recipe.gradient_checkpointing is not True) + recipe.packing
+        return self.job.memory_halvings < rungs - 1
 
     def _name(self) -> str:
         with session_scope() as session:

@@ -84,20 +84,21 @@ def test_a_worker_without_room_takes_no_job(attempt: Attempt) -> None:
     assert (job.state, job.attempt) == (State.QUEUED, 0)
 
 
-def test_a_kill_for_memory_halves_the_micro_batch_until_there_is_nothing_to_halve(
+def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrower(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel's counter is ours here: no test may bring a machine to its knees. The kill is real."""
     kills = iter(range(100))
     monkeypatch.setattr(trainer, "oom_kills", lambda: next(kills))
     told = {"TRAINER_COMMAND": "sh -c 'kill -9 $$'", "MAX_CRASHES": "1"}
-    first, second = attempt(**told), attempt(**told)
-    assert (first.reason, first.memory_halvings, first.crash_count) == (jobs.Reason.OUT_OF_MEMORY, 1, 0)
-    assert (second.reason, second.memory_halvings, second.crash_count) == (jobs.Reason.OUT_OF_MEMORY, 2, 0)
-    third = attempt(**told)
-    assert (third.state, third.reason) == (State.FAILED, jobs.Reason.POISON)
-    assert third.error is not None
-    assert "out of memory" in third.error["message"]
+    # Rows 4 → 2 → 1, then without kept activations, then unpacked.
+    for narrower in (1, 2, 3, 4):
+        job = attempt(**told)
+        assert (job.reason, job.memory_halvings, job.crash_count) == (jobs.Reason.OUT_OF_MEMORY, narrower, 0)
+    last = attempt(**told)
+    assert (last.state, last.reason) == (State.FAILED, jobs.Reason.POISON)
+    assert last.error is not None
+    assert "out of memory" in last.error["message"]
 
 
 @pytest.mark.parametrize("where", ["cgroup", "root", "machine"])

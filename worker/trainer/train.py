@@ -211,6 +211,7 @@ def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     _score_outset(run)
+    heap.free()  # rows of other shapes left gaps, to which training would add its own
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     rehearsal.rehearse(run, _accumulate, _narrowing)
     while True:
