@@ -23,7 +23,7 @@ from shared.schemas import Hyperparameters, Lora, Method, Quantization, Request,
 BYTES_A_TOKEN = 4
 #: What the recipe takes for "auto" (worker/trainer/recipe.py), where the rows are as long as it lets them be.
 LONGEST_AUTO_ROW = 2048
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1536
 LARGEST_AUTO_BATCH = 32
 MANY_ROWS = 20_000
 

@@ -38,7 +38,7 @@ def drawn(data: Data | None = None, **fields: Any) -> str:
 
 def test_the_table_adds_up_to_a_verdict() -> None:
     text = drawn(Data(1000, 90_000, 400, "plan"), device_memory_bytes=24 * 10**9)
-    for said in ("the frozen base", "nf4, r 16, 5 x 400 tokens, checkpointed", "fits into 24.0 GB"):
+    for said in ("the frozen base", "nf4, r 16, 3 x 400 tokens, checkpointed", "fits into 24.0 GB"):
         assert said in text
     for said in ("2,359,296 of 126,799,104 parameters trained", "for 2 x 90,000 tokens", "assumed: 124.8 TFLOP/s"):
         assert said in text

@@ -51,7 +51,7 @@ LARGEST_AUTO_ALPHA = 32
 LONGEST_AUTO_ROW = 2048
 ROUND_LENGTH_TO = 64
 #: `micro_batch` auto: rows that together hold about this many tokens.
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1536
 #: About as many tokens has a packed row where examples are shorter. Attention between documents is computed and masked
 #: away, so long rows of short documents waste it: with rows of 30 tokens, SmolLM2-135M on 2 cores trained 518 tokens/s
 #: at 128, 473 at 256.

@@ -91,16 +91,16 @@ def test_max_length_beyond_the_base_is_refused() -> None:
 @pytest.mark.parametrize(
     ("trainer", "longest", "micro_batch"),
     [
-        ({}, 50, 16),
-        ({"max_length": 2048}, 50, 16),
+        ({}, 50, 12),
+        ({"max_length": 2048}, 50, 12),
         ({"max_length": 2048}, 9000, 1),
-        ({"max_length": 256}, 9000, 8),
-        ({"packing": False}, 50, 32),
-        ({"packing": False, "max_length": 2048}, 512, 4),
+        ({"max_length": 256}, 9000, 6),
+        ({"packing": False}, 50, 30),
+        ({"packing": False, "max_length": 2048}, 512, 3),
         ({"micro_batch": 3}, 50, 3),
     ],
 )
-def test_micro_batch_holds_about_2048_tokens(trainer: dict[str, Any], longest: int, micro_batch: int) -> None:
+def test_micro_batch_holds_about_1536_tokens(trainer: dict[str, Any], longest: int, micro_batch: int) -> None:
     assert resolve(5000, longest, trainer=trainer)[0].micro_batch == micro_batch
 
 
