@@ -124,9 +124,8 @@ def _widest(plan: _Plan, recipe: Recipe, device: KnownDevice) -> Recipe | None:
 def _candidates(plan: _Plan, recipe: Recipe, kind: Kind) -> Iterator[tuple[int, bool]]:
     """Micro-batches and checkpointing, the best first.
 
-    A GPU takes as many rows as it can hold. On a CPU more than the recipe has are no faster: SmolLM2-135M takes
-    2.3 ms a token in micro-batches of 1,024, 2,048 and 4,096. Checkpointing costs a forward pass in three, which a GPU
-    pays sooner than go below the recipe's rows; a CPU is as fast with fewer.
+    A GPU takes as many rows as it can hold; on a CPU more than the recipe has are hardly faster. Checkpointing costs a
+    forward pass in three, which a GPU pays sooner than go below the recipe's rows; a CPU is nearly as fast with fewer.
     """
     asked, wish = plan.task.trainer.micro_batch, plan.task.trainer.gradient_checkpointing
     most = recipe.batch_size if kind == "cuda" else recipe.micro_batch
