@@ -58,9 +58,9 @@ DEVICES: dict[Kind, Device] = {
     # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
     # Blocks that come and go leave gaps.
     "cuda": Device(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
-    # An interpreter with torch and transformers; SmolLM2 at 671 tokens/s on two cores is 0.36 TFLOP/s.
+    # An interpreter with torch and transformers; SmolLM2 at 626 tokens/s on two cores is 0.34 TFLOP/s.
     # The heap's gaps are wide on a CPU: 1.07 to 1.28 was measured, its fused layers included, by shape of the batch.
-    "cpu": Device(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.35e12, "two cores with bf16 instructions"),
+    "cpu": Device(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.34e12, "two cores with bf16 instructions"),
 }
 
 

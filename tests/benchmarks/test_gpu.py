@@ -26,7 +26,7 @@ def test_shapes_are_those_of_the_models_they_are_named_after() -> None:
     assert sizes == {"Llama-3.1-8B": 8_030_261_248, "Qwen2.5-7B": 7_615_616_512}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is none")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which the benchmark would run")
 def test_without_a_device_it_says_so() -> None:
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.main([])

@@ -90,8 +90,8 @@ def layout(
 
 def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:
     batch = _batch(base, [row], packing=False)
-    to_logits = head(base.model)
     try:
+        to_logits = head(base.model)
         ours = to_logits.projection(backbone(base.model, batch)).float()
     except (AttributeError, TypeError):
         return False
