@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 from sqlalchemy import Select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from shared.responses import Page
-from shared.schemas import Wire
+from shared.schemas.requests import Wire
+from shared.schemas.responses import Page
 
 Order = Literal["asc", "desc"]
 Row = TypeVar("Row")

@@ -6,17 +6,17 @@ import time
 from datetime import datetime
 
 from shared import storage
-from shared.memory import Fit
 from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobEvent
-from shared.responses import AdapterOut, Artifact, Event, Progress
-from shared.responses import Checkpoint as CheckpointOut
-from shared.responses import File as FileOut
-from shared.responses import Job as JobOut
-from shared.responses import Model as ModelOut
-from shared.schemas import JobCreate, Method, Phase, State
+from shared.schemas.memory import Fit
+from shared.schemas.requests import JobCreate, Method, Phase, State
+from shared.schemas.responses import AdapterOut, Artifact, Event, Progress
+from shared.schemas.responses import Checkpoint as CheckpointOut
+from shared.schemas.responses import File as FileOut
+from shared.schemas.responses import Job as JobOut
+from shared.schemas.responses import Model as ModelOut
+from shared.schemas.results import Export, FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
 from shared.starts import checkpoint_name
 from shared.storage import Entry
-from shared.training import Export, FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
 
 
 def file_out(file: File) -> FileOut:

@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine
 from shared import architecture, fit
-from shared.memory import Kind
-from shared.schemas import Quantization
-from shared.training import Recipe
+from shared.schemas.memory import Kind
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Recipe
 from worker.trainer import methods, model
 from worker.trainer.batches import Batch, collate
 from worker.trainer.encoding import Encoded

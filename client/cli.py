@@ -26,9 +26,9 @@ from client.follow import events_since, follow, watch
 from deploy.local import commands as stack
 from deploy.local.commands import AsJson, Data
 from shared.errors import Conflict, MillinerError, NotFound
-from shared.preview import MOST_ROWS
-from shared.responses import Artifact, Model
-from shared.schemas import ExportName, MethodName, Quantization, State
+from shared.schemas.preview import MOST_ROWS
+from shared.schemas.requests import ExportName, MethodName, Quantization, State
+from shared.schemas.responses import Artifact, Model
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if new.", file_okay=False)]

@@ -1,6 +1,6 @@
 """Where the API is, the stock `openai` client for it, and what its errors say to a person.
 
-Owns: choosing an address and a key, turning wire objects into `shared.schemas`. Must not print.
+Owns: choosing an address and a key, turning wire objects into `shared.schemas.requests`. Must not print.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from openai import OpenAI
 
 from deploy.local.folder import Folder
 from shared.errors import Unavailable
-from shared.responses import File, Job
+from shared.schemas.responses import File, Job
 from shared.settings import get_settings
 
 _opened = ExitStack()

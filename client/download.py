@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import httpx2
 
 from shared.errors import InvalidRequest, MillinerError, Unavailable
-from shared.manifest import MANIFEST, SIGNATURE
-from shared.responses import Artifact
+from shared.schemas.manifest import MANIFEST, SIGNATURE
+from shared.schemas.responses import Artifact
 
 CHUNK = 1024 * 1024
 _ATTEMPTS = 3

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from client import show
 from client.connect import job_of
-from shared.responses import Event, Job
-from shared.schemas import TERMINAL
+from shared.schemas.requests import TERMINAL
+from shared.schemas.responses import Event, Job
 
 INTERVAL = 1.0
 _OUTAGE_POLLS = 60

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from client.upload import lent
-from shared.preview import PreviewOut, PreviewRow, Segment
-from shared.training import RowProblem
+from shared.schemas.preview import PreviewOut, PreviewRow, Segment
+from shared.schemas.results import RowProblem
 
 TRAINED, SPECIAL = "green", "magenta"
 #: Around trained text where there is no colour to tell.

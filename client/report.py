@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.show import duration, exported, scores, size, verdicts
-from shared.training import Continuation, Export, Report, Sample
+from shared.schemas.results import Continuation, Export, Report, Sample
 
 _SOURCES = {
     "validation_file": "the rows of the validation file",

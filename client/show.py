@@ -1,6 +1,6 @@
 """How objects of the API look on a terminal: tables, panels, single lines, and JSON for programs.
 
-Owns: layout and number formats. Builds rich renderables from `shared.schemas`; must not call the API.
+Owns: layout and number formats. Builds rich renderables from `shared.schemas.requests`; must not call the API.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared.memory import PredictedPeak
-from shared.responses import Event, File, Job, Model
-from shared.schemas import State
-from shared.training import (
+from shared.schemas.memory import PredictedPeak
+from shared.schemas.requests import State
+from shared.schemas.responses import Event, File, Job, Model
+from shared.schemas.results import (
     DataReport,
     Export,
     JobError,

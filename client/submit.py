@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from client.connect import file_of, job_of
 from shared.errors import InvalidRequest
-from shared.responses import File
-from shared.schemas import TERMINAL, JobCreate, MethodName, State
-from shared.training import JobError
+from shared.schemas.requests import TERMINAL, JobCreate, MethodName, State
+from shared.schemas.responses import File
+from shared.schemas.results import JobError
 
 Body = dict[str, Any]
 POLL = 0.3

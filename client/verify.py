@@ -16,9 +16,9 @@ from rich.text import Text
 
 from client.download import Corrupt
 from client.show import facts
-from shared import manifest
+from shared import signing
 from shared.errors import InvalidRequest
-from shared.manifest import MANIFEST, SIGNATURE, Manifest
+from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 
 
 class Signature(StrEnum):
@@ -52,7 +52,7 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
     Raises InvalidRequest: no manifest of an adapter lies there, or the key is none.
     """
     text, seal = _manifest(folder)
-    trusted = manifest.name_of(manifest.public_key(key)) if key is not None else None
+    trusted = signing.name_of(signing.public_key(key)) if key is not None else None
     signature = _signature(folder, text, seal.signed_by, trusted)
     listed = {file.path: file for file in seal.files}
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
@@ -125,7 +125,7 @@ def _signature(folder: Path, text: bytes, signed_by: str | None, trusted: str | 
     if signed_by is None and not path.exists():
         return Signature.UNSIGNED
     name = trusted or signed_by
-    if name is None or not path.exists() or not manifest.is_signed_by(name, path.read_bytes(), text):
+    if name is None or not path.exists() or not signing.is_signed_by(name, path.read_bytes(), text):
         return Signature.BROKEN
     return Signature.TRUSTED if trusted else Signature.VALID
 

@@ -27,8 +27,8 @@ from client import download, show
 from client.connect import connect, job_of
 from client.follow import follow
 from shared.errors import MillinerError
-from shared.responses import Artifact, Job, Model
-from shared.schemas import State
+from shared.schemas.requests import State
+from shared.schemas.responses import Artifact, Job, Model
 from shared.settings import get_settings
 
 BASE = "SmolLM2-135M-Instruct"

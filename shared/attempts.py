@@ -19,9 +19,9 @@ from shared import starts
 from shared.ids import new_id
 from shared.jobs import LEASABLE, MOVES, Reason, expired, transition
 from shared.models import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
-from shared.schemas import Desired, Phase, State
+from shared.schemas.requests import Desired, Phase, State
+from shared.schemas.results import JobError, Metrics, Plan, Report
 from shared.storage import Entry
-from shared.training import JobError, Metrics, Plan, Report
 
 LONGEST_BACKOFF = 300.0
 _LOSSES = {"training": "train_loss", "validation": "valid_loss"}

@@ -1,6 +1,6 @@
 """The devices that training workers have reported, and what runs took on them: two tables.
 
-Owns: which devices count as there. Postgres's clock only. Must not predict: shared/fit.py and shared/memory.py do.
+Owns: which devices count as there. Postgres's clock only. Must not predict: shared/fit.py and shared/schemas/memory.py do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from shared.memory import Device, KnownDevice, MeasuredFit, Weighing
 from shared.models import BaseModel, DeviceReport, Job, MemoryWeighing
-from shared.schemas import JobCreate, Quantization
+from shared.schemas.memory import Device, KnownDevice, MeasuredFit, Weighing
+from shared.schemas.requests import JobCreate, Quantization
 
 #: A device counts for so long after it was heard of. Each worker reports its own when it starts and with each job.
 COUNTS_FOR = timedelta(days=30)

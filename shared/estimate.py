@@ -16,8 +16,8 @@ from shared import architecture, fit
 from shared.architecture import Architecture, Config
 from shared.errors import InvalidRequest
 from shared.fit import Change, Memory, ParameterCount, Setup
-from shared.memory import Kind, Weighing
-from shared.schemas import Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
+from shared.schemas.memory import Kind, Weighing
+from shared.schemas.requests import Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
 
 #: English in JSON lines, keys and quotes included; anything from 2 to 6 is common.
 BYTES_A_TOKEN = 4

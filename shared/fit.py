@@ -14,8 +14,9 @@ from typing import Literal
 
 from shared.architecture import Architecture, Linear
 from shared.errors import InvalidRequest
-from shared.memory import Kind, Weighing, corrected
-from shared.schemas import Quantization, Wire
+from shared.estimation.correction import corrected
+from shared.schemas.memory import Kind, Weighing
+from shared.schemas.requests import Quantization, Wire
 
 #: Compute, and whatever of the base is not quantized, is bf16; the adapter, its gradient and AdamW's two moments fp32.
 COMPUTE_BYTES = 2

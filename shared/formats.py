@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from shared import tables
-from shared.schemas import MethodName
+from shared.schemas.requests import MethodName
+from shared.schemas.results import FileReport, RowProblem
 from shared.tables import found as _found
-from shared.training import FileReport, RowProblem
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_PROBLEMS = 20

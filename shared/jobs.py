@@ -23,9 +23,9 @@ from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, MethodName, Phase, Quantization, State
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, MethodName, Phase, Quantization, State
+from shared.schemas.results import FileReport
 from shared.starts import Start
-from shared.training import FileReport
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL

@@ -16,7 +16,7 @@ from shared import jobs
 from shared.errors import TooMany
 from shared.ids import new_id
 from shared.models import Preview
-from shared.preview import PreviewCreate, PreviewError, PreviewOut
+from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 
 #: Asked for longer ago than this, nobody waits for it any more.
 WANTED_SECONDS = 120.0

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from shared.memory import KnownDevice
-from shared.preview import PreviewOut
-from shared.schemas import ExportName, Lora, Method, Phase, Quantization, TrainerParams
-from shared.training import Export, Metrics, Plan, Proof, Recipe, Report
+from shared.schemas.memory import KnownDevice
+from shared.schemas.preview import PreviewOut
+from shared.schemas.requests import ExportName, Lora, Method, Phase, Quantization, TrainerParams
+from shared.schemas.results import Export, Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):

@@ -14,7 +14,7 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from shared.schemas import TrackerKind
+from shared.schemas.requests import TrackerKind
 
 
 class Settings(BaseSettings):

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session, joinedload
 from shared.errors import InvalidRequest, NotFound
 from shared.ids import fine_tuned_name
 from shared.models import Adapter, Checkpoint, Job
-from shared.schemas import TERMINAL, JobCreate, Lora
-from shared.training import Plan, Recipe
+from shared.schemas.requests import TERMINAL, JobCreate, Lora
+from shared.schemas.results import Plan, Recipe
 
 WEIGHTS = "adapter_model.safetensors"
 #: What a job of full fine-tuning publishes instead.

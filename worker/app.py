@@ -24,9 +24,9 @@ from celery.signals import setup_logging, worker_init, worker_process_init, work
 
 from shared import storage
 from shared.errors import InvalidRequest
-from shared.manifest import private_key
 from shared.queue import Queue, celery_app
 from shared.settings import get_settings
+from shared.signing import private_key
 from shared.telemetry import bind, configure, log
 from worker import cache, devices, garbage, notice, preview, sweeper, tracking
 from worker.leased import Outcome

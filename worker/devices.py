@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from shared import devices
 from shared.db import session_scope
 from shared.errors import Unavailable
-from shared.memory import Device
+from shared.schemas.memory import Device
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
 from worker import cache

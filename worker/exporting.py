@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from shared import storage
 from shared.protocol import Done, Exported, Failed, MakeExport, Train, Verified
+from shared.schemas.results import Export
 from shared.storage import Entry
-from shared.training import Export
 from worker.patience import Patience
 
 FOLDER = "exports/"

@@ -34,7 +34,7 @@ from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.jobs import live_file
 from shared.models import Adapter, Checkpoint, File, Job, Tenant
-from shared.schemas import TERMINAL, Phase
+from shared.schemas.requests import TERMINAL, Phase
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
 from worker import cache

@@ -21,7 +21,7 @@ from typing import Self
 from shared import attempts
 from shared.db import session_scope
 from shared.errors import Unavailable
-from shared.schemas import Desired
+from shared.schemas.requests import Desired
 from shared.settings import get_settings
 from shared.telemetry import log
 from worker.session import TrainerSession

@@ -16,10 +16,10 @@ from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.models import Job
-from shared.schemas import Phase
+from shared.schemas.requests import Phase
+from shared.schemas.results import JobError, Metrics
 from shared.settings import get_settings
 from shared.telemetry import log
-from shared.training import JobError, Metrics
 from worker.lease import Lease, Lost
 from worker.pace import Pace
 from worker.patience import Leave, Patience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.training import Metrics
+from shared.schemas.results import Metrics
 
 
 class Pace:

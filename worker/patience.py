@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from shared import storage
 from shared.errors import Unavailable
-from shared.schemas import Desired
+from shared.schemas.requests import Desired
 from shared.telemetry import log
 from worker.lease import Lease, Lost
 

@@ -18,9 +18,9 @@ from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.models import BaseModel, File
 from shared.models import Preview as PreviewRow
-from shared.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.protocol import Failed, Preview, Previewed
-from shared.schemas import JobCreate
+from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
+from shared.schemas.requests import JobCreate
 from shared.telemetry import bind, log, unbind
 from worker import cache, warm
 from worker.patience import TICK

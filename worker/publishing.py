@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from shared import manifest, storage
+from shared import signing, storage
 from shared.db import session_scope
 from shared.ids import new_id
-from shared.manifest import SIGNATURE, HashedFile, Manifest
 from shared.models import BaseModel, File, Job, JobMetric
 from shared.protocol import Verified
+from shared.schemas import manifest
+from shared.schemas.manifest import SIGNATURE, HashedFile, Manifest
+from shared.schemas.results import Plan
 from shared.settings import get_settings
 from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
-from shared.training import Plan
 from worker.exporting import Published
 from worker.patience import Patience
 
@@ -80,8 +81,8 @@ def seal(
     """
     files = [*files, *exported.files]
     path = get_settings().signing_key_file
-    key = manifest.private_key(path) if path is not None else None
-    signed_by = manifest.name_of(key.public_key()) if key is not None else None
+    key = signing.private_key(path) if path is not None else None
+    signed_by = signing.name_of(key.public_key()) if key is not None else None
     text = patience.do(lambda: _manifest(job, files, name, verified, exported, signed_by=signed_by)).text()
     put = partial(storage.put_named, prefix, epoch=epoch)
     sealed = list(files)

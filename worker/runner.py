@@ -41,10 +41,10 @@ from shared.protocol import (
     Working,
 )
 from shared.queue import Queue, ring
-from shared.schemas import Desired, JobCreate, Phase, State
+from shared.schemas.requests import Desired, JobCreate, Phase, State
+from shared.schemas.results import JobError, Plan, Report
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
-from shared.training import JobError, Plan, Report
 from worker import cache, exporting, publishing, warm
 from worker.lease import Lease, Lost, boottime
 from worker.leased import LeasedJob, Outcome

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from shared import attempts, devices, storage
 from shared.db import session_scope
-from shared.memory import KnownDevice
 from shared.models import BaseModel, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
-from shared.schemas import JobCreate
+from shared.schemas.memory import KnownDevice
+from shared.schemas.requests import JobCreate
+from shared.schemas.results import Plan, Recipe
 from shared.settings import get_settings
 from shared.starts import WEIGHTS
-from shared.training import Plan, Recipe
 from worker import cache
 from worker.patience import Patience
 

@@ -19,9 +19,9 @@ from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.models import Job
 from shared.queue import Queue, ring
+from shared.schemas.results import JobError
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
-from shared.training import JobError
 
 RINGS = 16
 

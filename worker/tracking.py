@@ -26,10 +26,10 @@ from sqlalchemy import select
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.models import Job, JobMetric
-from shared.schemas import Integration, State, TrackerKind
+from shared.schemas.requests import Integration, State, TrackerKind
+from shared.schemas.results import Metrics, Plan
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
-from shared.training import Metrics, Plan
 from worker import cache
 from worker.trackers.pipe import End, Ending, Start, Step, Word
 

@@ -12,7 +12,7 @@ from shared.errors import NotFound
 from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.jobs import get_base, live_file
 from shared.models import File, Job
-from shared.training import FileReport, Plan
+from shared.schemas.results import FileReport, Plan
 
 router = APIRouter(prefix="/v1/fine_tuning/estimate", tags=["fine-tuning"])
 

@@ -27,9 +27,9 @@ from shared.formats import check_file, describe
 from shared.ids import new_id
 from shared.jobs import live_file
 from shared.models import File, Job
-from shared.responses import Deleted, Page
-from shared.responses import File as FileOut
-from shared.schemas import TERMINAL, Request, Text
+from shared.schemas.requests import TERMINAL, Request, Text
+from shared.schemas.responses import Deleted, Page
+from shared.schemas.responses import File as FileOut
 from shared.settings import get_settings
 
 FIELD_BYTES = 64 * 1024

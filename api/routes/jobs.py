@@ -18,10 +18,10 @@ from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
 from shared.models import Checkpoint, Job, JobEvent
 from shared.queue import Queue
-from shared.responses import Checkpoint as CheckpointOut
-from shared.responses import Event, Page
-from shared.responses import Job as JobOut
-from shared.schemas import Desired, JobCreate
+from shared.schemas.requests import Desired, JobCreate
+from shared.schemas.responses import Checkpoint as CheckpointOut
+from shared.schemas.responses import Event, Page
+from shared.schemas.responses import Job as JobOut
 from shared.settings import get_settings
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])

@@ -15,7 +15,7 @@ from shared import starts, storage
 from shared.db import after_commit
 from shared.errors import Conflict, NotFound, PermissionDenied
 from shared.models import Adapter, BaseModel
-from shared.responses import Deleted, Model, Page
+from shared.schemas.responses import Deleted, Model, Page
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

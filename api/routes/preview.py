@@ -15,8 +15,8 @@ from api.deps import BellDep, TenantDep
 from shared import previews
 from shared.db import session_scope
 from shared.errors import InvalidRequest, MillinerError, Unavailable
-from shared.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.queue import Queue
+from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
 
 router = APIRouter(prefix="/v1/fine_tuning/preview", tags=["fine-tuning"])

@@ -18,7 +18,7 @@ from deploy.local.folder import Record
 from shared import queue, settings
 from shared.db import session_scope
 from shared.models import BaseModel, File, Preview
-from shared.preview import PreviewOut
+from shared.schemas.preview import PreviewOut
 from shared.tenants import create_key, ensure_tenant
 
 BASE = "SmolLM2-135M-Instruct"

@@ -35,7 +35,7 @@ from deploy.local.folder import Folder
 from deploy.local.process import Program
 from shared.db import engine, session_scope
 from shared.models import BaseModel
-from shared.schemas import TERMINAL
+from shared.schemas.requests import TERMINAL
 from tests.chaos import invariants, stub
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Crew, Servers, parents, until

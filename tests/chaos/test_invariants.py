@@ -23,9 +23,9 @@ from shared import attempts, jobs, settings, storage
 from shared.db import engine, session_scope
 from shared.models import Adapter, BaseModel, File, Job
 from shared.queue import Queue
-from shared.schemas import Desired, JobCreate, State
+from shared.schemas.requests import Desired, JobCreate, State
+from shared.schemas.results import JobError, Metrics
 from shared.tenants import ensure_tenant
-from shared.training import JobError, Metrics
 from tests.chaos.invariants import ENDS, PAUSED, STARTED, overlaps, steps_repeated, violations
 from tests.chaos.servers import Servers
 from tests.shared.test_jobs import PLAN, REPORT

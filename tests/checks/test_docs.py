@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from api.app import app
 from client.cli import app as cli
-from shared.schemas import JobCreate, Lora, TrainerParams
+from shared.schemas.requests import JobCreate, Lora, TrainerParams
 from shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from client.connect import disconnect
-from shared.responses import Job
+from shared.schemas.responses import Job
 
 RECIPE = {
     "method": "supervised",

@@ -15,7 +15,7 @@ import pytest
 
 from client.download import Corrupt, pull
 from shared.errors import InvalidRequest, Unavailable
-from shared.responses import Artifact
+from shared.schemas.responses import Artifact
 
 CONTENT = {"adapter_model.safetensors": b"weights" * 300_000, "sub/config.json": b"{}"}
 

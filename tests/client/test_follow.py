@@ -16,7 +16,7 @@ from rich.console import Console
 
 from client import follow
 from client.follow import Sight, last_loss, line
-from shared.responses import Event, Job
+from shared.schemas.responses import Event, Job
 
 
 def metrics(step: int, **data: float) -> Event:

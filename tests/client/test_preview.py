@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 
 from client.preview import rows
-from shared.preview import PreviewOut, PreviewRow, Segment
-from shared.training import RowProblem
+from shared.schemas.preview import PreviewOut, PreviewRow, Segment
+from shared.schemas.results import RowProblem
 
 
 def segment(text: str, *, trained: bool = False, special: bool = False) -> Segment:

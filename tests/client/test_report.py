@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from client import report, show
-from shared.responses import Job
-from shared.schemas import ExportName
-from shared.training import Export, LossChange, Plan, Report
+from shared.schemas.requests import ExportName
+from shared.schemas.responses import Job
+from shared.schemas.results import Export, LossChange, Plan, Report
 
 from .conftest import CHANGE, DATA, PLAN, RECIPE, REPORT, SAMPLE
 from .test_show import drawn

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from client import show
-from shared.responses import File, Job, Model
-from shared.training import DataReport
+from shared.schemas.responses import File, Job, Model
+from shared.schemas.results import DataReport
 
 
 def drawn(thing: RenderableType, width: int = 160) -> str:

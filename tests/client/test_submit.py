@@ -8,7 +8,7 @@ import pytest
 
 from client.submit import body_of, model_of
 from shared.errors import InvalidRequest
-from shared.schemas import JobCreate
+from shared.schemas.requests import JobCreate
 
 NOTHING: dict[str, dict[str, Any]] = {"hyperparameters": {"n_epochs": None}, "lora": {"r": None}, "trainer": {}}
 

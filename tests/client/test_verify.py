@@ -14,9 +14,10 @@ import pytest
 from client.cli import main
 from client.verify import Signature, verdict, verify
 from deploy.local.folder import Folder
-from shared import manifest
+from shared import signing
 from shared.errors import InvalidRequest
-from shared.manifest import HashedFile, Manifest
+from shared.schemas import manifest
+from shared.schemas.manifest import HashedFile, Manifest
 from tests.client.conftest import PROOF, RECIPE
 
 FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}", "sub/tokenizer.json": b"[]"}
@@ -40,7 +41,7 @@ def published(folder: Path, keys: Path | None) -> Path:
     for path, content in FILES.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    key = manifest.private_key(keys / "signing.pem") if keys is not None else None
+    key = signing.private_key(keys / "signing.pem") if keys is not None else None
     text = Manifest.model_validate(
         {
             "job": "ftjob-1",
@@ -51,7 +52,7 @@ def published(folder: Path, keys: Path | None) -> Path:
             "recipe": RECIPE,
             "proof": PROOF,
             "versions": {"torch": "2.13.0"},
-            "signed_by": manifest.name_of(key.public_key()) if key is not None else None,
+            "signed_by": signing.name_of(key.public_key()) if key is not None else None,
             "files": [
                 HashedFile(path=path, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                 for path, content in FILES.items()
@@ -120,7 +121,7 @@ def test_openssl_says_the_same(adapter: Path, keys: Path) -> None:
     assert b"Success" in subprocess.run([*openssl, *files], check=True, capture_output=True).stdout
     made = keys / "made.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(made)], check=True, capture_output=True)
-    assert manifest.private_key(made)
+    assert signing.private_key(made)
 
 
 @pytest.mark.parametrize("content", [b"", b"no PEM", None])
@@ -131,7 +132,7 @@ def test_a_key_that_is_none_is_named_with_what_makes_one(adapter: Path, tmp_path
     with pytest.raises(InvalidRequest, match=r"key\.pem: no public key .* openssl pkey -pubout"):
         verify(adapter, path)
     with pytest.raises(InvalidRequest, match=r"key\.pem: no private key .* openssl genpkey -algorithm ed25519"):
-        manifest.private_key(path)
+        signing.private_key(path)
 
 
 def test_a_key_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_key_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None
     with pytest.raises(InvalidRequest, match="it holds a"):
         verify(adapter, public)
     with pytest.raises(InvalidRequest, match="it holds a"):
-        manifest.private_key(private)
+        signing.private_key(private)
 
 
 def test_a_folder_that_is_no_adapters_says_what_to_do(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared import architecture, fit
 from shared.errors import InvalidRequest
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 
 LLAMA = {
     "vocab_size": 100,

@@ -9,9 +9,9 @@ from sqlalchemy import Engine, text
 
 from shared import devices, jobs
 from shared.db import session_scope
-from shared.memory import Device, MeasuredFit
 from shared.models import Job, Tenant
-from shared.schemas import JobCreate, Quantization
+from shared.schemas.memory import Device, MeasuredFit
+from shared.schemas.requests import JobCreate, Quantization
 
 A10 = Device(kind="cuda", name="NVIDIA A10", memory_bytes=24 * 10**9)
 CPU = Device(kind="cpu", name="a CPU", memory_bytes=16 * 10**9)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shared import architecture, fit
 from shared.architecture import Linear
 from shared.errors import InvalidRequest
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
 from worker.trainer import attention, lora, recipe
 from worker.trainer.batches import Batch

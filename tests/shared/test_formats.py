@@ -26,7 +26,7 @@ from shared.formats import (
     misfit,
     read_rows,
 )
-from shared.schemas import MethodName
+from shared.schemas.requests import MethodName
 
 LIMIT = 5000
 USER = {"role": "user", "content": "hi"}

@@ -14,9 +14,9 @@ from shared.errors import Conflict, NotFound
 from shared.jobs import MOVES, Reason
 from shared.models import Adapter, File, Job, JobEvent, JobMetric, Tenant
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, State
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
+from shared.schemas.results import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
 from shared.tenants import ensure_tenant
-from shared.training import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
 CRASH = {"backoff": 0.0, "max_crashes": 3}

@@ -21,8 +21,8 @@ from shared.db import session_scope
 from shared.errors import Conflict
 from shared.models import Job, JobEvent, Tenant
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, State
-from shared.training import JobError, Metrics
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
+from shared.schemas.results import JobError, Metrics
 
 from .test_jobs import PLAN, REPORT, adapter, result_file
 

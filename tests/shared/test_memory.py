@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.memory import Weighing, corrected, correction
+from shared.estimation.correction import corrected, correction
+from shared.schemas.memory import Weighing
 
 
 def weighing(computed: int, measured: int) -> Weighing:

@@ -17,10 +17,10 @@ from shared.errors import InvalidRequest, MillinerError, NotFound
 from shared.ids import fine_tuned_name
 from shared.models import Adapter, BaseModel, Checkpoint, File, Job, Tenant
 from shared.queue import Queue
-from shared.schemas import Desired, JobCreate, State
+from shared.schemas.requests import Desired, JobCreate, State
+from shared.schemas.results import Metrics
 from shared.storage import Entry
 from shared.tenants import ensure_tenant
-from shared.training import Metrics
 
 from .test_jobs import PLAN, REPORT, adapter, claim, queued, result_file
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from shared import parquet, tables
 from shared.formats import Chat, Completion, Example, RowError, read_rows
-from shared.training import RowProblem
+from shared.schemas.results import RowProblem
 
 LIMIT = 5000
 Rows = list[dict[str, Any]]

@@ -20,7 +20,7 @@ from deploy.local.folder import Record
 from shared import jobs, queue, settings, storage
 from shared.db import session_scope
 from shared.models import BaseModel, File, Job
-from shared.schemas import JobCreate, State
+from shared.schemas.requests import JobCreate, State
 from shared.tenants import ensure_tenant
 from tests.shared.test_jobs import PLAN
 from tests.tiny import tiny_llama

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from client.download import pull
-from shared.responses import Job
+from shared.schemas.responses import Job
 
 Rows = list[dict[str, str]]
 

@@ -19,8 +19,8 @@ from shared import attempts, jobs, settings, storage
 from shared.db import session_scope
 from shared.models import Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import State
-from shared.training import Metrics
+from shared.schemas.requests import State
+from shared.schemas.results import Metrics
 from worker import session as trainer
 from worker.runner import run_next
 

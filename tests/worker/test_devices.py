@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from shared import devices
 from shared.db import session_scope
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from shared.settings import get_settings
 from worker import devices as ours
 from worker.trainer import machine

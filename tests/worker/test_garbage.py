@@ -26,9 +26,9 @@ from shared import attempts, jobs, settings, storage
 from shared.db import engine, session_scope
 from shared.ids import new_id
 from shared.models import Adapter, Base, BaseModel, Checkpoint, File, Job
-from shared.schemas import JobCreate, Phase, State
+from shared.schemas.requests import JobCreate, Phase, State
+from shared.schemas.results import Metrics
 from shared.tenants import ensure_tenant
-from shared.training import Metrics
 from worker import garbage
 
 DAY = 86400.0

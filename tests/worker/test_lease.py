@@ -17,7 +17,7 @@ from deploy.local.folder import Record
 from shared import settings
 from shared.db import engine, session_scope
 from shared.models import BaseModel, File, Job
-from shared.schemas import Desired
+from shared.schemas.requests import Desired
 from shared.tenants import ensure_tenant
 from worker.lease import Lease, Lost, boottime
 from worker.session import TrainerSession

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shared.errors import Unavailable
-from shared.schemas import Desired
+from shared.schemas.requests import Desired
 from worker import patience
 from worker.lease import Lease, Lost, boottime
 from worker.patience import Leave, Patience

@@ -14,7 +14,7 @@ from shared import previews, storage
 from shared.db import session_scope
 from shared.errors import NotFound, TooMany
 from shared.models import BaseModel, File, Preview
-from shared.preview import PreviewCreate, PreviewError, PreviewOut
+from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
 from shared.tenants import ensure_tenant
 from worker.preview import answer_next

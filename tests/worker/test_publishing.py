@@ -18,11 +18,12 @@ from sqlalchemy import select
 from deploy.local.folder import Folder
 from shared import jobs, settings, storage
 from shared.db import session_scope
-from shared.manifest import MANIFEST, SIGNATURE, Manifest, is_signed_by
 from shared.models import Adapter, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import Desired, State
-from shared.training import Export
+from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
+from shared.schemas.requests import Desired, State
+from shared.schemas.results import Export
+from shared.signing import is_signed_by
 from tests.shared.test_jobs import REPORT
 from worker.lease import Lease, boottime
 from worker.patience import Patience

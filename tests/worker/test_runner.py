@@ -25,8 +25,8 @@ from client import download
 from client.connect import job_of
 from client.verify import verify
 from deploy.local.folder import Folder, Record
-from shared.manifest import MANIFEST, Manifest
-from shared.responses import Artifact
+from shared.schemas.manifest import MANIFEST, Manifest
+from shared.schemas.responses import Artifact
 
 TERMINAL = {"succeeded", "failed", "cancelled"}
 LONG = {"max_steps": 400, "save_every": 20}

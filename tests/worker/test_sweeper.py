@@ -9,7 +9,7 @@ from shared import jobs
 from shared.db import session_scope
 from shared.models import Job
 from shared.queue import Queue
-from shared.schemas import State
+from shared.schemas.requests import State
 from shared.settings import get_settings
 from worker.sweeper import Watch, reclaim, sweep
 

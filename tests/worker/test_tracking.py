@@ -21,7 +21,7 @@ from shared import jobs, settings
 from shared.db import session_scope
 from shared.models import Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import Desired, State
+from shared.schemas.requests import Desired, State
 from tests.shared.test_jobs import REPORT
 from tests.worker.test_publishing import PROOF
 from tests.worker.trackers.servers import Mlflow, Silent, serving

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from shared.schemas import Integration
+from shared.schemas.requests import Integration
 
 Ending = Literal["succeeded", "failed", "cancelled", "interrupted"]
 Values = dict[str, float]

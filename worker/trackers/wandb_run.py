@@ -10,7 +10,7 @@ from pathlib import Path
 
 import wandb
 
-from shared.schemas import Wandb
+from shared.schemas.requests import Wandb
 from worker.trackers.pipe import Ending, Start, Values
 
 INIT_SECONDS = 15.0

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from shared.protocol import Task
-from shared.training import Metrics, Recipe, Report
+from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint, classifier, eventfile
 from worker.trainer.encoding import Encoder
 from worker.trainer.whole import Adapted, Whole

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.protocol import Task
-from shared.schemas import ExportName
-from shared.training import Metrics, Recipe, Report
+from shared.schemas.requests import ExportName
+from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer import checkpoint, serving
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from shared import disk
-from shared.training import Metrics, Recipe, Score
+from shared.schemas.results import Metrics, Recipe, Score
 from worker.trainer.model import trainable
 from worker.trainer.whole import Adapted, Whole
 

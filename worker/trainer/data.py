@@ -18,7 +18,7 @@ from shared import formats
 from shared.errors import TrainingFailed
 from shared.formats import Example, Labelled, RowError
 from shared.protocol import Task
-from shared.training import FileReport
+from shared.schemas.results import FileReport
 from worker.trainer import labelled
 from worker.trainer.encoding import CannotEncode, Encoder, Row, longest_document
 

@@ -5,7 +5,7 @@ Must not decide anything.
 
 from __future__ import annotations
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows

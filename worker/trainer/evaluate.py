@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.training import Recipe, Score
+from shared.schemas.results import Recipe, Score
 from worker.trainer import lanes, methods
 from worker.trainer.batches import Batch
 from worker.trainer.encoding import Row

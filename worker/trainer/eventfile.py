@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shared.training import Metrics
+from shared.schemas.results import Metrics
 
 #: TensorBoard looks for `tfevents` in any folder below the one it is given, and the Hugging Face hub likewise. The name
 #: says neither host nor time: an attempt that publishes again writes over it.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from shared.errors import TrainingFailed
-from shared.training import LabelCount, Majority
+from shared.schemas.results import LabelCount, Majority
 from worker.trainer.encoding import Row
 from worker.trainer.labelled import Labelled
 

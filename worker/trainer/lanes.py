@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from shared.schemas import Quantization
-from shared.training import Recipe
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Recipe
 from worker.trainer.batches import Batch
 from worker.trainer.model import Base, own_dropouts
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.memory import Device
+from shared.schemas.memory import Device
 
 if TYPE_CHECKING:
     import torch

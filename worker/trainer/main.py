@@ -46,7 +46,7 @@ from shared.protocol import (
     Verify,
     Working,
 )
-from shared.schemas import Phase, Quantization
+from shared.schemas.requests import Phase, Quantization
 from shared.streams import protect_standard_streams
 from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 

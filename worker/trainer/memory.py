@@ -14,9 +14,10 @@ import torch
 from shared import fit
 from shared.architecture import Architecture
 from shared.errors import InvalidRequest
-from shared.memory import Device, MeasuredFit, Weighing, corrected
+from shared.estimation.correction import corrected
 from shared.protocol import Task
-from shared.training import Recipe
+from shared.schemas.memory import Device, MeasuredFit, Weighing
+from shared.schemas.results import Recipe
 from worker.trainer import machine
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import TrainingFailed
-from shared.schemas import Quantization
-from shared.training import Recipe
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Recipe
 from worker.trainer import attention, classifier, heap, lora
 from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 from worker.trainer.whole import Adapted, Whole

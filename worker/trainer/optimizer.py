@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer.model import trainable
 from worker.trainer.whole import Adapted
 

@@ -12,7 +12,7 @@ from heapq import heapreplace
 from itertools import count, islice
 from math import inf
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer import data
 from worker.trainer.encoding import Encoded, Row
 from worker.trainer.recipe import PACK_LENGTH

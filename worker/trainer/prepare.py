@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shared.errors import TrainingFailed
 from shared.fit import FULL_BYTES
 from shared.protocol import Task
-from shared.training import Plan
+from shared.schemas.results import Plan
 from worker.trainer import data, labels, recipe, sizing
 from worker.trainer.encoding import Encoder, Row, longest_document
 from worker.trainer.exports import allowed

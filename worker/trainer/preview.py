@@ -11,9 +11,9 @@ from itertools import groupby, islice, takewhile
 from shared import formats
 from shared.errors import TrainingFailed
 from shared.formats import Example, RowError
-from shared.preview import Answer, PreviewOut, PreviewRow, Segment
 from shared.protocol import Preview
-from shared.training import FileReport, RowProblem
+from shared.schemas.preview import Answer, PreviewOut, PreviewRow, Segment
+from shared.schemas.results import FileReport, RowProblem
 from worker.trainer import data, recipe
 from worker.trainer.encoding import Encoded, Encoder, Row
 from worker.trainer.labelled import Labelled

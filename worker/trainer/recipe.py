@@ -17,8 +17,16 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 
 from shared.errors import TrainingFailed
-from shared.schemas import DpoHyperparameters, Hyperparameters, Lora, Method, MethodName, Quantization, TrainerParams
-from shared.training import Recipe
+from shared.schemas.requests import (
+    DpoHyperparameters,
+    Hyperparameters,
+    Lora,
+    Method,
+    MethodName,
+    Quantization,
+    TrainerParams,
+)
+from shared.schemas.results import Recipe
 
 BASE_RATE = 5e-4
 BASE_WIDTH = 2000

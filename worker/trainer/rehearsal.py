@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer import checkpoint, data, memory, packing
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout

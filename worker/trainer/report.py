@@ -12,8 +12,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from shared.fit import ADAPTER_BYTES
-from shared.memory import MeasuredFit
-from shared.training import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
+from shared.schemas.memory import MeasuredFit
+from shared.schemas.results import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
 from worker.trainer import bootstrap, checkpoint, labels, memory
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from shared.training import Continuation, Sample
+from shared.schemas.results import Continuation, Sample
 from worker.trainer.batches import collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only

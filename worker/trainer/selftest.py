@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer import lanes
 from worker.trainer.batches import Batch, collate
 from worker.trainer.encoding import Encoded, Encoder, Row

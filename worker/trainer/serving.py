@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.training import Servable
+from shared.schemas.results import Servable
 
 #: What `--max-lora-rank` may be.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -14,9 +14,9 @@ from shared import architecture, fit
 from shared.architecture import Architecture
 from shared.errors import InvalidRequest, TrainingFailed
 from shared.fit import Setup
-from shared.memory import Kind, KnownDevice, PlannedFit, PredictedPeak
 from shared.protocol import Task
-from shared.training import Recipe
+from shared.schemas.memory import Kind, KnownDevice, PlannedFit, PredictedPeak
+from shared.schemas.results import Recipe
 from worker.trainer.encoding import Row
 from worker.trainer.packing import Heaviest, heaviest
 

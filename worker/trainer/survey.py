@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared import formats
-from shared.training import DataReport, FileReport, LengthBucket, Repeat
+from shared.schemas.results import DataReport, FileReport, LengthBucket, Repeat
 from worker.trainer import labels
 from worker.trainer.data import Dataset
 from worker.trainer.encoding import Encoder, Row, longest_document

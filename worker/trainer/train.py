@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
-from shared.schemas import Phase
-from shared.training import Metrics, Recipe, Report, Sample
+from shared.schemas.requests import Phase
+from shared.schemas.results import Metrics, Recipe, Report, Sample
 from worker.trainer import (
     adapter,
     checkpoint,

@@ -20,8 +20,8 @@ from peft import PeftModel
 
 from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
-from shared.schemas import Quantization
-from shared.training import Proof, Report, Score
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Proof, Report, Score
 from worker.trainer import (
     checkpoint,
     classifier,

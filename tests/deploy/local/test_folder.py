@@ -10,7 +10,7 @@ import pytest
 
 from deploy.local.folder import Folder
 from shared.errors import Conflict
-from shared.manifest import private_key, public_key
+from shared.signing import private_key, public_key
 
 
 def mode(path: Path) -> int:

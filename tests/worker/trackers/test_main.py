@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from shared.schemas import Integration
+from shared.schemas.requests import Integration
 from tests.worker.trackers.servers import Lying, Mlflow, Server, Silent, Wandb, serving
 from worker.trackers.main import KEPT_STEPS, Backlog
 from worker.trackers.pipe import End, Ending, Start, Step, Word

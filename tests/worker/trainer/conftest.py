@@ -17,8 +17,8 @@ from typing import IO, Any, Self, TypeVar
 import pytest
 
 from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
-from shared.schemas import Method, MethodName
-from shared.training import Recipe
+from shared.schemas.requests import Method, MethodName
+from shared.schemas.results import Recipe
 from tests.tiny import tiny_encoder, tiny_gpt2
 from worker.trainer import model, samples
 from worker.trainer.encoding import Encoder

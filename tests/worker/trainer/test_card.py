@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shared.protocol import Done
-from shared.training import Metrics
+from shared.schemas.results import Metrics
 from worker.trainer import card
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
 from worker.trainer import classifier, data, evaluate, model
 from worker.trainer.batches import collate

@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import model
 from worker.trainer.encoding import Encoder
 

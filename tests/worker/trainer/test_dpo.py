@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured
-from shared.schemas import Quantization
-from shared.training import Recipe
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Recipe
 from tests.tiny import tiny_base
 from worker.trainer import data, methods, model, selftest
 from worker.trainer.batches import batches

@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from shared.training import Metrics
+from shared.schemas.results import Metrics
 from worker.trainer import eventfile
 
 STEPS = [

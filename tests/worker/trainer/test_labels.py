@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.training import Plan
+from shared.schemas.results import Plan
 from worker.trainer import labels
 from worker.trainer.prepare import prepare
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from tests.tiny import tiny_tokenizer
 from worker.trainer import checkpoint, ladder, model
 from worker.trainer.batches import Batch

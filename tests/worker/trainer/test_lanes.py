@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.protocol import CheckpointSaved
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
 from worker.trainer import lanes, methods, model
 from worker.trainer.batches import Batch

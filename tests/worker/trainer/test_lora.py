@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import lora, model
 from worker.trainer.model import Base
 

@@ -35,7 +35,7 @@ from shared.protocol import (
     TrainerEvent,
     Working,
 )
-from shared.schemas import Phase
+from shared.schemas.requests import Phase
 from worker.trainer import main as child_main
 from worker.trainer import model
 from worker.trainer.main import Session, boottime

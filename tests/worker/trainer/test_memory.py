@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.memory import Device, Weighing
 from shared.protocol import Done
+from shared.schemas.memory import Device, Weighing
 from worker.trainer import machine, memory
 
 from .conftest import ROOT, MakeTask, WriteRows, quotes, run

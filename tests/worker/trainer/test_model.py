@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.encoding import Encoder

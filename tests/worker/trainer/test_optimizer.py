@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.protocol import CheckpointSaved, Done
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import model, optimizer
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from tests.shared.test_jobs import RECIPE
 from worker.trainer import data, packing
 from worker.trainer.batches import batches

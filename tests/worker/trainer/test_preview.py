@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.preview import PreviewOut, PreviewRow
 from shared.protocol import Preview
+from shared.schemas.preview import PreviewOut, PreviewRow
 from worker.trainer import data
 from worker.trainer.encoding import Encoder
 from worker.trainer.preview import preview

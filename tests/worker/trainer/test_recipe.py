@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.schemas import Lora, Method, MethodName, Quantization, TrainerParams
-from shared.training import Recipe
+from shared.schemas.requests import Lora, Method, MethodName, Quantization, TrainerParams
+from shared.schemas.results import Recipe
 from worker.trainer import recipe
 from worker.trainer.recipe import Architecture, Size
 

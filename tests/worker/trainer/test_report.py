@@ -12,8 +12,8 @@ import torch
 
 from shared import architecture, fit
 from shared.protocol import CheckpointSaved, Done
-from shared.schemas import Quantization
-from shared.training import Report, Score, Verdict
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Report, Score, Verdict
 from worker.trainer import checkpoint, data, evaluate, model, report
 from worker.trainer.batches import batches
 from worker.trainer.data import HeldoutSource

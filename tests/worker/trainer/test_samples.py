@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from shared.protocol import Done, Notice, Stopped
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import data, evaluate, model, samples
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Encoded, Encoder

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from worker.trainer import data, model, selftest
 from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.encoding import Encoded, Encoder

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.memory import Kind, KnownDevice, Weighing
 from shared.protocol import Task
-from shared.training import Recipe
+from shared.schemas.memory import Kind, KnownDevice, Weighing
+from shared.schemas.results import Recipe
 from tests.shared.test_architecture import REAL
 from tests.shared.test_jobs import RECIPE
 from worker.trainer.encoding import Encoded

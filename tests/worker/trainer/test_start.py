@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
-from shared.schemas import Quantization
-from shared.training import Report, Verdict
+from shared.schemas.requests import Quantization
+from shared.schemas.results import Report, Verdict
 from worker.trainer import checkpoint, data, evaluate, methods, model, start
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Encoder

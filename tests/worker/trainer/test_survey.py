@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.training import DataReport, Plan
+from shared.schemas.results import DataReport, Plan
 from tests.tiny import tiny_llama, tiny_tokenizer
 from worker.trainer import data
 from worker.trainer.encoding import Encoded, Encoder

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
-from shared.training import Report
+from shared.schemas.results import Report
 from worker.trainer import checkpoint, data, evaluate, model
 from worker.trainer import train as loop
 from worker.trainer.encoding import Encoder

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import TrainingFailed
 from shared.protocol import Done, Failed, Task, Verified, Verify
-from shared.training import Proof
+from shared.schemas.results import Proof
 from tests.tiny import tiny_llama
 from worker.trainer import published, serving, verify
 from worker.trainer.encoding import Encoder

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.errors import TrainingFailed
 from shared.fit import FULL_BYTES
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
-from shared.schemas import Quantization
+from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
 from worker.trainer import checkpoint, data, likelihood, model
 from worker.trainer.batches import IGNORED, batches, trained_tokens

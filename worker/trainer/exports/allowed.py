@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from shared.errors import TrainingFailed
 from shared.protocol import Task
-from shared.schemas import ExportName, Quantization
+from shared.schemas.requests import ExportName, Quantization
 from worker.trainer.encoding import Encoder
 from worker.trainer.exports import llama_cpp, vocabulary
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
-from shared.schemas import ExportName, Quantization
-from shared.training import Export
+from shared.schemas.requests import ExportName, Quantization
+from shared.schemas.results import Export
 from worker.trainer import checkpoint, data, heap, model, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.encoding import Encoded, Encoder

@@ -1,13 +1,13 @@
 """Training methods, a file each: what a batch means for the gradient.
 
-To add one: a file with `loss`, its branch here, its settings in `shared.schemas`, its defaults in `trainer/recipe.py`.
+To add one: a file with `loss`, its branch here, its settings in `shared.schemas.requests`, its defaults in `trainer/recipe.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shared.training import Recipe
+from shared.schemas.results import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shared.training import Score
+from shared.schemas.results import Score
 from worker.trainer.labels import macro_f1
 
 

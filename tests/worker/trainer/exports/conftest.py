@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from shared.protocol import MakeExport, Task
-from shared.schemas import ExportName, Method, MethodName, Quantization
-from shared.training import Export, Proof
+from shared.schemas.requests import ExportName, Method, MethodName, Quantization
+from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
 from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving, verify

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import TrainingFailed
-from shared.schemas import ExportName
+from shared.schemas.requests import ExportName
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
 from worker.trainer.exports import llama_cpp, vocabulary

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.protocol import MakeExport
-from shared.schemas import ExportName, Quantization
-from shared.training import Export
+from shared.schemas.requests import ExportName, Quantization
+from shared.schemas.results import Export
 from worker.trainer.evaluate import Interrupted
 from worker.trainer.exports import gguf_files, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export

@@ -9,8 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from shared.memory import Fit
-from shared.schemas import (
+from shared.schemas.memory import Fit
+from shared.schemas.requests import (
     Hyperparameters,
     Integration,
     Lora,
@@ -22,7 +22,7 @@ from shared.schemas import (
     TrainerParams,
     Wire,
 )
-from shared.training import Export, FileReport, JobError, Metrics, Plan, Proof, Report
+from shared.schemas.results import Export, FileReport, JobError, Metrics, Plan, Proof, Report
 
 
 class File(Wire):

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
-from shared.memory import MeasuredFit, PlannedFit
-from shared.schemas import ExportName, MethodName, Quantization, Text, Wire
+from shared.schemas.memory import MeasuredFit, PlannedFit
+from shared.schemas.requests import ExportName, MethodName, Quantization, Text, Wire
 
 
 class Recipe(Wire):

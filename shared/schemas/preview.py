@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.schemas import Request, Text, TrainerParams, Wire
-from shared.training import JobError, RowProblem
+from shared.schemas.requests import Request, Text, TrainerParams, Wire
+from shared.schemas.results import JobError, RowProblem
 
 MOST_ROWS = 20
 Line = Annotated[int, Field(ge=1, lt=2**53)]

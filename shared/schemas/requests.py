@@ -2,7 +2,7 @@
 
 Owns: one pydantic class per concept, used by the API, stored as JSON on the job, and handed to the trainer. Field names
 and types follow `openai.types.fine_tuning` (openai 3.52); what we add are extra fields in the same style. What training
-answers is in `shared/training.py`, what the API answers in `shared/responses.py`.
+answers is in `shared/schemas/results.py`, what the API answers in `shared/schemas/responses.py`.
 Must not know about HTTP, tables or torch.
 """
 

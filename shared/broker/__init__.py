@@ -1,0 +1,4 @@
+"""The message broker: a doorbell that says "this queue has work" and nothing else.
+
+Owns: the Celery configuration and the Redis transport. Must not know jobs.
+"""
