@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, case, func, select, text, update
 from sqlalchemy.orm import Session, joinedload
 
-from shared import formats, starts
+from shared import starts
+from shared.datasets import formats
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
 from shared.models import BaseModel, File, Job, JobEvent

@@ -20,10 +20,10 @@ from api.deps import SessionDep, TenantDep
 from api.paging import Order, keyset_page
 from api.present import file_out
 from shared import storage
+from shared.datasets.formats import check_file, describe
 from shared.db import after_commit, session_scope
 from shared.errors import Conflict, InvalidRequest, NotFound, TooLarge
 from shared.faults import Point, reach
-from shared.formats import check_file, describe
 from shared.ids import new_id
 from shared.jobs import live_file
 from shared.models import File, Job

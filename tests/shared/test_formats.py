@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from shared.formats import (
+from shared.datasets.formats import (
     FORMATS,
     KEYS,
     MAX_PROBLEMS,
     Chat,
     Completion,
     Example,
-    Labelled,
+    LabelledExample,
     Preference,
     RowError,
     Turn,
@@ -86,16 +86,16 @@ GOOD = [
     ({"prompt": [USER, BOT, USER], "chosen": [BOT], "rejected": [WORSE], "tools": [{}]},
      Preference(*(Chat((Turn(USER, False), Turn(BOT, False), Turn(USER, False), Turn(last, True)), ({},))
                   for last in (BOT, WORSE)))),
-    ({"text": "hats", "label": "good"}, Labelled("hats", None, "good")),
-    ({"text": "hats", "label": -1, "text_pair": None}, Labelled("hats", None, "-1")),
-    ({"text": "hats", "text_pair": "caps", "label": "1"}, Labelled("hats", "caps", "1")),
-    ({"sentence": "hats", "label": 0, "idx": 7}, Labelled("hats", None, "0")),
-    ({"sentence1": "hats", "sentence2": "caps", "label": 1}, Labelled("hats", "caps", "1")),
-    ({"question": "hats?", "sentence": "felt", "label": 0}, Labelled("hats?", "felt", "0")),
-    ({"question": "hats?", "passage": "felt", "label": 0}, Labelled("hats?", "felt", "0")),
-    ({"question": "hats?", "text": "felt", "label": 0}, Labelled("hats?", "felt", "0")),
-    ({"question1": "hats?", "question2": "caps?", "label": 1}, Labelled("hats?", "caps?", "1")),
-    ({"premise": "hats", "hypothesis": "caps", "label": 2}, Labelled("hats", "caps", "2")),
+    ({"text": "hats", "label": "good"}, LabelledExample("hats", None, "good")),
+    ({"text": "hats", "label": -1, "text_pair": None}, LabelledExample("hats", None, "-1")),
+    ({"text": "hats", "text_pair": "caps", "label": "1"}, LabelledExample("hats", "caps", "1")),
+    ({"sentence": "hats", "label": 0, "idx": 7}, LabelledExample("hats", None, "0")),
+    ({"sentence1": "hats", "sentence2": "caps", "label": 1}, LabelledExample("hats", "caps", "1")),
+    ({"question": "hats?", "sentence": "felt", "label": 0}, LabelledExample("hats?", "felt", "0")),
+    ({"question": "hats?", "passage": "felt", "label": 0}, LabelledExample("hats?", "felt", "0")),
+    ({"question": "hats?", "text": "felt", "label": 0}, LabelledExample("hats?", "felt", "0")),
+    ({"question1": "hats?", "question2": "caps?", "label": 1}, LabelledExample("hats?", "caps?", "1")),
+    ({"premise": "hats", "hypothesis": "caps", "label": 2}, LabelledExample("hats", "caps", "2")),
     ({"prompt": "2+2=", "completion": "4", "label": True}, Completion("2+2=", "4")),
 ]  # fmt: skip
 
@@ -203,7 +203,7 @@ def test_bad_rows_among_good_ones_keep_their_line_numbers() -> None:
 
 @pytest.mark.parametrize(("method", "format_"), [("supervised", "text"), ("dpo", "preference")])
 def test_a_file_fits_one_method(method: MethodName, format_: str) -> None:
-    labels = kind(Labelled("hats", None, "good"))
+    labels = kind(LabelledExample("hats", None, "good"))
     assert misfit("classification", labels) is misfit(method, format_) is misfit(method, None) is None
     assert f"method {method!r} trains on" in str(misfit(method, labels))
     assert str(misfit(method, labels)).endswith("choose method 'classification', or mend the file")

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared import parquet, tables
-from shared.formats import Chat, Completion, Example, RowError, read_rows
+from shared.datasets import parquet_child, readers
+from shared.datasets.formats import Chat, Completion, Example, RowError, read_rows
 from shared.schemas.results import RowProblem
 
 LIMIT = 5000
@@ -192,8 +192,8 @@ def test_more_than_a_dataset_may_hold_is_refused_before_it_is_read_or_as_soon_as
         (True, "its rows unpack to more than 20,000"),
     ):
         stream = io.BytesIO(written(table, use_dictionary=dictionary))
-        with pytest.raises(parquet.Refused, match=said):
-            list(parquet.lines(stream, ["text"], ["text"], unpacked=20_000))
+        with pytest.raises(parquet_child.Refused, match=said):
+            list(parquet_child.lines(stream, ["text"], ["text"], unpacked=20_000))
 
 
 def test_a_reader_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_stream_is_read_again_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(body)
     for whole in (True, False):
         with path.open("rb", buffering=2**20) as stream:  # a buffer that holds the head
-            with closing(tables.read(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows:
+            with closing(readers.raw_rows(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows:
                 assert len(list(rows) if whole else [next(rows)]) == (300 if whole else 1)
             stream.seek(0)
             assert stream.read() == body
@@ -222,7 +222,7 @@ def test_a_reader_that_nobody_hears_out_ends(tmp_path: Path) -> None:
     path.write_bytes(as_parquet([{"text": "x" * 4000}] * 2000))
     with (
         path.open("rb") as stream,
-        closing(tables.read(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows,
+        closing(readers.raw_rows(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows,
     ):
         assert next(rows) == (1, {"text": "x" * 4000})
         (child,) = readers()
@@ -232,7 +232,7 @@ def test_a_reader_that_nobody_hears_out_ends(tmp_path: Path) -> None:
 def readers() -> list[str]:
     """The Parquet readers that are this process's children."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [pid for pid in pids if b"shared.parquet" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in pids if b"shared.datasets.parquet_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 # ---------------------------------------------------------------- neither of them

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from shared import formats
+from shared.datasets import formats
+from shared.datasets.formats import Example, LabelledExample, RowError
 from shared.errors import TrainingFailed
-from shared.formats import Example, Labelled, RowError
 from shared.protocol import Task
 from shared.schemas.results import FileReport
 from worker.trainer import labelled
@@ -66,7 +66,7 @@ def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | Ro
     if isinstance(example, RowError):
         return example
     try:
-        if isinstance(example, Labelled):
+        if isinstance(example, LabelledExample):
             return labelled.encode(encoder, line, example)
         return encoder.encode(line, example)
     except CannotEncode as cause:

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from shared.datasets.formats import Chat, Completion, Preference
 from shared.errors import TrainingFailed
-from shared.formats import Chat, Completion, Preference
 from worker.trainer.exhaustion import is_the_kernels
 
 #: OpenAI's roles → what most chat templates call them.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared import formats
+from shared.datasets import formats
 from worker.trainer.encoding import CannotEncode, Encoded, Encoder
 
 #: In `Labelled.parts`: a token that the tokenizer's template writes.
@@ -63,7 +63,7 @@ class Labelled(Encoded):
         )
 
 
-def encode(encoder: Encoder, line: int, example: formats.Labelled) -> Labelled:
+def encode(encoder: Encoder, line: int, example: formats.LabelledExample) -> Labelled:
     """Raises CannotEncode for a text of which the tokenizer leaves nothing."""
     texts = (example.text,) if example.pair is None else (example.text, example.pair)
     found = encoder.tokenizer.backend_tokenizer.encode(*texts, add_special_tokens=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import groupby, islice, takewhile
 
-from shared import formats
+from shared.datasets import formats
+from shared.datasets.formats import Example, RowError
 from shared.errors import TrainingFailed
-from shared.formats import Example, RowError
 from shared.protocol import Preview
 from shared.schemas.preview import Answer, PreviewOut, PreviewRow, Segment
 from shared.schemas.results import FileReport, RowProblem

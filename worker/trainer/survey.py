@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shared import formats
+from shared.datasets import formats
 from shared.schemas.results import DataReport, FileReport, LengthBucket, Repeat
 from worker.trainer import labels
 from worker.trainer.data import Dataset

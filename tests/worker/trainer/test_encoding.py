@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
+from shared.datasets.formats import FORMATS
 from shared.errors import TrainingFailed
-from shared.formats import FORMATS
 from tests.tiny import CHATML, tiny_tokenizer
 from worker.trainer.encoding import CannotEncode, Encoded, Encoder
 

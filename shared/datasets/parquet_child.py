@@ -1,4 +1,4 @@
-"""A Parquet file on stdin → JSON lines on stdout, one a row: the child process of `shared.tables`.
+"""A Parquet file on stdin → JSON lines on stdout, one a row: the child process of `shared.datasets.readers`.
 
 Owns: pyarrow, which nothing else imports, and the limits under which a stranger's bytes are unpacked. A page of a few
 kilobytes may unpack to gigabytes whatever the file's own figures say, so the kernel holds this process to `MEMORY`;

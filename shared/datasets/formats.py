@@ -4,7 +4,7 @@ Owns: what a row may look like, and how bad ones are reported. The upload endpoi
 `read_rows`, so a row means the same to both. Must not tokenize: chat templates belong to the model.
 
 To add a format: one function that turns a JSON object into an `Example`, and its entry in `FORMATS`. What kinds of file
-rows come in is `shared.tables`'s.
+rows come in is `shared.datasets.readers`'s.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from shared import tables
+from shared.datasets import readers
+from shared.datasets.readers import found as _found
 from shared.schemas.requests import MethodName
 from shared.schemas.results import FileReport, RowProblem
-from shared.tables import found as _found
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_PROBLEMS = 20
@@ -55,7 +55,7 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledExample:
     """A text, or a pair of texts, and its label. A label that came as an integer is its digits."""
 
     text: str
@@ -63,7 +63,7 @@ class Labelled:
     label: str
 
 
-Example = Chat | Completion | Preference | Labelled
+Example = Chat | Completion | Preference | LabelledExample
 
 
 class RowError(Exception):
@@ -164,7 +164,7 @@ def preferred_output(row: dict[str, Any]) -> Preference:
     return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in keys))
 
 
-def labelled(row: dict[str, Any]) -> Labelled:
+def labelled(row: dict[str, Any]) -> LabelledExample:
     """`{"text","text_pair"?,"label"}`, or the texts in one of GLUE's words (`PAIRS`); the label a string or an integer.
 
     `1` and `"1"` are one label: CSV knows only strings.
@@ -178,7 +178,7 @@ def labelled(row: dict[str, Any]) -> Labelled:
     whole = next((pair for pair in PAIRS if all(name in row for name in pair if name is not None)), None)
     first, second = whole or next((pair for pair in PAIRS if pair[0] in row), PAIRS[-1])
     alone = second is None or (second == "text_pair" and row.get(second) is None)
-    return Labelled(_string(row, first), None if alone else _string(row, str(second)), label)
+    return LabelledExample(_string(row, first), None if alone else _string(row, str(second)), label)
 
 
 #: The key that marks a row's format → the function that reads it. The first one found counts: a preference has a
@@ -232,21 +232,21 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
     """
     marker: str | None = None
     line = 0
-    for line, row in tables.read(stream, markers=FORMATS, columns=KEYS, max_row_bytes=max_row_bytes):
+    for line, row in readers.raw_rows(stream, markers=FORMATS, columns=KEYS, max_row_bytes=max_row_bytes):
         try:
-            if isinstance(row, tables.Unreadable):
+            if isinstance(row, readers.Unreadable):
                 raise _Bad("", row.message, row.hint)
             found = _marker(row)
             if marker is not None and found != marker:
                 raise _Bad(found, f"a {found!r} row in a file of {marker!r} rows", "keep one format in a file")
             example = FORMATS[found](row)
         except _Bad as bad:
-            yield line, RowError(line, *bad.args, ends_file=isinstance(row, tables.Unreadable) and row.ends_file)
+            yield line, RowError(line, *bad.args, ends_file=isinstance(row, readers.Unreadable) and row.ends_file)
         else:
             marker = found
             yield line, example
     if not line:
-        yield 1, RowError(1, "", "the file is empty", tables.ONE_OBJECT)
+        yield 1, RowError(1, "", "the file is empty", readers.ONE_OBJECT)
 
 
 def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
@@ -268,7 +268,7 @@ def kind(example: Example) -> str:
     """What a file of such rows is called."""
     if isinstance(example, Preference):
         return "preference"
-    if isinstance(example, Labelled):
+    if isinstance(example, LabelledExample):
         return "classification"
     return "chat" if isinstance(example, Chat) else "completion" if example.prompt else "text"
 

@@ -1,7 +1,7 @@
 """A dataset file → its rows as JSON objects, each with its line: JSON lines, CSV or Parquet, told by content.
 
 Owns: file types, encodings, and how much of a file is held at once: never more than a row. Must not know what a row
-means (`shared.formats` does), nor a file's name: the trainer has none, and a name may lie.
+means (`shared.datasets.formats` does), nor a file's name: the trainer has none, and a name may lie.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Unreadable(Exception):
 Row = tuple[int, dict[str, Any] | Unreadable]
 
 
-def read(
+def raw_rows(
     stream: IO[bytes], *, markers: Collection[str], columns: Collection[str], max_row_bytes: int
 ) -> Generator[Row]:
     """Yield (1-based line, object or Unreadable) in constant memory; blank lines are passed over.
@@ -233,7 +233,7 @@ def _under(header: list[str], fields: list[str], delimiter: str) -> dict[str, An
 
 def _parquet(stream: IO[bytes], markers: Collection[str], columns: Collection[str], limit: int) -> Iterator[Row]:
     """A child unpacks the file into JSON lines: what a stranger's file does to it, it does not do to us."""
-    number, command = 0, [sys.executable, "-m", "shared.parquet", ",".join(markers), ",".join(columns)]
+    number, command = 0, [sys.executable, "-m", "shared.datasets.parquet_child", ",".join(markers), ",".join(columns)]
     descriptor = stream.fileno()
     position = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
