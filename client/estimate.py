@@ -18,7 +18,7 @@ from rich.text import Text
 from client.show import duration, size
 from client.upload import lent
 from shared.errors import InvalidRequest
-from shared.estimate import Estimate
+from shared.estimation.estimate import Estimate
 
 _UNITS = {"": 1} | {
     prefix + unit: base**power

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from api.deps import SessionDep, TenantDep
 from shared import devices
 from shared.errors import NotFound
-from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
+from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.jobs import get_base, live_file
 from shared.models import File, Job
 from shared.schemas.results import FileReport, Plan

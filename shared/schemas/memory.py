@@ -1,6 +1,6 @@
 """Memory that training takes: what there is, what was predicted, what was measured, and what the one says of the other.
 
-Owns: the wire objects of `fit` on a job, and the rule that corrects a prediction. The arithmetic is in shared/fit.py.
+Owns: the wire objects of `fit` on a job, and the rule that corrects a prediction. The arithmetic is in shared/estimation/memory_model.py.
 Pure. Bytes are bytes.
 """
 

@@ -124,7 +124,7 @@ class DataReport(FileReport):
 class Plan(Wire):
     """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact.
 
-    `fit` is null for a base whose architecture shared/architecture.py does not know.
+    `fit` is null for a base whose architecture shared/estimation/architecture.py does not know.
     """
 
     rows: int

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai.types import FileObject
 
-from shared.estimate import Estimate
+from shared.estimation.estimate import Estimate
 
 BASE = "SmolLM2-135M-Instruct"
 

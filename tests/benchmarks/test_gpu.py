@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from shared import architecture
+from shared.estimation import architecture
 
 
 def test_quick_run_leaves_every_case(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_quick_run_leaves_every_case(tmp_path: Path) -> None:
 
 def test_shapes_are_those_of_the_models_they_are_named_after() -> None:
     """As their model cards give it: 8.03 and 7.62 billion."""
-    sizes = {name: architecture.read(shape).total for name, shape in gpu.SHAPES.items()}
+    sizes = {name: architecture.read_config(shape).total for name, shape in gpu.SHAPES.items()}
     assert sizes == {"Llama-3.1-8B": 8_030_261_248, "Qwen2.5-7B": 7_615_616_512}
 
 

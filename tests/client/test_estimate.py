@@ -10,7 +10,7 @@ from rich.console import Console
 
 from client.estimate import bytes_of, verdict
 from shared.errors import InvalidRequest
-from shared.estimate import Data, EstimateCreate, estimate
+from shared.estimation.estimate import Data, EstimateCreate, estimate
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 

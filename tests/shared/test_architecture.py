@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared import architecture, fit
 from shared.errors import InvalidRequest
+from shared.estimation import architecture, memory_model
 from shared.schemas.requests import Quantization
 
 LLAMA = {
@@ -84,14 +84,14 @@ def built(model_type: str, config: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def setup_of(**fields: Any) -> fit.Setup:
-    return fit.Setup(**{"quantization": Quantization.NF4, "r": 3, "micro_batch": 1, "max_length": 64} | fields)
+def setup_of(**fields: Any) -> memory_model.Setup:
+    return memory_model.Setup(**{"quantization": Quantization.NF4, "r": 3, "micro_batch": 1, "max_length": 64} | fields)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_counted(name: str) -> None:
     model_type, config = TINY[name]
-    model, base = built(model_type, config), architecture.read({"model_type": model_type} | config)
+    model, base = built(model_type, config), architecture.read_config({"model_type": model_type} | config)
     assert base.total == sum(weight.numel() for weight in model.parameters())
     inside = {linear.path: linear.elements for linear in base.linears}
     outside = ("lm_head", "score", "classifier", "pooler")
@@ -106,9 +106,9 @@ def test_every_parameter_is_counted(name: str) -> None:
 def test_a_stored_config_says_the_same(name: str) -> None:
     """What save_pretrained writes has every default in it; a config from elsewhere has few."""
     model_type, config = TINY[name]
-    stored = architecture.read(AutoConfig.for_model(model_type, **config).to_dict())
+    stored = architecture.read_config(AutoConfig.for_model(model_type, **config).to_dict())
     assert replace(stored, context=None) == replace(
-        architecture.read({"model_type": model_type} | config), context=None
+        architecture.read_config({"model_type": model_type} | config), context=None
     )
 
 
@@ -116,7 +116,7 @@ def test_a_stored_config_says_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
     model_type, config = TINY[name]
-    base = architecture.read({"model_type": model_type} | config)
+    base = architecture.read_config({"model_type": model_type} | config)
     task = "CAUSAL_LM" if base.causal else "SEQ_CLS"
     last = sorted({linear.path.rpartition(".")[2] for linear in base.linears})[-1]
     if use_dora:
@@ -140,22 +140,24 @@ def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
                 ),
             )
         setup = setup_of(target_modules=target, use_dora=use_dora)
-        assert fit.trained(base, setup) == sum(w.numel() for w in adapted.parameters() if w.requires_grad), target
+        assert memory_model.trained(base, setup) == sum(w.numel() for w in adapted.parameters() if w.requires_grad), (
+            target
+        )
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_counts(name: str) -> None:
     total, config = REAL[name]
-    assert architecture.read(config).total == total
+    assert architecture.read_config(config).total == total
 
 
 def test_an_unknown_architecture_is_told_what_is_known() -> None:
     with pytest.raises(
         InvalidRequest, match="found model_type 'mamba'; known are bert, deberta-v2, gemma, "
     ) as refused:
-        architecture.read({"model_type": "mamba"})
+        architecture.read_config({"model_type": "mamba"})
     assert (refused.value.code, refused.value.param) == ("unsupported_base_model", "model")
     with pytest.raises(InvalidRequest, match="found model_type None"):
-        architecture.read({})
+        architecture.read_config({})
     with pytest.raises(InvalidRequest, match=r"config\.json of a llama cannot be read: KeyError"):
-        architecture.read({"model_type": "llama", "hidden_size": 8})
+        architecture.read_config({"model_type": "llama", "hidden_size": 8})

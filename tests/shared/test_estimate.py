@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shared.errors import InvalidRequest
-from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
+from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from tests.shared.test_architecture import REAL
 from worker.trainer import recipe

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from shared import architecture, fit
-from shared.architecture import Linear
 from shared.errors import InvalidRequest
+from shared.estimation import architecture, memory_model
+from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
 from worker.trainer import attention, lora, recipe
@@ -22,8 +22,8 @@ from worker.trainer.batches import Batch
 from worker.trainer.likelihood import CHUNK_BYTES, Layout
 from worker.trainer.methods import sft
 
-LLAMA_8B = architecture.read(REAL["Llama-3.1-8B"][1])
-SMOL = architecture.read(REAL["SmolLM2-135M"][1])
+LLAMA_8B = architecture.read_config(REAL["Llama-3.1-8B"][1])
+SMOL = architecture.read_config(REAL["SmolLM2-135M"][1])
 GB, GIB = 1e9, 2**30
 
 
@@ -40,15 +40,15 @@ GB, GIB = 1e9, 2**30
     ],
 )
 def test_weights_of_llama_8b(quantization: Quantization, element_bytes: int, gigabytes: float) -> None:
-    found = fit.weights(LLAMA_8B, quantization, element_bytes=element_bytes)
+    found = memory_model.weights(LLAMA_8B, quantization, element_bytes=element_bytes)
     assert found / GB == pytest.approx(gigabytes, rel=0.004)
 
 
 def test_adapter_of_llama_8b() -> None:
     setup = setup_of(r=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    assert fit.trained(LLAMA_8B, setup) == 27_262_976
-    assert 4 * fit.trained(LLAMA_8B, setup) / 1e6 == pytest.approx(109.05, abs=0.01)
-    assert fit.memory(LLAMA_8B, setup).adapter == 16 * 27_262_976
+    assert memory_model.trained(LLAMA_8B, setup) == 27_262_976
+    assert 4 * memory_model.trained(LLAMA_8B, setup) / 1e6 == pytest.approx(109.05, abs=0.01)
+    assert memory_model.peak_memory(LLAMA_8B, setup).adapter == 16 * 27_262_976
 
 
 def test_peak_of_torchtune() -> None:
@@ -58,7 +58,7 @@ def test_peak_of_torchtune() -> None:
     """
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     setup = setup_of(r=8, micro_batch=2, max_length=2048, target_modules=targets)
-    peak = fit.memory(LLAMA_8B, setup)
+    peak = memory_model.peak_memory(LLAMA_8B, setup)
     allocated = peak.total - peak.overhead - peak.adapter // 2
     in_flight = setup.tokens * (12 * LLAMA_8B.hidden + 6 * LLAMA_8B.feed_forward)
     assert (allocated - in_flight) / GIB == pytest.approx(7.4, rel=0.01)
@@ -74,14 +74,14 @@ def test_speeds_are_a_sane_share_of_the_machine(
     base: Any, length: int, checkpointing: bool, tokens_per_second: int, peak_flops: float, share: float
 ) -> None:
     setup = setup_of(r=16, max_length=length, checkpointing=checkpointing)
-    assert fit.flop_per_token(base, setup) * tokens_per_second / peak_flops == pytest.approx(share, abs=0.01)
+    assert memory_model.flop_per_token(base, setup) * tokens_per_second / peak_flops == pytest.approx(share, abs=0.01)
 
 
 def test_the_floor_is_four_flop_a_parameter() -> None:
-    exact = fit.flop_per_token(SMOL, setup_of(r=1, max_length=8, packing=False, checkpointing=False))
+    exact = memory_model.flop_per_token(SMOL, setup_of(r=1, max_length=8, packing=False, checkpointing=False))
     assert exact / (4 * SMOL.total) == pytest.approx(1, abs=0.02)
-    recomputed = fit.flop_per_token(LLAMA_8B, setup_of(max_length=2048))
-    once = fit.flop_per_token(LLAMA_8B, setup_of(max_length=2048, checkpointing=False))
+    recomputed = memory_model.flop_per_token(LLAMA_8B, setup_of(max_length=2048))
+    once = memory_model.flop_per_token(LLAMA_8B, setup_of(max_length=2048, checkpointing=False))
     assert recomputed / once == pytest.approx(1.46, abs=0.01)
 
 
@@ -107,7 +107,7 @@ def stored(quantization: Quantization, inputs: int, outputs: int) -> int:
         architecture.Architecture("llama", 1, 8, 8, 1, 8, 8, None, True, linears, 64, 0, 0, 8, 0, 0)
         for linears in ((Linear("x", inputs, outputs),), ())
     )
-    return fit.weights(with_it, quantization) - fit.weights(without, quantization)
+    return memory_model.weights(with_it, quantization) - memory_model.weights(without, quantization)
 
 
 # ---------------------------------------------------------------- what the allocator gave
@@ -134,13 +134,13 @@ GPT2 = {"vocab_size": 100, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_inner": 
 def test_the_peak_is_what_the_trainers_loss_allocates(
     monkeypatch: pytest.MonkeyPatch, model_type: str, config: dict[str, Any], checkpointing: bool
 ) -> None:
-    base = architecture.read({"model_type": model_type} | config)
-    chunk = fit.DEVICES["cpu"].chunk_bytes
+    base = architecture.read_config({"model_type": model_type} | config)
+    chunk = memory_model.DEVICE_PROFILES["cpu"].chunk_bytes
     monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk)
     setup = setup_of(
         quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
     )
-    peak = fit.memory(base, setup)
+    peak = memory_model.peak_memory(base, setup)
     assert allocated(model_type, config, setup) == pytest.approx(peak.activations + peak.head, rel=0.05)
 
 
@@ -151,11 +151,11 @@ def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
     model_type, config = TINY[name]
     config = config | {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "position_buckets": 128}
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512}
-    base = architecture.read({"model_type": model_type} | config)
+    base = architecture.read_config({"model_type": model_type} | config)
     setup = setup_of(
         quantization=Quantization.NONE, r=8, micro_batch=4, max_length=256, checkpointing=checkpointing, device="cpu"
     )
-    peak = fit.memory(base, setup)
+    peak = memory_model.peak_memory(base, setup)
     assert allocated(model_type, config, setup) == pytest.approx(peak.activations + peak.head, rel=0.15)
 
 
@@ -163,15 +163,15 @@ def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
 def test_what_a_cpu_does_in_fewer_passes_takes_less(checkpointing: bool) -> None:
     """The model counts PEFT's layers and torch's attention, as a GPU runs them."""
     config = LLAMA | WIDE
-    base = architecture.read({"model_type": "llama"} | config)
+    base = architecture.read_config({"model_type": "llama"} | config)
     setup = setup_of(
         quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
     )
-    peak = fit.memory(base, setup)
+    peak = memory_model.peak_memory(base, setup)
     assert 0.75 < allocated("llama", config, setup, fused=True) / (peak.activations + peak.head) < 1
 
 
-def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup, *, fused: bool = False) -> int:
+def allocated(model_type: str, config: dict[str, Any], setup: memory_model.Setup, *, fused: bool = False) -> int:
     """Peak bytes that forward and backward of one packed micro-batch take, above base and adapter.
 
     `fused` is how a CPU does it.
@@ -237,8 +237,8 @@ def allocated(model_type: str, config: dict[str, Any], setup: fit.Setup, *, fuse
 )
 def test_the_cheapest_change_that_fits(fields: dict[str, Any], room: int, param: str, value: object) -> None:
     setup = setup_of(r=16, **fields)
-    assert fit.memory(LLAMA_8B, setup).total > room
-    change = fit.change(LLAMA_8B, setup, room)
+    assert memory_model.peak_memory(LLAMA_8B, setup).total > room
+    change = memory_model.change(LLAMA_8B, setup, room)
     assert change is not None
     assert (change.param, change.value) == (param, value)
     assert change.total <= room
@@ -246,10 +246,10 @@ def test_the_cheapest_change_that_fits(fields: dict[str, Any], room: int, param:
 
 def test_where_no_single_change_is_enough() -> None:
     setup = setup_of(quantization=Quantization.NONE, r=16, micro_batch=8, max_length=4096)
-    assert fit.change(LLAMA_8B, setup, 10 * GIB) is None
-    least = fit.smallest(LLAMA_8B, setup)
+    assert memory_model.change(LLAMA_8B, setup, 10 * GIB) is None
+    least = memory_model.smallest(LLAMA_8B, setup)
     assert 6 * GIB < least < 10 * GIB
-    assert fit.change(LLAMA_8B, setup_of(r=16), fit.smallest(LLAMA_8B, setup_of(r=16)) - 1) is None
+    assert memory_model.change(LLAMA_8B, setup_of(r=16), memory_model.smallest(LLAMA_8B, setup_of(r=16)) - 1) is None
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_where_no_single_change_is_enough() -> None:
 )
 def test_more_takes_more(narrow: dict[str, Any], wide: dict[str, Any]) -> None:
     base = {"r": 16, "max_length": 4096}
-    less, more = (fit.memory(LLAMA_8B, setup_of(**base | fields)) for fields in (narrow, wide))
+    less, more = (memory_model.peak_memory(LLAMA_8B, setup_of(**base | fields)) for fields in (narrow, wide))
     assert less.total < more.total
     for memory in (less, more):
         parts = memory.model_dump()
@@ -278,18 +278,18 @@ def test_more_takes_more(narrow: dict[str, Any], wide: dict[str, Any]) -> None:
 
 def test_a_target_that_is_not_there_is_told_what_is() -> None:
     with pytest.raises(InvalidRequest, match=r"'c_attn' names no .* some of down_proj, gate_proj, k_proj"):
-        fit.memory(LLAMA_8B, setup_of(target_modules=["q_proj", "c_attn"]))
+        memory_model.peak_memory(LLAMA_8B, setup_of(target_modules=["q_proj", "c_attn"]))
 
 
 def test_the_trainers_constants_are_the_models() -> None:
-    assert fit.PACK_LENGTH == recipe.PACK_LENGTH
-    assert {kind: device.chunk_bytes for kind, device in fit.DEVICES.items()} == CHUNK_BYTES
-    assert fit.DEVICES["cpu"].resident_bytes == lora.RESIDENT_BYTES
+    assert memory_model.PACK_LENGTH == recipe.PACK_LENGTH
+    assert {kind: device.chunk_bytes for kind, device in memory_model.DEVICE_PROFILES.items()} == CHUNK_BYTES
+    assert memory_model.DEVICE_PROFILES["cpu"].resident_bytes == lora.RESIDENT_BYTES
 
 
 def test_4_bit_matrices_stay_dequantized_as_far_as_there_is_room() -> None:
     small, large, gpu = (
-        fit.memory(base, setup_of(quantization=Quantization.NF4, device=device)).dequantized
+        memory_model.peak_memory(base, setup_of(quantization=Quantization.NF4, device=device)).dequantized
         for base, device in ((SMOL, "cpu"), (LLAMA_8B, "cpu"), (LLAMA_8B, "cuda"))
     )
     assert small == 2 * SMOL.linear

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from shared import fit
-from shared.architecture import Architecture
 from shared.errors import InvalidRequest
+from shared.estimation import memory_model
+from shared.estimation.architecture import Architecture
 from shared.estimation.correction import corrected
 from shared.protocol import Task
 from shared.schemas.memory import Device, MeasuredFit, Weighing
@@ -89,7 +89,7 @@ def measured(
         from_step=account.from_step,
     )
     try:
-        computed = fit.memory(
+        computed = memory_model.peak_memory(
             account.base, setup(recipe, found, kind=account.device.kind, checkpointing=layout.checkpointing)
         )
     except InvalidRequest:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import TrainingFailed
-from shared.fit import FULL_BYTES
+from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import Task
 from shared.schemas.results import Plan
 from worker.trainer import data, labels, recipe, sizing

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from shared.fit import ADAPTER_BYTES
+from shared.estimation.memory_model import ADAPTER_BYTES
 from shared.schemas.memory import MeasuredFit
 from shared.schemas.results import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
 from worker.trainer import bootstrap, checkpoint, labels, memory

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import architecture, fit
-from shared.architecture import Architecture
 from shared.errors import InvalidRequest, TrainingFailed
-from shared.fit import Setup
+from shared.estimation import architecture, memory_model
+from shared.estimation.architecture import Architecture
+from shared.estimation.memory_model import Setup
 from shared.protocol import Task
 from shared.schemas.memory import Kind, KnownDevice, PlannedFit, PredictedPeak
 from shared.schemas.results import Recipe
@@ -54,7 +54,7 @@ def known_architecture(base_dir: str, recipe: Recipe) -> Architecture | None:
     if recipe.full_finetuning:
         return None
     try:
-        base = architecture.read(json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8")))
+        base = architecture.read_config(json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8")))
     except InvalidRequest:
         return None
     return base if recipe.labels is None else architecture.classifier(base, labels=len(recipe.labels))
@@ -93,7 +93,7 @@ class _Plan:
         return setup(recipe, self.heaviest(recipe), kind=kind, checkpointing=on)
 
     def peak(self, recipe: Recipe, device: KnownDevice) -> int:
-        return fit.memory(self.base, self.setup(recipe, device.kind), device.weighings).total
+        return memory_model.peak_memory(self.base, self.setup(recipe, device.kind), device.weighings).total
 
 
 def _choose(plan: _Plan, recipe: Recipe) -> Recipe:
@@ -145,7 +145,7 @@ def _least(plan: _Plan, recipe: Recipe) -> Recipe:
 
 
 def _peak(plan: _Plan, recipe: Recipe, device: KnownDevice) -> PredictedPeak:
-    memory = fit.memory(plan.base, plan.setup(recipe, device.kind), device.weighings)
+    memory = memory_model.peak_memory(plan.base, plan.setup(recipe, device.kind), device.weighings)
     return PredictedPeak(
         kind=device.kind,
         name=device.name,
@@ -159,7 +159,7 @@ def _peak(plan: _Plan, recipe: Recipe, device: KnownDevice) -> PredictedPeak:
 def _unknown(plan: _Plan, recipe: Recipe) -> list[PredictedPeak]:
     """No worker has said what it has: the peak on either kind of device."""
     kinds: tuple[Kind, ...] = ("cuda", "cpu")
-    totals = {kind: fit.memory(plan.base, plan.setup(recipe, kind)).total for kind in kinds}
+    totals = {kind: memory_model.peak_memory(plan.base, plan.setup(recipe, kind)).total for kind in kinds}
     return [PredictedPeak(kind=kind, computed_bytes=total, predicted_bytes=total) for kind, total in totals.items()]
 
 
@@ -167,9 +167,9 @@ def _too_large(plan: _Plan, least: Recipe) -> TrainingFailed:
     """With the one change that would make it fit on the device that comes closest."""
     device = min(plan.task.devices, key=lambda one: plan.peak(least, one) / one.memory_bytes)
     needed, tried = plan.peak(least, device), plan.setup(least, device.kind)
-    change = fit.change(plan.base, tried, device.memory_bytes, device.weighings)
+    change = memory_model.change(plan.base, tried, device.memory_bytes, device.weighings)
     if change is None:
-        smallest = fit.smallest(plan.base, tried, device.weighings)
+        smallest = memory_model.smallest(plan.base, tried, device.weighings)
         hint = f"no single change is enough; with all of them it takes {smallest / GB:.1f} GB: take a smaller base"
     else:
         hint = f"{change.param} = {str(change.value).lower()} would fit: {change.total / GB:.1f} GB"

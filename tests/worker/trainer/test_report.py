@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared import architecture, fit
+from shared.estimation import architecture, memory_model
 from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
@@ -97,12 +97,12 @@ def test_sizes_are_those_of_what_is_held(
 ) -> None:
     task = make_task(write_rows(quotes(24)), quantization=quantization, trainer={"max_steps": 1})
     found = run(task, tmp_path).of(Done)[0].report
-    base = architecture.read(json.loads((Path(llama) / "config.json").read_text()))
+    base = architecture.read_config(json.loads((Path(llama) / "config.json").read_text()))
     frozen = found.total_parameters - found.trainable_parameters
     assert frozen == base.total
     element = 2 if found.compute_dtype == "bfloat16" else 4
     # What the arithmetic leaves out are 64 bytes of rotary frequencies.
-    assert found.base_bytes == pytest.approx(fit.weights(base, quantization, element_bytes=element), abs=64)
+    assert found.base_bytes == pytest.approx(memory_model.weights(base, quantization, element_bytes=element), abs=64)
     assert found.base_fp32_bytes == found.full_finetuning.weights_bytes == 4 * frozen
     full = found.full_finetuning
     assert full.total_bytes == full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * frozen

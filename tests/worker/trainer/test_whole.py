@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.errors import TrainingFailed
-from shared.fit import FULL_BYTES
+from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base

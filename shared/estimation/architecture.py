@@ -65,7 +65,7 @@ class Architecture:
         return self.linear + self.embedding + self.head + self.classifier + self.other
 
 
-def read(config: Config) -> Architecture:
+def read_config(config: Config) -> Architecture:
     """The architecture of a config.json. Raises InvalidRequest: none of those that are known, or a broken one."""
     model_type = config.get("model_type")
     reader = READERS.get(str(model_type))

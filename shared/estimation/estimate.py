@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared import architecture, fit
-from shared.architecture import Architecture, Config
 from shared.errors import InvalidRequest
-from shared.fit import Change, Memory, ParameterCount, Setup
+from shared.estimation import architecture, memory_model
+from shared.estimation.architecture import Architecture, Config
+from shared.estimation.memory_model import Change, Memory, ParameterCount, Setup
 from shared.schemas.memory import Kind, Weighing
 from shared.schemas.requests import Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
 
@@ -98,14 +98,14 @@ def estimate(
 
     Raises InvalidRequest: an unknown architecture, a setting it cannot bear.
     """
-    base = architecture.read(config)
+    base = architecture.read_config(config)
     classifies = request.method is not None and request.method.type == "classification"
     if classifies:
         base = architecture.classifier(base)
     asked = _knobs(request)
     assumptions: list[str] = ["the head has two labels"] if classifies and base.causal else []
     setup = _setup(request, asked, base, data, assumptions)
-    peak, flop = fit.memory(base, setup, weighings), fit.flop_per_token(base, setup)
+    peak, flop = memory_model.peak_memory(base, setup, weighings), memory_model.flop_per_token(base, setup)
     n_epochs, tokens, seconds = None, None, None
     if data is not None:
         n_epochs = _n_epochs(data.rows, classifies=classifies) if asked.n_epochs == "auto" else asked.n_epochs
@@ -118,7 +118,7 @@ def estimate(
     fits = None if request.device_memory_bytes is None else peak.total <= request.device_memory_bytes
     return Estimate(
         model=request.model,
-        parameters=fit.parameters(base, setup),
+        parameters=memory_model.parameters(base, setup),
         memory=peak,
         quantization=setup.quantization,
         r=setup.r,
@@ -129,8 +129,8 @@ def estimate(
         device=setup.device,
         device_memory_bytes=request.device_memory_bytes,
         fits=fits,
-        change=fit.change(base, setup, request.device_memory_bytes or 0, weighings) if fits is False else None,
-        smallest=fit.smallest(base, setup, weighings),
+        change=memory_model.change(base, setup, request.device_memory_bytes or 0, weighings) if fits is False else None,
+        smallest=memory_model.smallest(base, setup, weighings),
         tokens=tokens,
         tokens_source=data.source if data else None,
         flop_per_token=flop,
@@ -143,7 +143,7 @@ def _knobs(request: EstimateCreate) -> Hyperparameters:
     """Those of `method` before their old twin at the top, as for a job."""
     if request.trainer.full_finetuning:
         raise InvalidRequest(
-            f"full fine-tuning is not estimated: it holds {fit.FULL_BYTES} bytes a parameter, and activations",
+            f"full fine-tuning is not estimated: it holds {memory_model.FULL_BYTES} bytes a parameter, and activations",
             param="trainer.full_finetuning",
         )
     if request.method is not None and request.method.type == "dpo":
@@ -172,7 +172,7 @@ def _setup(
     else:
         assumptions.append(f"the longest row has {length:,} tokens")
     packing = trainer.packing and not base.classifier
-    row = max(length, fit.PACK_LENGTH) if packing else length
+    row = max(length, memory_model.PACK_LENGTH) if packing else length
     batch = LARGEST_AUTO_BATCH if asked.batch_size == "auto" else asked.batch_size
     micro_batch = (
         max(1, min(batch, MICRO_BATCH_TOKENS // row)) if trainer.micro_batch == "auto" else trainer.micro_batch
@@ -207,7 +207,7 @@ def _trained_tokens(request: EstimateCreate, asked: Hyperparameters, data: Data,
 
 
 def _seconds(request: EstimateCreate, flop: int, tokens: int, assumptions: list[str]) -> float:
-    device = fit.DEVICES[request.device]
+    device = memory_model.DEVICE_PROFILES[request.device]
     flops = request.device_flops or device.flops
     origin = "" if request.device_flops else f" ({device.described})"
     assumptions.append(f"{flops / 1e12:,.4g} TFLOP/s sustained{origin}; loading and evaluation come on top")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shared.architecture import Architecture, Linear
 from shared.errors import InvalidRequest
+from shared.estimation.architecture import Architecture, Linear
 from shared.estimation.correction import corrected
 from shared.schemas.memory import Kind, Weighing
 from shared.schemas.requests import Quantization, Wire
@@ -38,7 +38,7 @@ FEWEST_BITS = (Quantization.NONE, Quantization.INT8, Quantization.NF4)
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class DeviceProfile:
     """What the trainer does on a kind of device, and what the device costs and gives.
 
     `context_bytes` are there before anything is loaded. `chunk_bytes` of fp32 logits are held at once (`CHUNK_BYTES` of
@@ -55,13 +55,13 @@ class Device:
     described: str
 
 
-DEVICES: dict[Kind, Device] = {
+DEVICE_PROFILES: dict[Kind, DeviceProfile] = {
     # A context with its kernels and workspaces takes 0.15 to 0.5 GB.
     # Blocks that come and go leave gaps.
-    "cuda": Device(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
+    "cuda": DeviceProfile(500_000_000, 1.05, 256 * 1024**2, 0, 0.4 * 312e12, "two fifths of an A100's peak"),
     # An interpreter with torch and transformers; SmolLM2 at 626 tokens/s on two cores is 0.34 TFLOP/s.
     # The heap's gaps are wide on a CPU: 1.07 to 1.28 was measured, its fused layers included, by shape of the batch.
-    "cpu": Device(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.34e12, "two cores with bf16 instructions"),
+    "cpu": DeviceProfile(480_000_000, 1.15, 24 * 1024**2, 512 * 1024**2, 0.34e12, "two cores with bf16 instructions"),
 }
 
 
@@ -166,7 +166,7 @@ def weights(base: Architecture, quantization: Quantization, *, element_bytes: in
     return sum(_matrix(linear, quantization, element_bytes) for linear in base.linears) + element_bytes * rest
 
 
-def memory(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = ()) -> Memory:
+def peak_memory(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = ()) -> Memory:
     """The peak of one micro-batch's forward and backward; the optimizer's step comes when the activations are gone.
 
     Corrected by what earlier runs of this base took on such a device.
@@ -174,7 +174,7 @@ def memory(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = ())
     adapter = ADAPTER_BYTES * trained(base, setup)
     activations, head = _moving(base, setup)
     dequantized = _dequantized(base, setup)
-    device = DEVICES[setup.device]
+    device = DEVICE_PROFILES[setup.device]
     overhead = device.context_bytes + round((device.moving - 1) * (activations + head))
     base_bytes = weights(base, setup.quantization)
     computed = base_bytes + adapter + activations + head + dequantized + overhead
@@ -211,7 +211,7 @@ def change(base: Architecture, setup: Setup, device_bytes: int, weighings: Seque
     What costs least comes first: rows at a time, checkpointing (half as much time again), length (cut rows), bits.
     """
     for param, value, narrower in _narrower(setup):
-        total = memory(base, narrower, weighings).total
+        total = peak_memory(base, narrower, weighings).total
         if total <= device_bytes:
             return Change(param=param, value=value, total=total)
     return None
@@ -226,7 +226,7 @@ def smallest(base: Architecture, setup: Setup, weighings: Sequence[Weighing] = (
         max_length=min(setup.max_length, SHORTEST_ROW),
         quantization=Quantization.NF4,
     )
-    return memory(base, least, weighings).total
+    return peak_memory(base, least, weighings).total
 
 
 def _narrower(setup: Setup) -> Iterator[tuple[str, int | bool | Quantization, Setup]]:
@@ -252,7 +252,7 @@ def _moving(base: Architecture, setup: Setup) -> tuple[int, int]:
     tokens, h = setup.tokens, base.hidden
     layer = _stored(base, setup)
     gradients = 12 * h + 6 * base.feed_forward + (2 * base.heads * setup.row if base.scores else 0)
-    chunk = max(1, DEVICES[setup.device].chunk_bytes // (4 * base.vocabulary))
+    chunk = max(1, DEVICE_PROFILES[setup.device].chunk_bytes // (4 * base.vocabulary))
     logits = (LOGIT_BYTES + 4 * base.caps_logits) * base.vocabulary * min(tokens, chunk)
     head = tokens * 10 * h + (0 if base.classifier else logits)
     # The adapter is cast to 16 bits once a forward.
@@ -282,7 +282,7 @@ def _dequantized(base: Architecture, setup: Setup) -> int:
     if setup.quantization is Quantization.NONE:
         return 0
     largest = COMPUTE_BYTES * max(linear.elements for linear in base.linears)
-    room = DEVICES[setup.device].resident_bytes if setup.quantization is Quantization.NF4 else 0
+    room = DEVICE_PROFILES[setup.device].resident_bytes if setup.quantization is Quantization.NF4 else 0
     return min(COMPUTE_BYTES * base.linear, room + largest)
 
 
