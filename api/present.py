@@ -6,7 +6,8 @@ import time
 from datetime import datetime
 
 from shared import storage
-from shared.models import Adapter, BaseModel, Checkpoint, File, Job, JobEvent
+from shared.database.adapters import checkpoint_name
+from shared.database.tables import Adapter, BaseModelRow, Checkpoint, File, Job, JobEvent
 from shared.schemas.memory import Fit
 from shared.schemas.requests import JobCreate, Method, Phase, State
 from shared.schemas.responses import AdapterOut, Artifact, Event, Progress
@@ -15,7 +16,6 @@ from shared.schemas.responses import File as FileOut
 from shared.schemas.responses import Job as JobOut
 from shared.schemas.responses import Model as ModelOut
 from shared.schemas.results import Export, FileReport, JobError, Metrics, Plan, Proof, Recipe, Report
-from shared.starts import checkpoint_name
 from shared.storage import Entry
 
 
@@ -105,7 +105,7 @@ def checkpoint_out(checkpoint: Checkpoint, model: str) -> CheckpointOut:
     )
 
 
-def base_model_out(base: BaseModel, *, with_files: bool = False) -> ModelOut:
+def base_model_out(base: BaseModelRow, *, with_files: bool = False) -> ModelOut:
     return ModelOut(
         id=base.name,
         created=_unix(base.created_at),

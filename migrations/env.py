@@ -9,11 +9,11 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import text
 
-from shared.db import engine
-from shared.models import Base
+from shared.database.session import engine
+from shared.database.tables import Table
 
 with engine().connect() as connection:
-    context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=False)
+    context.configure(connection=connection, target_metadata=Table.metadata, compare_server_default=False)
     with context.begin_transaction():
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SET LOCAL lock_timeout = 0"))

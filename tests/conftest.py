@@ -17,8 +17,8 @@ from sqlalchemy import Engine, text
 
 from deploy.local.folder import Folder, Record
 from deploy.local.process import binding
-from shared.db import engine, session_scope
-from shared.tenants import create_key, ensure_tenant
+from shared.database.session import engine, session_scope
+from shared.database.tenants import create_key, ensure_tenant
 
 ROOT = Path(__file__).resolve().parents[1]
 

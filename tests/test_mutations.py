@@ -37,28 +37,28 @@ JOBS, SWEEPER, ATTEMPTS, LEASE = (
 )
 MUTANTS = {
     "a write of the holder without its epoch": Mutant(
-        "shared/attempts.py",
+        "shared/database/attempts.py",
         "update(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
         "update(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
         JOBS,
     ),
     "a lock of the holder without its epoch": Mutant(
-        "shared/attempts.py",
+        "shared/database/attempts.py",
         "select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
         "select(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
         JOBS,
     ),
     "a transition without the epoch": Mutant(
-        "shared/jobs.py",
+        "shared/database/jobs.py",
         "guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]",
         "guard += [Job.lease_owner.is_not(None)]",
         JOBS,
     ),
     "a claim that does not lock its row": Mutant(
-        "shared/jobs.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
+        "shared/database/jobs.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
     ),
     "a success that does not ask for the wish": Mutant(
-        "shared/attempts.py",
+        "shared/database/attempts.py",
         "    if job.desired_state == Desired.CANCEL:\n        return State.CANCELLED",
         "    if False:\n        return State.CANCELLED",
         JOBS,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared import disk, storage
-from shared.models import BaseModel
+from shared.database.tables import BaseModelRow
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
 
@@ -35,7 +35,7 @@ class Cached(NamedTuple):
 
 
 @contextmanager
-def base_model(base: BaseModel, *, with_weights: bool, tick: Callable[[], None]) -> Iterator[Path]:
+def base_model(base: BaseModelRow, *, with_weights: bool, tick: Callable[[], None]) -> Iterator[Path]:
     """The folder of a base, safe from eviction inside the `with`. `tick` is called while it waits, and may raise.
 
     Without weights it holds only what tokenizing needs: `prepare` workers never pull gigabytes. Raises OSError
@@ -108,7 +108,7 @@ def visible_device(slot: int) -> str:
     return devices[slot % len(devices)]
 
 
-def _fetch(base: BaseModel, folder: Path, *, with_weights: bool, tick: Callable[[], None]) -> None:
+def _fetch(base: BaseModelRow, folder: Path, *, with_weights: bool, tick: Callable[[], None]) -> None:
     """Bring a base that we hold alone to the disk, then to its name; an error leaves nothing."""
     partial = _partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)

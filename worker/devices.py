@@ -11,8 +11,8 @@ from threading import Thread
 
 from pydantic import ValidationError
 
-from shared import devices
-from shared.db import session_scope
+from shared.database import devices
+from shared.database.session import session_scope
 from shared.errors import Unavailable
 from shared.schemas.memory import Device
 from shared.settings import get_settings, inherited

@@ -29,11 +29,12 @@ from typing import NamedTuple
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared import starts, storage
-from shared.db import session_scope
+from shared import storage
+from shared.database import adapters
+from shared.database.files import live_file
+from shared.database.session import session_scope
+from shared.database.tables import Adapter, Checkpoint, File, Job, Tenant
 from shared.errors import Unavailable
-from shared.jobs import live_file
-from shared.models import Adapter, Checkpoint, File, Job, Tenant
 from shared.schemas.requests import TERMINAL, Phase
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
@@ -75,7 +76,7 @@ def collect(settings: Settings) -> Counter[str]:
                 known = _known(session, {pile.tenant for pile in batch})
                 ours = [pile for pile in batch if pile.tenant in known]
                 kept = kept_of(session, ours, settings.orphan_seconds)
-                kept |= starts.needed(session, [pile.prefix for pile in ours])
+                kept |= adapters.prefixes_in_use(session, [pile.prefix for pile in ours])
             doomed = [pile for pile in ours if pile.prefix not in kept]
             storage.delete_many([name for pile in doomed for name in pile.keys])
             for pile in doomed:

@@ -22,10 +22,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from sqlalchemy import func, select
 
 from shared import storage
-from shared.db import session_scope
+from shared.database.adapters import names_adapter
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow
 from shared.errors import Conflict, InvalidRequest, MillinerError
-from shared.models import BaseModel
-from shared.starts import names_adapter
 from shared.telemetry import configure, log
 
 TAKEN = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -57,7 +57,7 @@ def main() -> None:
 
 def add_model(
     name: str, source: str, *, public_id: str | None = None, license_id: str | None = None, revision: str | None = None
-) -> BaseModel:
+) -> BaseModelRow:
     """Import `source` as `name`; `Conflict` if other bytes already bear that name, `InvalidRequest` if it is unfit."""
     if (public_id or name).startswith(("/", ".", "~")):
         raise InvalidRequest(
@@ -113,13 +113,13 @@ def count_parameters(path: Path) -> int:
     return total
 
 
-def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, revision: str | None) -> BaseModel:
+def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, revision: str | None) -> BaseModelRow:
     paths = check_folder(folder)
     entries = [storage.Entry(path=p.name, bytes=p.stat().st_size, sha256=storage.sha256_of(p)) for p in paths]
     listing = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in entries)
     digest = hashlib.sha256(listing.encode()).hexdigest()
     with session_scope() as session:
-        existing = session.get(BaseModel, name)
+        existing = session.get(BaseModelRow, name)
     if existing is not None:
         if existing.digest != digest:
             raise Conflict(
@@ -131,7 +131,7 @@ def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, 
         storage.put_file(prefix + entry["path"], path, entry["sha256"])
         log.info("model.mirrored", path=entry["path"], bytes=entry["bytes"])
     storage.put_bytes(prefix + storage.MANIFEST, json.dumps({"files": entries}, indent=1).encode())
-    base = BaseModel(
+    base = BaseModelRow(
         name=name,
         public_id=public_id,
         revision=revision or digest,
@@ -145,7 +145,7 @@ def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, 
     )
     with session_scope() as session:
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"milliner.models.{name}", 0))))
-        if session.get(BaseModel, name) is None:
+        if session.get(BaseModelRow, name) is None:
             session.add(base)
     return base
 

@@ -18,8 +18,8 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
-from shared import attempts
-from shared.db import session_scope
+from shared.database import attempts
+from shared.database.session import session_scope
 from shared.errors import Unavailable
 from shared.schemas.requests import Desired
 from shared.settings import get_settings

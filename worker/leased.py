@@ -1,7 +1,7 @@
 """A job under our lease: what we may write of it, and the ways to be done with it.
 
 Owns: that every write names our epoch and waits for a database that is away, and the steps that are not yet recorded.
-Must not know trainers, nor the order of effects (`runner.py`); the statements are in shared/attempts.py.
+Must not know trainers, nor the order of effects (`runner.py`); the statements are in shared/database/attempts.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from shared import attempts
-from shared.db import session_scope
+from shared.database import attempts
+from shared.database.session import session_scope
+from shared.database.tables import Job
 from shared.errors import Unavailable
 from shared.faults import Point, reach
-from shared.models import Job
 from shared.schemas.requests import Phase
 from shared.schemas.results import JobError, Metrics
 from shared.settings import get_settings

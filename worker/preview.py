@@ -13,11 +13,12 @@ from contextlib import ExitStack
 
 from sqlalchemy.exc import DataError
 
-from shared import previews, storage
-from shared.db import session_scope
+from shared import storage
+from shared.database import previews
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File
+from shared.database.tables import Preview as PreviewRow
 from shared.errors import Unavailable
-from shared.models import BaseModel, File
-from shared.models import Preview as PreviewRow
 from shared.protocol import Failed, Preview, Previewed
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.schemas.requests import JobCreate
@@ -105,7 +106,7 @@ def _asked(preview: PreviewRow, watch: _Watch) -> PreviewOut:
     request = PreviewCreate.model_validate(preview.request)
     job = JobCreate(model=request.model, training_file=request.training_file, trainer=request.trainer)
     with session_scope() as session:
-        base = session.get_one(BaseModel, preview.base_model)
+        base = session.get_one(BaseModelRow, preview.base_model)
         file = session.get_one(File, preview.training_file)
     with ExitStack() as held:
         # Named apart: another slot of this machine may be at the same preview, stopped or slow.

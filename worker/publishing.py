@@ -15,9 +15,9 @@ from typing import NamedTuple
 from sqlalchemy import select
 
 from shared import signing, storage
-from shared.db import session_scope
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File, Job, JobMetric
 from shared.ids import new_id
-from shared.models import BaseModel, File, Job, JobMetric
 from shared.protocol import Verified
 from shared.schemas import manifest
 from shared.schemas.manifest import SIGNATURE, HashedFile, Manifest
@@ -129,7 +129,7 @@ def _manifest(
     job: Job, files: list[Entry], name: str, verified: Verified, exported: Published, *, signed_by: str | None
 ) -> Manifest:
     with session_scope() as session:
-        base = session.get_one(BaseModel, job.base_model)
+        base = session.get_one(BaseModelRow, job.base_model)
         training = session.get_one(File, job.training_file)
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
     start = (

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared import attempts, devices, jobs, storage
-from shared.db import session_scope
+from shared import storage
+from shared.database import attempts, checkpoints, devices, jobs
+from shared.database.session import session_scope
+from shared.database.tables import Adapter, Job, Tenant
 from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
-from shared.models import Adapter, Job, Tenant
 from shared.protocol import (
     CheckpointSaved,
     Done,
@@ -262,7 +263,7 @@ class Attempt(LeasedJob):
 
     def _retired(self) -> list[str]:
         with session_scope() as session:
-            return attempts.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
+            return checkpoints.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
 
     # ------------------------------------------------------------ endings
 

@@ -10,16 +10,17 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from shared import attempts, devices, storage
-from shared.db import session_scope
-from shared.models import BaseModel, Checkpoint, File, Job
+from shared import storage
+from shared.database import checkpoints, devices
+from shared.database.adapters import WEIGHTS
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
 from shared.queue import Queue
 from shared.schemas.memory import KnownDevice
 from shared.schemas.requests import JobCreate
 from shared.schemas.results import Plan, Recipe
 from shared.settings import get_settings
-from shared.starts import WEIGHTS
 from worker import cache
 from worker.patience import Patience
 
@@ -62,7 +63,7 @@ def stage(
 
 def task_of(
     request: JobCreate,
-    base: BaseModel,
+    base: BaseModelRow,
     *,
     base_dir: Path,
     training_file: Path,
@@ -99,15 +100,15 @@ def task_of(
     )
 
 
-def _inputs(job: Job) -> tuple[BaseModel, File, File | None]:
+def _inputs(job: Job) -> tuple[BaseModelRow, File, File | None]:
     with session_scope() as session:
-        base = session.get_one(BaseModel, job.base_model)
+        base = session.get_one(BaseModelRow, job.base_model)
         training = session.get_one(File, job.training_file)
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
         return base, training, validation
 
 
-def _base(base: BaseModel, *, with_weights: bool, tick: Callable[[], None]) -> tuple[Path, ExitStack]:
+def _base(base: BaseModelRow, *, with_weights: bool, tick: Callable[[], None]) -> tuple[Path, ExitStack]:
     """Its folder, and what keeps it safe from eviction."""
     with ExitStack() as stack:
         folder = stack.enter_context(cache.base_model(base, with_weights=with_weights, tick=tick))
@@ -144,11 +145,11 @@ def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -
     return None
 
 
-def _devices(base: BaseModel, request: JobCreate) -> list[KnownDevice]:
+def _devices(base: BaseModelRow, request: JobCreate) -> list[KnownDevice]:
     with session_scope() as session:
         return devices.known(session, digest=base.digest, quantization=request.quantization)
 
 
 def _checkpoints(job: Job) -> Sequence[Checkpoint]:
     with session_scope() as session:
-        return attempts.latest_checkpoints(session, job.id)
+        return checkpoints.latest_checkpoints(session, job.id)

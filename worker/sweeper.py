@@ -13,11 +13,11 @@ from threading import Event, Thread
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared import attempts, jobs, previews
-from shared.db import after_commit, session_scope
+from shared.database import attempts, jobs, previews
+from shared.database.session import after_commit, session_scope
+from shared.database.tables import Job
 from shared.errors import Unavailable
 from shared.faults import Point, reach
-from shared.models import Job
 from shared.queue import Queue, ring
 from shared.schemas.results import JobError
 from shared.settings import Settings, get_settings

@@ -23,9 +23,9 @@ from typing import IO, NamedTuple
 from pydantic import BaseModel, SecretStr, ValidationError
 from sqlalchemy import select
 
-from shared.db import session_scope
+from shared.database.session import session_scope
+from shared.database.tables import Job, JobMetric
 from shared.errors import Unavailable
-from shared.models import Job, JobMetric
 from shared.schemas.requests import Integration, State, TrackerKind
 from shared.schemas.results import Metrics, Plan
 from shared.settings import get_settings, inherited

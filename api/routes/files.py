@@ -12,22 +12,21 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field, ValidationError
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
 from starlette.datastructures import UploadFile
 
 from api.deps import SessionDep, TenantDep
-from api.paging import Order, keyset_page
+from api.paging import page
 from api.present import file_out
 from shared import storage
+from shared.database import files
+from shared.database.paging import Order
+from shared.database.session import after_commit, session_scope
+from shared.database.tables import File
 from shared.datasets.formats import check_file, describe
-from shared.db import after_commit, session_scope
-from shared.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from shared.errors import InvalidRequest, TooLarge
 from shared.faults import Point, reach
 from shared.ids import new_id
-from shared.jobs import live_file
-from shared.models import File, Job
-from shared.schemas.requests import TERMINAL, Request, Text
+from shared.schemas.requests import Request, Text
 from shared.schemas.responses import Deleted, Page
 from shared.schemas.responses import File as FileOut
 from shared.settings import get_settings
@@ -118,16 +117,14 @@ def list_files(
     purpose: str | None = None,
 ) -> Page[FileOut]:
     """The tenant's files, newest first."""
-    query = select(File).where(File.tenant_id == tenant.id, live_file())
-    if purpose is not None:
-        query = query.where(File.purpose == purpose)
-    return keyset_page(session, query, File.id, file_out, after=after, limit=limit, order=order)
+    found = files.list_files(session, tenant.id, purpose=purpose, after=after, limit=limit, order=order)
+    return page(found, file_out)
 
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, tenant: TenantDep, session: SessionDep) -> FileOut:
     """One file, with the report on its rows."""
-    return file_out(_get(session, tenant.id, file_id))
+    return file_out(files.get_file(session, tenant.id, file_id))
 
 
 @router.get("/{file_id}/content")
@@ -137,7 +134,7 @@ def file_content(file_id: str, tenant: TenantDep) -> StreamingResponse:
     The row is read in a transaction of its own: no connection is held while bytes flow.
     """
     with session_scope() as session:
-        file = _get(session, tenant.id, file_id)
+        file = files.get_file(session, tenant.id, file_id)
     media = "text/csv" if file.purpose == "fine-tune-results" else "application/octet-stream"
     return StreamingResponse(
         storage.read(file.key),
@@ -149,22 +146,9 @@ def file_content(file_id: str, tenant: TenantDep) -> StreamingResponse:
 @router.delete("/{file_id}")
 def delete_file(file_id: str, tenant: TenantDep, session: SessionDep) -> Deleted:
     """Delete a file that no unfinished job needs."""
-    file = _get(session, tenant.id, file_id, for_update=True)
-    needs = or_(Job.training_file == file_id, Job.validation_file == file_id)
-    user = session.scalar(select(Job.id).where(Job.tenant_id == tenant.id, needs, Job.state.not_in(TERMINAL)).limit(1))
-    if user is not None:
-        raise Conflict(f"job {user} still needs file {file_id}; cancel it or wait for its end", code="file_in_use")
-    file.deleted_at = datetime.now(UTC)
+    file = files.delete_file(session, tenant.id, file_id)
     after_commit(session, lambda: storage.delete(file.key))
     return Deleted(id=file_id, object="file")
-
-
-def _get(session: Session, tenant_id: str, file_id: str, *, for_update: bool = False) -> File:
-    query = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
-    file = session.scalar(query.with_for_update() if for_update else query)
-    if file is None:
-        raise NotFound(f"no file {file_id!r}; list yours with GET /v1/files", param="file_id", code="file_not_found")
-    return file
 
 
 def _measure(stream: BinaryIO) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy import text
 
 from shared import storage
-from shared.db import session_scope
+from shared.database.session import session_scope
 from shared.errors import Unavailable
 from shared.settings import get_settings
 

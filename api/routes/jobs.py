@@ -6,17 +6,16 @@ import re
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
-from sqlalchemy import select
 
 from api.deps import BellDep, SessionDep, TenantDep
-from api.paging import keyset_page
+from api.paging import page
 from api.present import checkpoint_out, event_out, job_out
-from shared import jobs
-from shared.db import after_commit
+from shared.database import checkpoints, jobs
+from shared.database.session import after_commit
+from shared.database.tables import Job
 from shared.errors import InvalidRequest
 from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
-from shared.models import Checkpoint, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate
 from shared.schemas.responses import Checkpoint as CheckpointOut
@@ -55,13 +54,14 @@ def list_jobs(
     request: Request, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 20
 ) -> Page[JobOut]:
     """The tenant's jobs, newest first, dry runs left out; `metadata[k]=v` filters, `metadata=null` finds bare ones."""
-    query = jobs.jobs_of(tenant.id).where(Job.dry_run.is_(False))
+    metadata: dict[str, str] | None = {}
     for key, value in request.query_params.multi_items():
-        if match := _METADATA.fullmatch(key):
-            query = query.where(Job.request["metadata"].contains({match.group(1): value}))
+        if (match := _METADATA.fullmatch(key)) and metadata is not None:
+            metadata[match.group(1)] = value
         elif key == "metadata" and value == "null":
-            query = query.where(Job.request["metadata"].as_string().is_(None))
-    return keyset_page(session, query, Job.id, lambda job: _shown(session, job), after=after, limit=limit)
+            metadata = None
+    found = jobs.list_jobs(session, tenant.id, metadata=metadata, after=after, limit=limit)
+    return page(found, lambda job: _shown(session, job))
 
 
 @router.get("/{job_id}")
@@ -73,19 +73,19 @@ def retrieve_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
     """Cancel: at once where no worker holds the job, within one heartbeat otherwise."""
-    return _shown(session, jobs.ask(session, tenant.id, job_id, Desired.CANCEL))
+    return _shown(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.CANCEL))
 
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
     """Pause: a running job checkpoints and frees its slot."""
-    return _shown(session, jobs.ask(session, tenant.id, job_id, Desired.PAUSE))
+    return _shown(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.PAUSE))
 
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, tenant: TenantDep, session: SessionDep, bell: BellDep) -> JobOut:
     """Resume a paused job from its last checkpoint."""
-    job = jobs.ask(session, tenant.id, job_id, Desired.RUN)
+    job = jobs.set_desired_state(session, tenant.id, job_id, Desired.RUN)
     after_commit(session, lambda: bell.ring(Queue.TRAIN))
     return _shown(session, job)
 
@@ -100,8 +100,7 @@ def list_events(
     if after is not None and match is None:
         raise InvalidRequest(f"after={after!r} is not an event id; pass the id of the last event seen", param="after")
     seq = int(match.group(1)) if match else None
-    query = select(JobEvent).where(JobEvent.job_id == job_id)
-    return keyset_page(session, query, JobEvent.seq, event_out, after=seq, limit=limit)
+    return page(jobs.list_events(session, job_id, after=seq, limit=limit), event_out)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -111,8 +110,8 @@ def list_checkpoints(
     """The job's checkpoints, newest first."""
     job = jobs.get_job(session, tenant.id, job_id)
     name = fine_tuned_name(job.base_model, job.tenant.name, job.request.get("suffix"), job.id)
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-    return keyset_page(session, query, Checkpoint.id, lambda c: checkpoint_out(c, name), after=after, limit=limit)
+    found = checkpoints.list_checkpoints(session, job_id, after=after, limit=limit)
+    return page(found, lambda checkpoint: checkpoint_out(checkpoint, name))
 
 
 def _check_integrations(body: JobCreate) -> None:

@@ -12,8 +12,8 @@ from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
 from api.deps import BellDep, TenantDep
-from shared import previews
-from shared.db import session_scope
+from shared.database import previews
+from shared.database.session import session_scope
 from shared.errors import InvalidRequest, MillinerError, Unavailable
 from shared.queue import Queue
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
@@ -47,7 +47,7 @@ async def create_preview(body: PreviewCreate, tenant: TenantDep, bell: BellDep) 
 
 def _ask(tenant_id: str, body: PreviewCreate) -> str:
     with session_scope() as session:
-        return previews.ask(session, tenant_id, body)
+        return previews.create(session, tenant_id, body)
 
 
 def _look(preview_id: str) -> tuple[PreviewOut | None, bool]:

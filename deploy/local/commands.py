@@ -99,8 +99,8 @@ def add_key(
     data: Data = None,
 ) -> None:
     """Make a key. It is printed this once; the server keeps only its hash."""
-    from shared.db import engine, session_scope
-    from shared.tenants import create_key, ensure_tenant
+    from shared.database.session import engine, session_scope
+    from shared.database.tenants import create_key, ensure_tenant
 
     with _reported(), session_scope(engine(_database_url(data))) as session:
         secret = create_key(session, ensure_tenant(session, tenant), name=name)
@@ -110,8 +110,8 @@ def add_key(
 @keys.command("ls")
 def list_keys(data: Data = None, as_json: AsJson = False) -> None:
     """List all keys; secrets are not known."""
-    from shared import tenants
-    from shared.db import engine, session_scope
+    from shared.database import tenants
+    from shared.database.session import engine, session_scope
 
     with _reported(), session_scope(engine(_database_url(data))) as session:
         rows = [
@@ -137,8 +137,8 @@ def list_keys(data: Data = None, as_json: AsJson = False) -> None:
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")], *, data: Data = None) -> None:
     """Refuse a key from now on."""
-    from shared import tenants
-    from shared.db import engine, session_scope
+    from shared.database import tenants
+    from shared.database.session import engine, session_scope
 
     with _reported(), session_scope(engine(_database_url(data))) as session:
         tenants.revoke_key(session, key_id)

@@ -10,8 +10,8 @@ from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
 from deploy.local.folder import Record
-from shared.db import engine, session_scope
-from shared.models import Job
+from shared.database.session import engine, session_scope
+from shared.database.tables import Job
 
 BASE = "SmolLM2-135M-Instruct"
 

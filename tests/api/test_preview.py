@@ -16,10 +16,10 @@ from sqlalchemy import Engine
 from api.app import create_app
 from deploy.local.folder import Record
 from shared import queue, settings
-from shared.db import session_scope
-from shared.models import BaseModel, File, Preview
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File, Preview
+from shared.database.tenants import create_key, ensure_tenant
 from shared.schemas.preview import PreviewOut
-from shared.tenants import create_key, ensure_tenant
 
 BASE = "SmolLM2-135M-Instruct"
 ROWS = [
@@ -101,7 +101,7 @@ def alone(stack: Record, database: Engine, monkeypatch: pytest.MonkeyPatch) -> I
             id=f"file-{secrets.token_hex(15)}", tenant_id=tenant.id, filename="a", purpose="fine-tune",
             status="processed", bytes=1, sha256="0" * 64, key="k",
         )  # fmt: skip
-        base = BaseModel(
+        base = BaseModelRow(
             name=file.id, public_id="org/m", revision="1", digest=file.id, prefix="m/", files=[], config={},
             parameters=1, bytes=1,
         )  # fmt: skip

@@ -33,8 +33,8 @@ from deploy.local import servers as local
 from deploy.local import services
 from deploy.local.folder import Folder
 from deploy.local.process import Program
-from shared.db import engine, session_scope
-from shared.models import BaseModel
+from shared.database.session import engine, session_scope
+from shared.database.tables import BaseModelRow
 from shared.schemas.requests import TERMINAL
 from tests.chaos import invariants, stub
 from tests.chaos.proxy import Proxy
@@ -324,7 +324,7 @@ class Fleet:
         local.s3_client(self.s3).put_object(Bucket=self.s3.bucket, Key=prefix + "config.json", Body=CONFIG)
         with session_scope(engine(self.database_url)) as session:
             session.add(
-                BaseModel(
+                BaseModelRow(
                     name=BASE,
                     public_id=f"acme/{BASE}",
                     revision="1",

@@ -19,13 +19,14 @@ from sqlalchemy import Engine
 
 from deploy.local.folder import S3
 from deploy.local.servers import s3_client
-from shared import attempts, jobs, settings, storage
-from shared.db import engine, session_scope
-from shared.models import Adapter, BaseModel, File, Job
+from shared import settings, storage
+from shared.database import attempts, checkpoints, jobs
+from shared.database.session import engine, session_scope
+from shared.database.tables import Adapter, BaseModelRow, File, Job
+from shared.database.tenants import ensure_tenant
 from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
-from shared.tenants import ensure_tenant
 from tests.chaos.invariants import ENDS, PAUSED, STARTED, overlaps, steps_repeated, violations
 from tests.chaos.servers import Servers
 from tests.shared.test_jobs import PLAN, REPORT
@@ -326,7 +327,7 @@ def history(bind: Engine, folder: Path) -> dict[str, str]:
             id="file-data", tenant_id=tenant.id, filename="a.jsonl", purpose="fine-tune", status="processed", bytes=1,
             sha256="0" * 64, key="files/data",
         )  # fmt: skip
-        base = BaseModel(
+        base = BaseModelRow(
             name="tiny", public_id="org/tiny", revision="1", digest="d", prefix="models/d/", files=[], config={},
             parameters=1, bytes=1,
         )  # fmt: skip
@@ -384,7 +385,7 @@ def win(bind: Engine, ids: dict[str, str], folder: Path) -> str:
     for step in (5, 6):
         checkpoint(bind, last, step, weights)
     with session_scope(bind) as session:
-        gone = attempts.drop_checkpoints(session, won, last.lease_epoch, keep=3)
+        gone = checkpoints.drop_checkpoints(session, won, last.lease_epoch, keep=3)
     assert [storage.delete_prefix(prefix) for prefix in gone] == [2]
     return publish(bind, last, weights)
 
@@ -419,7 +420,7 @@ def claim(bind: Engine, queue: Queue) -> Job:
 
 def ask(bind: Engine, ids: dict[str, str], fate: str, desired: Desired) -> None:
     with session_scope(bind) as session:
-        jobs.ask(session, ids["tenant"], ids[fate], desired)
+        jobs.set_desired_state(session, ids["tenant"], ids[fate], desired)
 
 
 def train(bind: Engine, held: Job, steps: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The migrations lead to the tables of shared/models.py, and back to nothing."""
+"""The migrations lead to the tables of shared/database/tables.py, and back to nothing."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import secrets
 import pytest
 from sqlalchemy import Engine
 
-from shared.db import session_scope
-from shared.models import BaseModel, File, Tenant
-from shared.tenants import ensure_tenant
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File, Tenant
+from shared.database.tenants import ensure_tenant
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def dataset(database: Engine, tenant: Tenant) -> str:
                 key=f"files/{tenant.id}/{file_id}",
             )
         )
-        if session.get(BaseModel, "tiny") is None:
+        if session.get(BaseModelRow, "tiny") is None:
             session.add(
-                BaseModel(
+                BaseModelRow(
                     name="tiny",
                     public_id="org/tiny",
                     revision="1",

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
-from shared import devices, jobs
-from shared.db import session_scope
-from shared.models import Job, Tenant
+from shared.database import devices, jobs
+from shared.database.session import session_scope
+from shared.database.tables import Job, Tenant
 from shared.schemas.memory import Device, MeasuredFit
 from shared.schemas.requests import JobCreate, Quantization
 

@@ -8,15 +8,15 @@ import pytest
 from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from shared import attempts, jobs
-from shared.db import session_scope
+from shared.database import attempts, checkpoints, jobs
+from shared.database.jobs import MOVES, Reason
+from shared.database.session import session_scope
+from shared.database.tables import Adapter, File, Job, JobEvent, JobMetric, Tenant
+from shared.database.tenants import ensure_tenant
 from shared.errors import Conflict, NotFound
-from shared.jobs import MOVES, Reason
-from shared.models import Adapter, File, Job, JobEvent, JobMetric, Tenant
 from shared.queue import Queue
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
 from shared.schemas.results import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
-from shared.tenants import ensure_tenant
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
 CRASH = {"backoff": 0.0, "max_crashes": 3}
@@ -77,7 +77,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
         assert not attempts.note(session, job.id, zombie, level="info", message="boo")
         assert not attempts.record(session, job.id, zombie, [step], {})
         assert not attempts.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
-        assert attempts.drop_checkpoints(session, job.id, zombie, keep=0) == []
+        assert checkpoints.drop_checkpoints(session, job.id, zombie, keep=0) == []
         assert attempts.planned(session, job.id, zombie, PLAN) is None
         assert not attempts.failed(session, job.id, zombie, OOPS)
         assert not attempts.crashed(session, job.id, zombie, OOPS, **CRASH)
@@ -87,13 +87,13 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
     with session_scope(database) as session:
-        assert [checkpoint.step for checkpoint in attempts.latest_checkpoints(session, job.id)] == [8]
+        assert [checkpoint.step for checkpoint in checkpoints.latest_checkpoints(session, job.id)] == [8]
 
 
 def test_terminal_states_absorb_even_hand_written_sql(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     with session_scope(database) as session:
-        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
     with pytest.raises(IntegrityError, match="terminal states do not change"), session_scope(database) as session:
         session.execute(text("UPDATE jobs SET state = 'queued' WHERE id = :id"), {"id": job.id})
     assert read(database, job.id).state == State.CANCELLED
@@ -161,17 +161,17 @@ def test_claims_go_by_priority_then_fair_share_then_age(database: Engine, datase
 def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine, tenant: Tenant, dataset: str) -> None:
     idle = queued(database, tenant, dataset)
     with session_scope(database) as session:
-        assert jobs.ask(session, tenant.id, idle.id, Desired.CANCEL).state == State.CANCELLED
+        assert jobs.set_desired_state(session, tenant.id, idle.id, Desired.CANCEL).state == State.CANCELLED
     busy = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert jobs.ask(session, tenant.id, busy.id, Desired.CANCEL).state == State.RUNNING
+        assert jobs.set_desired_state(session, tenant.id, busy.id, Desired.CANCEL).state == State.RUNNING
         assert attempts.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
     with session_scope(database) as session:
         files = {"adapter": adapter(busy), "result_file": result_file(busy)}
         assert attempts.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
     with session_scope(database) as session, pytest.raises(Conflict, match="is cancelled"):
-        jobs.ask(session, tenant.id, busy.id, Desired.CANCEL)
+        jobs.set_desired_state(session, tenant.id, busy.id, Desired.CANCEL)
     assert read(database, busy.id).reason == Reason.CANCELLED
 
 
@@ -179,11 +179,11 @@ def test_a_cancel_that_was_accepted_cannot_be_taken_back(database: Engine, tenan
     job = queued(database, tenant, dataset)
     claim(database, Queue.TRAIN)
     with session_scope(database) as session:
-        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
-        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
         for other in (Desired.PAUSE, Desired.RUN):
             with pytest.raises(Conflict, match="already being cancelled"):
-                jobs.ask(session, tenant.id, job.id, other)
+                jobs.set_desired_state(session, tenant.id, job.id, other)
 
 
 @pytest.mark.parametrize("letting_go", ["released", "crashed", "reclaimed"])
@@ -194,7 +194,7 @@ def test_a_wish_survives_whatever_happens_to_the_worker(
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        jobs.ask(session, tenant.id, job.id, wish)
+        jobs.set_desired_state(session, tenant.id, job.id, wish)
     with session_scope(database) as session:
         if letting_go == "released":
             assert attempts.released(session, job.id, epoch)
@@ -209,10 +209,10 @@ def test_a_wish_survives_whatever_happens_to_the_worker(
 def test_pause_and_resume(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     with session_scope(database) as session:
-        assert jobs.ask(session, tenant.id, job.id, Desired.PAUSE).state == State.PAUSED
+        assert jobs.set_desired_state(session, tenant.id, job.id, Desired.PAUSE).state == State.PAUSED
         assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
     with session_scope(database) as session:
-        assert jobs.ask(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
+        assert jobs.set_desired_state(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
     assert claim(database, Queue.TRAIN).id == job.id
 
 
@@ -256,7 +256,7 @@ def test_a_cancel_wins_over_a_failure(database: Engine, tenant: Tenant, dataset:
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
         assert attempts.failed(session, job.id, epoch, OOPS)
     assert read(database, job.id).state == State.CANCELLED
 
@@ -264,12 +264,12 @@ def test_a_cancel_wins_over_a_failure(database: Engine, tenant: Tenant, dataset:
 def test_a_paused_dataset_is_still_read_and_then_waits(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     with session_scope(database) as session:
-        jobs.ask(session, tenant.id, job.id, Desired.PAUSE)
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.PAUSE)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
         assert attempts.planned(session, job.id, epoch, PLAN) is State.PAUSED
     with session_scope(database) as session:
-        assert jobs.ask(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
+        assert jobs.set_desired_state(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
 
 
 def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:

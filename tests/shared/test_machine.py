@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import Engine, func, select, text, update
 
-from shared import attempts, jobs
-from shared.db import session_scope
+from shared.database import attempts, jobs
+from shared.database.session import session_scope
+from shared.database.tables import Job, JobEvent, Tenant
 from shared.errors import Conflict
-from shared.models import Job, JobEvent, Tenant
 from shared.queue import Queue
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
@@ -208,7 +208,7 @@ class Machine(RuleBasedStateMachine):
         refused = model.state in TERMINAL or (model.desired is Desired.CANCEL and desired is not Desired.CANCEL)
         try:
             with session_scope(self.database) as session:
-                jobs.ask(session, self.tenant.id, model.row.id, desired)
+                jobs.set_desired_state(session, self.tenant.id, model.row.id, desired)
         except Conflict:
             assert refused
             return

@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import pytest
 from sqlalchemy import Engine, text
 
-from shared import attempts, jobs, starts
-from shared.db import session_scope
+from shared.database import adapters, attempts, jobs
+from shared.database.checkpoints import drop_checkpoints, latest_checkpoints
+from shared.database.session import session_scope
+from shared.database.tables import Adapter, BaseModelRow, Checkpoint, File, Job, Tenant
+from shared.database.tenants import ensure_tenant
 from shared.errors import InvalidRequest, MillinerError, NotFound
 from shared.ids import fine_tuned_name
-from shared.models import Adapter, BaseModel, Checkpoint, File, Job, Tenant
 from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import Metrics
 from shared.storage import Entry
-from shared.tenants import ensure_tenant
 
 from .test_jobs import PLAN, REPORT, adapter, claim, queued, result_file
 
@@ -52,7 +53,7 @@ def source(database: Engine, tenant: Tenant, dataset: str) -> Source:
             metrics, prefix = Metrics(step=step, total_steps=8), f"checkpoints/{step}/"
             files = [Entry(path="state.json", bytes=1, sha256="c" * 64), weights(SAVED)]
             attempts.checkpointed(session, job.id, epoch, step=step, prefix=prefix, files=files, metrics=metrics)
-        found = {checkpoint.step: checkpoint.id for checkpoint in attempts.latest_checkpoints(session, job.id)}
+        found = {checkpoint.step: checkpoint.id for checkpoint in latest_checkpoints(session, job.id)}
         published = adapter(job)
         published.name, published.prefix, published.files = model, f"adapters/{job.id}/", [weights(PUBLISHED)]
         attempts.succeeded(session, job.id, epoch, report=REPORT, adapter=published, result_file=result_file(job))
@@ -63,7 +64,7 @@ def source(database: Engine, tenant: Tenant, dataset: str) -> Source:
 def other_base(database: Engine) -> Iterator[str]:
     with session_scope(database) as session:
         session.add(
-            BaseModel(
+            BaseModelRow(
                 name="other", public_id="org/other", revision="1", digest="o", prefix="models/o/", files=[], config={},
                 parameters=1, bytes=1,
             )
@@ -86,8 +87,8 @@ def test_every_name_leads_to_its_adapter(database: Engine, tenant: Tenant, datas
     for body, name, prefix, sha256 in asked:
         job = submit(database, tenant, dataset, **body)
         assert (job.base_model, job.start_name, job.start_prefix, job.start_sha256) == ("tiny", name, prefix, sha256)
-        shape = {key: job.request["lora"][key] for key in starts.SHAPE}
-        assert shape == {key: getattr(RECIPE, key) for key in starts.SHAPE}
+        shape = {key: job.request["lora"][key] for key in adapters.SHAPE}
+        assert shape == {key: getattr(RECIPE, key) for key in adapters.SHAPE}
 
 
 def test_the_shape_is_the_sources_and_the_rest_is_free(
@@ -215,12 +216,15 @@ def test_a_folder_is_needed_until_the_job_has_ended(
     job = submit(database, tenant, dataset, from_checkpoint=source.checkpoints[4])
     prefixes = ["checkpoints/4/", "checkpoints/8/"]
     with session_scope(database) as session:
-        assert starts.needed(session, prefixes) == {"checkpoints/4/"}
-        assert (starts.user(session, "checkpoints/4/"), starts.user(session, "checkpoints/8/")) == (job.id, None)
-        jobs.ask(session, tenant.id, job.id, Desired.CANCEL)
+        assert adapters.prefixes_in_use(session, prefixes) == {"checkpoints/4/"}
+        assert (adapters.job_using(session, "checkpoints/4/"), adapters.job_using(session, "checkpoints/8/")) == (
+            job.id,
+            None,
+        )
+        jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
     with session_scope(database) as session:
         assert session.get_one(Job, job.id).state == State.CANCELLED
-        assert starts.needed(session, prefixes) == set()
+        assert adapters.prefixes_in_use(session, prefixes) == set()
 
 
 def test_a_checkpoint_that_is_dropped_while_a_job_is_submitted_keeps_its_objects(
@@ -235,11 +239,11 @@ def test_a_checkpoint_that_is_dropped_while_a_job_is_submitted_keeps_its_objects
                 session, other.id, epoch, step=step, prefix=f"running/{step}/", files=[weights(SAVED)],
                 metrics=Metrics(step=step, total_steps=8),
             )  # fmt: skip
-        first = attempts.latest_checkpoints(session, other.id)[-1].id
+        first = latest_checkpoints(session, other.id)[-1].id
 
     def drop() -> list[str]:
         with session_scope(database) as session:
-            return attempts.drop_checkpoints(session, other.id, epoch, keep=0)
+            return drop_checkpoints(session, other.id, epoch, keep=0)
 
     with ThreadPoolExecutor() as pool:
         with session_scope(database) as session:
@@ -260,4 +264,4 @@ def submit(database: Engine, tenant: Tenant, dataset: str, **body: Any) -> Job:
 
 
 def weights(sha256: str) -> Entry:
-    return Entry(path=starts.WEIGHTS, bytes=1, sha256=sha256)
+    return Entry(path=adapters.WEIGHTS, bytes=1, sha256=sha256)

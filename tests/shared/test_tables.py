@@ -225,11 +225,11 @@ def test_a_reader_that_nobody_hears_out_ends(tmp_path: Path) -> None:
         closing(readers.raw_rows(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows,
     ):
         assert next(rows) == (1, {"text": "x" * 4000})
-        (child,) = readers()
-    assert child not in readers()
+        (child,) = parquet_children()
+    assert child not in parquet_children()
 
 
-def readers() -> list[str]:
+def parquet_children() -> list[str]:
     """The Parquet readers that are this process's children."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [pid for pid in pids if b"shared.datasets.parquet_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]

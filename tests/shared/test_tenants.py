@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Engine
 
-from shared.db import session_scope
+from shared.database.session import session_scope
+from shared.database.tables import ApiKey, Tenant
+from shared.database.tenants import authenticate, create_key, ensure_tenant, list_keys, revoke_key
 from shared.errors import AuthenticationFailed, InvalidRequest, NotFound
-from shared.models import ApiKey, Tenant
-from shared.tenants import authenticate, create_key, ensure_tenant, list_keys, revoke_key
 
 
 def test_a_key_opens_its_tenant_until_revoked(database: Engine, tenant: Tenant) -> None:

@@ -17,11 +17,12 @@ import torch
 from sqlalchemy import Engine, text, update
 
 from deploy.local.folder import Record
-from shared import jobs, queue, settings, storage
-from shared.db import session_scope
-from shared.models import BaseModel, File, Job
+from shared import queue, settings, storage
+from shared.database import jobs
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File, Job
+from shared.database.tenants import ensure_tenant
 from shared.schemas.requests import JobCreate, State
-from shared.tenants import ensure_tenant
 from tests.shared.test_jobs import PLAN
 from tests.tiny import tiny_llama
 
@@ -90,7 +91,7 @@ def job(as_worker: None) -> str:
             )
         )  # fmt: skip
         session.add(
-            BaseModel(
+            BaseModelRow(
                 name=model, public_id="org/m", revision="1", digest=model, prefix=f"models/{model}/", files=[config],
                 config={}, parameters=1, bytes=2,
             )

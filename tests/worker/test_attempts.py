@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from shared import attempts, jobs, settings, storage
-from shared.db import session_scope
-from shared.models import Job, JobEvent
+from shared import settings, storage
+from shared.database import attempts, jobs
+from shared.database.session import session_scope
+from shared.database.tables import Job, JobEvent
 from shared.queue import Queue
 from shared.schemas.requests import State
 from shared.schemas.results import Metrics
@@ -158,7 +159,7 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
         claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.id == job.id
-        jobs.ask(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
+        jobs.set_desired_state(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
     with session_scope() as session:
         assert attempts.shrunk(session, job.id, claimed.lease_epoch)
         assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED

@@ -23,7 +23,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from shared import settings, storage
-from shared.models import BaseModel
+from shared.database.tables import BaseModelRow
 from worker import cache
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(1000)}
@@ -261,7 +261,7 @@ def test_slots_that_want_the_same_base_fetch_it_once(tell: Tell) -> None:
 # ---------------------------------------------------------------- planting
 
 
-def a_base(files: dict[str, bytes] = FILES) -> BaseModel:
+def a_base(files: dict[str, bytes] = FILES) -> BaseModelRow:
     """A base in the bucket, and its row as the catalog would have it."""
     digest = secrets.token_hex(32)
     prefix = f"models/{digest}/"
@@ -269,10 +269,10 @@ def a_base(files: dict[str, bytes] = FILES) -> BaseModel:
     for path, data in files.items():
         storage.put_bytes(prefix + path, data)
         entries.append(storage.Entry(path=path, bytes=len(data), sha256=storage.sha256_of_bytes(data)))
-    return BaseModel(name="b", digest=digest, prefix=prefix, files=entries)
+    return BaseModelRow(name="b", digest=digest, prefix=prefix, files=entries)
 
 
-def fetch(base: BaseModel) -> Path:
+def fetch(base: BaseModelRow) -> Path:
     with cache.base_model(base, with_weights=True, tick=nothing) as folder:
         return folder
 

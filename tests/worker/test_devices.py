@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from shared import devices
-from shared.db import session_scope
+from shared.database import devices
+from shared.database.session import session_scope
 from shared.schemas.requests import Quantization
 from shared.settings import get_settings
 from worker import devices as ours

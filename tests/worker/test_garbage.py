@@ -22,13 +22,14 @@ from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
 from deploy.local.folder import Record
-from shared import attempts, jobs, settings, storage
-from shared.db import engine, session_scope
+from shared import settings, storage
+from shared.database import attempts, checkpoints, files, jobs
+from shared.database.session import engine, session_scope
+from shared.database.tables import Adapter, BaseModelRow, Checkpoint, File, Job, Table
+from shared.database.tenants import ensure_tenant
 from shared.ids import new_id
-from shared.models import Adapter, Base, BaseModel, Checkpoint, File, Job
 from shared.schemas.requests import JobCreate, Phase, State
 from shared.schemas.results import Metrics
-from shared.tenants import ensure_tenant
 from worker import garbage
 
 DAY = 86400.0
@@ -62,7 +63,7 @@ def empty(stack: Record) -> Iterator[str]:
     url = f"{stack.database_url.rsplit('/', 1)[0]}/{name}"
     with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
         admin.execute(text(f"CREATE DATABASE {name}"))
-    Base.metadata.create_all(engine(url))
+    Table.metadata.create_all(engine(url))
     yield url
     engine(url).dispose()
 
@@ -82,7 +83,7 @@ def dataset(tenant: str) -> str:
 def base(bucket: str) -> str:
     """The digest and name of a base model."""
     digest = secrets.token_hex(32)
-    row = BaseModel(
+    row = BaseModelRow(
         name=digest, public_id="org/tiny", revision="1", digest=digest, prefix=f"models/{digest}/", files=[],
         config={}, parameters=1, bytes=1,
     )  # fmt: skip
@@ -244,7 +245,7 @@ def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_jo
     request = JobCreate(model=base, training_file=file_id)
     with session_scope() as session:
         job, _ = jobs.submit(session, tenant, request)
-        until(lambda: bool(session.scalar(select(~jobs.live_file()).where(File.id == file_id))))
+        until(lambda: bool(session.scalar(select(~files.live_file()).where(File.id == file_id))))
         assert collect(orphan_seconds=0) == {}  # the job is not to be seen yet, the lock on its file is
     assert collect(orphan_seconds=0) == {}
     assert everything() == [key]
@@ -290,7 +291,7 @@ def test_a_source_that_is_dropped_after_the_listing_stays_for_the_job_that_came_
         row = {"tenant_id": tenant, "base_model": base, "training_file": dataset, "request": {}, "request_sha256": b""}
         session.add(Job(id=new_id("ftjob-"), seed=0, state=State.QUEUED, **row, **started))
         session.flush()
-        assert attempts.drop_checkpoints(session, source, 3, keep=0) == []
+        assert checkpoints.drop_checkpoints(session, source, 3, keep=0) == []
 
     assert meanwhile("jobs", act) == {}
     assert everything() == [key]

@@ -15,10 +15,10 @@ from sqlalchemy import Engine, func, select, text, update
 
 from deploy.local.folder import Record
 from shared import settings
-from shared.db import engine, session_scope
-from shared.models import BaseModel, File, Job
+from shared.database.session import engine, session_scope
+from shared.database.tables import BaseModelRow, File, Job
+from shared.database.tenants import ensure_tenant
 from shared.schemas.requests import Desired
-from shared.tenants import ensure_tenant
 from worker.lease import Lease, Lost, boottime
 from worker.session import TrainerSession
 
@@ -48,7 +48,7 @@ def job(database: Engine) -> Iterator[str]:
                 sha256="0" * 64, key="k",
             )
         )  # fmt: skip
-        base = session.scalars(select(BaseModel)).first()
+        base = session.scalars(select(BaseModelRow)).first()
         assert base is not None
         session.flush()
         session.add(

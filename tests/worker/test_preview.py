@@ -10,13 +10,14 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import func, text, update
 
-from shared import previews, storage
-from shared.db import session_scope
+from shared import storage
+from shared.database import previews
+from shared.database.session import session_scope
+from shared.database.tables import BaseModelRow, File, Preview
+from shared.database.tenants import ensure_tenant
 from shared.errors import NotFound, TooMany
-from shared.models import BaseModel, File, Preview
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
-from shared.tenants import ensure_tenant
 from worker.preview import answer_next
 from worker.sweeper import sweep
 
@@ -41,7 +42,7 @@ def asked(as_worker: None, llama: str) -> Asked:
             id=f"file-{secrets.token_hex(15)}", tenant_id=tenant.id, filename="a", purpose="fine-tune", status="error",
             bytes=len(ROWS), sha256=storage.sha256_of_bytes(ROWS), key=f"files/{tenant.id}/{name}",
         )  # fmt: skip
-        base = BaseModel(
+        base = BaseModelRow(
             name=name, public_id="org/m", revision="1", digest=name, prefix=f"models/{name}/", files=files,
             config={}, parameters=1, bytes=1,
         )  # fmt: skip
@@ -150,7 +151,7 @@ def test_nobody_works_for_those_who_left_and_the_sweeper_tidies_up(asked: Asked)
 
 def ask(tenant: str, body: PreviewCreate) -> str:
     with session_scope() as session:
-        return previews.ask(session, tenant, body)
+        return previews.create(session, tenant, body)
 
 
 def take() -> str | None:

@@ -16,9 +16,10 @@ import pytest
 from sqlalchemy import select
 
 from deploy.local.folder import Folder
-from shared import jobs, settings, storage
-from shared.db import session_scope
-from shared.models import Adapter, Job, JobEvent
+from shared import settings, storage
+from shared.database import jobs
+from shared.database.session import session_scope
+from shared.database.tables import Adapter, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 from shared.schemas.requests import Desired, State
@@ -174,7 +175,7 @@ def test_a_wish_is_heard_while_the_adapter_is_proven(
     def ask_once_it_is_proven() -> bool:
         if verifying.exists() and row(job).desired_state == Desired.RUN:
             with session_scope() as session:
-                jobs.ask(session, row(job).tenant_id, job, wish)
+                jobs.set_desired_state(session, row(job).tenant_id, job, wish)
         return False
 
     done = attempt("hang", draining=ask_once_it_is_proven, HEARTBEAT_SECONDS="0.1")
@@ -223,7 +224,7 @@ def test_an_export_is_left_for_a_drain_and_for_a_wish(
             return False
         if wish is not None and row(job).desired_state == Desired.RUN:
             with session_scope() as session:
-                jobs.ask(session, row(job).tenant_id, job, wish)
+                jobs.set_desired_state(session, row(job).tenant_id, job, wish)
         return wish is None
 
     done = attempt("stand", draining=draining, HEARTBEAT_SECONDS="0.1")

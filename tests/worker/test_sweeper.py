@@ -5,9 +5,9 @@ from __future__ import annotations
 import redis
 from sqlalchemy import func, select, text, update
 
-from shared import jobs
-from shared.db import session_scope
-from shared.models import Job
+from shared.database import jobs
+from shared.database.session import session_scope
+from shared.database.tables import Job
 from shared.queue import Queue
 from shared.schemas.requests import State
 from shared.settings import get_settings

@@ -17,9 +17,10 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobWandbIntegratio
 from sqlalchemy import select, update
 
 from api.present import job_out
-from shared import jobs, settings
-from shared.db import session_scope
-from shared.models import Job, JobEvent
+from shared import settings
+from shared.database import jobs
+from shared.database.session import session_scope
+from shared.database.tables import Job, JobEvent
 from shared.queue import Queue
 from shared.schemas.requests import Desired, State
 from tests.shared.test_jobs import REPORT
@@ -109,7 +110,7 @@ def test_a_cancelled_job_has_killed_its_run(attempt: Attempt, job: str) -> None:
     def cancel() -> bool:
         if steps(server) and row(job).desired_state == Desired.RUN:
             with session_scope() as session:
-                jobs.ask(session, row(job).tenant_id, job, Desired.CANCEL)
+                jobs.set_desired_state(session, row(job).tenant_id, job, Desired.CANCEL)
         return False
 
     with serving(Mlflow()) as server:

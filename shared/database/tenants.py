@@ -14,9 +14,9 @@ import secrets
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from shared.database.tables import ApiKey, Tenant
 from shared.errors import AuthenticationFailed, InvalidRequest, NotFound
 from shared.ids import new_id
-from shared.models import ApiKey, Tenant
 
 _KEY = re.compile(r"mln_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")

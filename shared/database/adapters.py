@@ -10,15 +10,16 @@ asks `needed` sees the job. The job bears all that it needs of the source; the r
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session, joinedload
 
-from shared.errors import InvalidRequest, NotFound
+from shared.database.files import Lock
+from shared.database.tables import Adapter, Checkpoint, Job
+from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import fine_tuned_name
-from shared.models import Adapter, Checkpoint, Job
 from shared.schemas.requests import TERMINAL, JobCreate, Lora
 from shared.schemas.results import Plan, Recipe
 
@@ -30,7 +31,7 @@ SHAPE = ("r", "alpha", "target_modules", "use_rslora", "use_dora")
 _CHECKPOINT_NAME = re.compile(r"(?P<model>ft:.+:(?P<job>[0-9a-f]{30})):ckpt-step-(?P<step>[0-9]{1,18})")
 
 
-class Start(NamedTuple):
+class AdapterSource(NamedTuple):
     """An adapter, by the name that its owner knows: what it is for, where its weights lie, and how it was made."""
 
     name: str
@@ -38,6 +39,37 @@ class Start(NamedTuple):
     prefix: str
     sha256: str
     recipe: Recipe
+
+
+def get_adapter(
+    session: Session, tenant_id: str, name: str, *, param: str = "model", lock: Lock | None = None
+) -> Adapter:
+    """The tenant's fine-tuned model of that name. Raises NotFound, which says so if it was deleted."""
+    query = select(Adapter).where(Adapter.name == name, Adapter.tenant_id == tenant_id)
+    if lock is not None:
+        query = query.with_for_update(read=lock == "share").execution_options(populate_existing=True)
+    adapter = session.scalar(query)
+    if adapter is None or adapter.deleted_at is not None:
+        found = f"no model {name!r}" if adapter is None else f"model {name!r} was deleted"
+        raise NotFound(f"{found}; list yours with GET /v1/models", param=param, code="model_not_found")
+    return adapter
+
+
+def list_adapters(session: Session, tenant_id: str) -> Sequence[Adapter]:
+    """The tenant's fine-tuned models, oldest first."""
+    owned = select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
+    return session.scalars(owned.order_by(Adapter.created_at)).all()
+
+
+def delete_adapter(session: Session, tenant_id: str, name: str) -> Adapter:
+    """Mark an adapter deleted. Raises Conflict while an unfinished job starts from it; its objects are the caller's."""
+    adapter = get_adapter(session, tenant_id, name, lock="update")
+    user = job_using(session, adapter.prefix)
+    if user is not None:
+        raise Conflict(f"job {user} still starts from {name!r}; cancel it or wait for its end", code="model_in_use")
+    adapter.deleted_at = func.clock_timestamp()
+    session.flush()
+    return adapter
 
 
 def names_adapter(model: str) -> bool:
@@ -50,7 +82,7 @@ def checkpoint_name(model: str, step: int) -> str:
     return f"{model}:ckpt-step-{step}"
 
 
-def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | None:
+def adapter_source(session: Session, tenant_id: str, request: JobCreate) -> AdapterSource | None:
     """What the request starts from, by `from_checkpoint` or `model`, locked against deletion till the job is there.
 
     Raises NotFound, for another tenant's too, and InvalidRequest: the two do not agree.
@@ -93,7 +125,7 @@ def start_of(session: Session, tenant_id: str, request: JobCreate) -> Start | No
     return start
 
 
-def shape(asked: Lora, start: Start) -> Lora:
+def keep_shape(asked: Lora, start: AdapterSource) -> Lora:
     """`asked` with the shape of the adapter that it starts as. Raises InvalidRequest where another was asked for."""
     has = {name: getattr(start.recipe, name) for name in SHAPE}
     for name in SHAPE:
@@ -108,13 +140,13 @@ def shape(asked: Lora, start: Start) -> Lora:
     return asked.model_copy(update=has)
 
 
-def needed(session: Session, prefixes: Collection[str]) -> set[str]:
+def prefixes_in_use(session: Session, prefixes: Collection[str]) -> set[str]:
     """Those of the folders that jobs which have not ended start from."""
     starting = _starting(prefixes).with_only_columns(Job.start_prefix)
     return {prefix for prefix in session.scalars(starting) if prefix is not None}
 
 
-def user(session: Session, prefix: str) -> str | None:
+def job_using(session: Session, prefix: str) -> str | None:
     """The id of a job that has not ended and starts from this folder."""
     return session.scalar(_starting([prefix]).with_only_columns(Job.id).limit(1))
 
@@ -123,7 +155,7 @@ def _starting(prefixes: Collection[str]) -> Select[Job]:
     return select(Job).where(Job.start_prefix.in_(prefixes), Job.state.not_in(TERMINAL))
 
 
-def _find(session: Session, tenant_id: str, name: str, param: str) -> Start:
+def _find(session: Session, tenant_id: str, name: str, param: str) -> AdapterSource:
     if match := _CHECKPOINT_NAME.fullmatch(name):
         here = (Checkpoint.job_id == f"ftjob-{match['job']}") & (Checkpoint.step == int(match["step"]))
         return _checkpoint(session, tenant_id, here, name, param)
@@ -138,16 +170,12 @@ def _find(session: Session, tenant_id: str, name: str, param: str) -> Start:
     )
 
 
-def _adapter(session: Session, tenant_id: str, name: str, param: str) -> Start:
-    mine = select(Adapter).where(Adapter.name == name, Adapter.tenant_id == tenant_id)
-    adapter = session.scalar(mine.with_for_update(read=True).execution_options(populate_existing=True))
-    if adapter is None or adapter.deleted_at is not None:
-        found = f"no model {name!r}" if adapter is None else f"model {name!r} was deleted"
-        raise NotFound(f"{found}; list yours with GET /v1/models", param=param, code="model_not_found")
+def _adapter(session: Session, tenant_id: str, name: str, param: str) -> AdapterSource:
+    adapter = get_adapter(session, tenant_id, name, param=param, lock="share")
     return _start(session.get_one(Job, adapter.job_id), name, adapter.prefix, adapter.files)
 
 
-def _checkpoint(session: Session, tenant_id: str, here: ColumnElement[bool], name: str, param: str) -> Start:
+def _checkpoint(session: Session, tenant_id: str, here: ColumnElement[bool], name: str, param: str) -> AdapterSource:
     mine = select(Checkpoint).join(Job).where(here, Job.tenant_id == tenant_id)
     locked = mine.with_for_update(read=True, of=Checkpoint).execution_options(populate_existing=True)
     checkpoint, found = session.scalar(locked), f"no checkpoint {name!r}"
@@ -163,9 +191,9 @@ def _checkpoint(session: Session, tenant_id: str, here: ColumnElement[bool], nam
     raise NotFound(f"{found}; {hint}", param=param, code="checkpoint_not_found")
 
 
-def _start(job: Job, name: str, prefix: str, files: list[Any]) -> Start:
+def _start(job: Job, name: str, prefix: str, files: list[Any]) -> AdapterSource:
     [sha256] = [file["sha256"] for file in files if file["path"] in (WEIGHTS, MODEL)]
-    return Start(name, job.base_model, prefix, sha256, Plan.model_validate(job.plan).recipe)
+    return AdapterSource(name, job.base_model, prefix, sha256, Plan.model_validate(job.plan).recipe)
 
 
 def _sorted(value: object) -> object:

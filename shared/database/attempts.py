@@ -15,10 +15,9 @@ from sqlalchemy import ColumnElement, cast, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
-from shared import starts
+from shared.database.jobs import LEASABLE, MOVES, Reason, expired, transition
+from shared.database.tables import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
 from shared.ids import new_id
-from shared.jobs import LEASABLE, MOVES, Reason, expired, transition
-from shared.models import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
 from shared.schemas.requests import Desired, Phase, State
 from shared.schemas.results import JobError, Metrics, Plan, Report
 from shared.storage import Entry
@@ -106,29 +105,9 @@ def checkpointed(
     return True
 
 
-def latest_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
-    """The job's live checkpoints, newest first."""
-    live = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-    return session.scalars(live.order_by(Checkpoint.step.desc())).all()
-
-
-def drop_checkpoints(session: Session, job_id: str, epoch: int, *, keep: int) -> list[str]:
-    """Retire all but the newest `keep` checkpoints; returns the prefixes whose objects may go.
-
-    The objects of one that another job starts from stay until that has ended; the garbage collector sees to it.
-    """
-    if _locked(session, job_id, epoch) is None:
-        return []
-    old = [checkpoint.id for checkpoint in latest_checkpoints(session, job_id)[keep:]]
-    dropped = update(Checkpoint).where(Checkpoint.id.in_(old)).values(deleted_at=func.clock_timestamp())
-    prefixes = session.scalars(dropped.returning(Checkpoint.prefix)).all()
-    needed = starts.needed(session, prefixes)
-    return [prefix for prefix in prefixes if prefix not in needed]
-
-
 def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
     """The dataset is good: queue the job, or end it where it was a dry run or its user has changed their mind."""
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is None:
         return None
     reason = Reason.DRY_RUN if job.dry_run else Reason.PLANNED
@@ -141,7 +120,7 @@ def succeeded(
     session: Session, job_id: str, epoch: int, *, report: Report, adapter: Adapter, result_file: File
 ) -> State | None:
     """End the job well, with its adapter and result file; a cancel that was accepted before wins."""
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is None:
         return None
     if job.desired_state == Desired.CANCEL:
@@ -154,7 +133,7 @@ def succeeded(
 
 def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     """End the job for a reason that its user must mend; a cancel that was accepted before wins."""
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is not None and job.desired_state == Desired.CANCEL:
         return transition(session, job_id, Reason.CANCELLED, epoch=epoch)
     values = {"error": error.model_dump(mode="json")}
@@ -168,7 +147,7 @@ def released(session: Session, job_id: str, epoch: int, *, message: str | None =
 
     A job that is queued again is not claimed for `wait` seconds.
     """
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is None:
         return False
     wish = _wish(job)
@@ -180,7 +159,7 @@ def released(session: Session, job_id: str, epoch: int, *, message: str | None =
 
 def shrunk(session: Session, job_id: str, epoch: int) -> bool:
     """The kernel killed the attempt for its memory: the next one halves the micro-batch. No crash is counted."""
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is None:
         return False
     less = {"memory_halvings": Job.memory_halvings + 1}
@@ -201,7 +180,7 @@ def crashed(
 
     `silent` is the sweeper's case, whose worker said nothing; it holds only while the lease has truly expired.
     """
-    job = _locked(session, job_id, epoch)
+    job = lock_held_job(session, job_id, epoch)
     if job is None or (silent and not session.scalar(select(Job.id).where(Job.id == job_id, expired()))):
         return False
     wish = _wish(job)
@@ -223,7 +202,7 @@ def _held(job_id: str, epoch: int) -> Any:
     return held.where(Job.state.in_(LEASABLE)).execution_options(synchronize_session=False)
 
 
-def _locked(session: Session, job_id: str, epoch: int) -> Job | None:
+def lock_held_job(session: Session, job_id: str, epoch: int) -> Job | None:
     held = select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
     return session.scalar(held.with_for_update().execution_options(populate_existing=True))
 

@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import ColumnElement, Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from shared import jobs
+from shared.database import base_models, files
+from shared.database.tables import Preview
 from shared.errors import TooMany
 from shared.ids import new_id
-from shared.models import Preview
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 
 #: Asked for longer ago than this, nobody waits for it any more.
@@ -29,13 +29,13 @@ MOST_WAITING = 4
 KEPT_SECONDS = 3600.0
 
 
-def ask(session: Session, tenant_id: str, request: PreviewCreate) -> str:
+def create(session: Session, tenant_id: str, request: PreviewCreate) -> str:
     """The id of a preview to wait for. The same question within minutes is the same preview, unless that one failed.
 
     So a client that was told to come back finds what was done meanwhile.
     """
-    base = jobs.get_base(session, request.model)
-    jobs.get_usable_file(session, tenant_id, request.training_file, None, "training_file")
+    base = base_models.get_base_model(session, request.model)
+    files.get_usable_file(session, tenant_id, request.training_file, None, "training_file")
     body = request.model_dump(mode="json")
     same = Preview.tenant_id == tenant_id, Preview.request == body, Preview.error.is_(None), _wanted()
     earlier = session.scalar(select(Preview.id).where(*same).order_by(Preview.created_at.desc()).limit(1))

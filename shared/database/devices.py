@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from shared.models import BaseModel, DeviceReport, Job, MemoryWeighing
+from shared.database.tables import BaseModelRow, DeviceReport, Job, MemoryWeighing
 from shared.schemas.memory import Device, KnownDevice, MeasuredFit, Weighing
 from shared.schemas.requests import JobCreate, Quantization
 
@@ -32,7 +32,7 @@ def report(session: Session, device: Device) -> None:
 def weigh(session: Session, job: Job, fit: MeasuredFit) -> None:
     """A run is over: keep what was computed for it and what it took."""
     values = {
-        "digest": session.get_one(BaseModel, job.base_model).digest,
+        "digest": session.get_one(BaseModelRow, job.base_model).digest,
         "quantization": JobCreate.model_validate(job.request).quantization.value,
         "kind": fit.device.kind,
         "name": fit.device.name,

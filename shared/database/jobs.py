@@ -1,7 +1,7 @@
 """The state machine of a job: what its states are, what users do to it, how a worker gets it.
 
 Owns every change of state: `transition` is the only writer of `state`, one guarded UPDATE and one event row in the same
-transaction. What the holder of a lease writes is in shared/attempts.py. Postgres's clock only. Must not touch S3, nor
+transaction. What the holder of a lease writes is in shared/database/attempts.py. Postgres's clock only. Must not touch S3, nor
 ring.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, case, func, select, text, update
 from sqlalchemy.orm import Session, joinedload
 
-from shared import starts
-from shared.datasets import formats
+from shared.database import adapters
+from shared.database.adapters import AdapterSource
+from shared.database.base_models import get_base_model
+from shared.database.files import get_usable_file
+from shared.database.paging import Rows, keyset_rows
+from shared.database.tables import BaseModelRow, Job, JobEvent
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
-from shared.models import BaseModel, File, Job, JobEvent
 from shared.queue import Queue
-from shared.schemas.requests import TERMINAL, Desired, JobCreate, MethodName, Phase, Quantization, State
-from shared.schemas.results import FileReport
-from shared.starts import Start
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, Phase, Quantization, State
+from shared.schemas.results import Plan
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL
@@ -145,7 +147,7 @@ def submit(
     if earlier is not None:
         return earlier, False
     base, start = _origin(session, tenant_id, request)
-    lora = starts.shape(request.lora, start) if start is not None else request.lora
+    lora = adapters.keep_shape(request.lora, start) if start is not None else request.lora
     if lora.use_dora and request.quantization is Quantization.INT8:
         # peft takes the norm of the whole weight in each forward, whose scales bitsandbytes lets go of in training.
         raise InvalidRequest('int8 bears no DoRA; allowed with it: "nf4" or "none"', param="quantization")
@@ -195,36 +197,45 @@ def jobs_of(tenant_id: str) -> Select[Job]:
     return shown.execution_options(populate_existing=True)
 
 
-def get_base(session: Session, name: str) -> BaseModel:
-    """The base model of that name."""
-    base = session.get(BaseModel, name)
-    if base is None:
-        names = ", ".join(session.scalars(select(BaseModel.name).order_by(BaseModel.name))) or "none yet"
-        raise NotFound(f"base model {name!r} not found; allowed: {names}", param="model", code="model_not_found")
-    return base
+def list_jobs(
+    session: Session, tenant_id: str, *, metadata: Mapping[str, str] | None, after: str | None, limit: int
+) -> Rows[Job]:
+    """A page of the tenant's jobs, newest first, without dry runs.
+
+    `metadata` keeps the jobs that have all these pairs; None keeps those that have no metadata.
+    """
+    query = jobs_of(tenant_id).where(Job.dry_run.is_(False))
+    if metadata is None:
+        query = query.where(Job.request["metadata"].as_string().is_(None))
+    elif metadata:
+        query = query.where(Job.request["metadata"].contains(dict(metadata)))
+    return keyset_rows(session, query, Job.id, after=after, limit=limit)
 
 
-def get_usable_file(session: Session, tenant_id: str, file_id: str, method: MethodName | None, param: str) -> File:
-    """The tenant's dataset, fit for the method if there is one; locked against deletion till what needs it is there."""
-    mine = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
-    file = session.scalar(mine.with_for_update(read=True))
-    if file is None:
-        raise NotFound(f"no file {file_id!r}; upload one with POST /v1/files", param=param, code="file_not_found")
-    if file.purpose != "fine-tune":
-        raise InvalidRequest(f"file {file_id} has purpose {file.purpose!r}; allowed: 'fine-tune'", param=param)
-    report = FileReport.model_validate(file.report) if file.report else None
-    if method is not None and report is not None and (misfit := formats.misfit(method, report.format)):
-        raise InvalidRequest(f"file {file_id}: {misfit}", param=param, code=f"invalid_{param}")
-    return file
+def list_events(session: Session, job_id: str, *, after: int | None, limit: int) -> Rows[JobEvent]:
+    """A page of a job's events, newest first; `after` is the sequence number of the last one seen."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    return keyset_rows(session, query, JobEvent.seq, after=after, limit=limit)
 
 
-def live_file() -> ColumnElement[bool]:
-    """Neither deleted nor expired."""
-    fresh = File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
-    return File.deleted_at.is_(None) & fresh
+def latest_plan(session: Session, tenant_id: str, *, training_file: str, base: str) -> Plan | None:
+    """The plan of the tenant's newest job, or dry run, on this file and base model."""
+    planned = (
+        select(Job.plan)
+        .where(
+            Job.tenant_id == tenant_id,
+            Job.training_file == training_file,
+            Job.base_model == base,
+            Job.plan.is_not(None),
+        )
+        .order_by(Job.id.desc())
+        .limit(1)
+    )
+    found = session.scalar(planned)
+    return None if found is None else Plan.model_validate(found)
 
 
-def ask(session: Session, tenant_id: str, job_id: str, desired: Desired) -> Job:
+def set_desired_state(session: Session, tenant_id: str, job_id: str, desired: Desired) -> Job:
     """Cancel, pause or resume. A leased job's worker obeys within one heartbeat; any other job moves at once."""
     job = session.scalar(select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id).with_for_update())
     if job is None or job.state in TERMINAL or (job.desired_state == Desired.CANCEL and desired is not Desired.CANCEL):
@@ -335,11 +346,11 @@ def not_rung(session: Session, job_ids: Sequence[str]) -> None:
     session.execute(waiting.values(published_at=None))
 
 
-def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModel, Start | None]:
+def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModelRow, AdapterSource | None]:
     """The base, and the adapter on it that training starts from, if any."""
-    named = None if starts.names_adapter(request.model) else get_base(session, request.model)
-    start = starts.start_of(session, tenant_id, request)
-    return named or get_base(session, start.base if start else request.model), start
+    named = None if adapters.names_adapter(request.model) else get_base_model(session, request.model)
+    start = adapters.adapter_source(session, tenant_id, request)
+    return named or get_base_model(session, start.base if start else request.model), start
 
 
 def _move_unleased(session: Session, job: Job, desired: Desired) -> None:

@@ -1,6 +1,6 @@
 """The tables. Postgres only: JSONB, partial indexes, `clock_timestamp()`.
 
-The state machine lives in shared/jobs.py; a trigger (see the first migration) makes terminal states absorbing even for
+The state machine lives in shared/database/jobs.py; a trigger (see the first migration) makes terminal states absorbing even for
 hand-written SQL. Must not hold logic.
 """
 
@@ -18,7 +18,7 @@ from shared.schemas.requests import Desired, State
 NOW = text("clock_timestamp()")
 
 
-class Base(DeclarativeBase):
+class Table(DeclarativeBase):
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -38,7 +38,7 @@ class Base(DeclarativeBase):
     }
 
 
-class Tenant(Base):
+class Tenant(Table):
     __tablename__ = "tenants"
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -46,7 +46,7 @@ class Tenant(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
-class ApiKey(Base):
+class ApiKey(Table):
     """`id` is the public part of the secret; only the SHA-256 of the whole is stored."""
 
     __tablename__ = "api_keys"
@@ -59,7 +59,7 @@ class ApiKey(Base):
     revoked_at: Mapped[datetime | None]
 
 
-class File(Base):
+class File(Table):
     __tablename__ = "files"
     __table_args__ = (Index(None, "tenant_id", "id"),)
 
@@ -78,7 +78,7 @@ class File(Base):
     deleted_at: Mapped[datetime | None]
 
 
-class BaseModel(Base):
+class BaseModelRow(Table):
     """A frozen base, mirrored into the bucket under `prefix`; `files` lists {path, bytes, sha256}."""
 
     __tablename__ = "base_models"
@@ -96,11 +96,11 @@ class BaseModel(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
-class Job(Base):
-    """The job. Written by shared/jobs.py only.
+class Job(Table):
+    """The job. Written by shared/database/jobs.py only.
 
     `start_…` is the adapter that it begins with, as it was when the job was submitted: the name that clients know, the
-    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays (shared/starts.py).
+    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays (shared/database/adapters.py).
     """
 
     __tablename__ = "jobs"
@@ -169,7 +169,7 @@ class Job(Base):
     adapter: Mapped[Adapter | None] = relationship(lazy="raise")
 
 
-class JobEvent(Base):
+class JobEvent(Table):
     """Append-only (a trigger sees to it); `seq` counts from 1 within a job, without gaps.
 
     `lease_epoch` is the job's when the event was written.
@@ -187,7 +187,7 @@ class JobEvent(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
-class JobMetric(Base):
+class JobMetric(Table):
     """One row a step. A resumed attempt overwrites the steps that it trains again."""
 
     __tablename__ = "job_metrics"
@@ -197,7 +197,7 @@ class JobMetric(Base):
     values: Mapped[dict[str, Any]]
 
 
-class Checkpoint(Base):
+class Checkpoint(Table):
     """A checkpoint is real once this row is; `files` lists {path, bytes, sha256} under `prefix`."""
 
     __tablename__ = "checkpoints"
@@ -214,7 +214,7 @@ class Checkpoint(Base):
     deleted_at: Mapped[datetime | None]
 
 
-class Preview(Base):
+class Preview(Table):
     """Rows of a dataset as a base's tokenizer sees them: asked for by a request that waits, answered by a worker.
 
     No lease: whoever takes it and dies is followed by another, and `takes` counts them.
@@ -236,8 +236,8 @@ class Preview(Base):
     finished_at: Mapped[datetime | None]
 
 
-class DeviceReport(Base):
-    """What a training worker has said that it trains on; see shared/devices.py."""
+class DeviceReport(Table):
+    """What a training worker has said that it trains on; see shared/database/devices.py."""
 
     __tablename__ = "devices"
 
@@ -247,7 +247,7 @@ class DeviceReport(Base):
     seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
-class MemoryWeighing(Base):
+class MemoryWeighing(Table):
     """What one job's run took of its device, beside what was computed; `digest` is the base's."""
 
     __tablename__ = "memory_weighings"
@@ -263,7 +263,7 @@ class MemoryWeighing(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
-class Adapter(Base):
+class Adapter(Table):
     """The published result of one job, known to clients as `name`.
 
     `proof` is what was shown of the published files before the job succeeded; `signed_by` the public key, base64;

@@ -1,0 +1,30 @@
+"""The catalog of base models: look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared.database.tables import BaseModelRow
+from shared.errors import NotFound
+
+
+def find_base_model(session: Session, name: str) -> BaseModelRow | None:
+    """The base model of that name, if there is one."""
+    return session.get(BaseModelRow, name)
+
+
+def get_base_model(session: Session, name: str) -> BaseModelRow:
+    """The base model of that name. Raises NotFound, which lists the names there are."""
+    base = find_base_model(session, name)
+    if base is None:
+        names = ", ".join(base.name for base in list_base_models(session)) or "none yet"
+        raise NotFound(f"base model {name!r} not found; allowed: {names}", param="model", code="model_not_found")
+    return base
+
+
+def list_base_models(session: Session) -> Sequence[BaseModelRow]:
+    """All base models, oldest first."""
+    return session.scalars(select(BaseModelRow).order_by(BaseModelRow.created_at, BaseModelRow.name)).all()
