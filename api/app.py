@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.routes import estimate, files, health, jobs, models, preview
+from shared.broker.doorbell import Bell
 from shared.errors import Conflict, InvalidRequest, MillinerError, TooLarge, Unavailable
 from shared.ids import new_id
-from shared.queue import Bell
 from shared.settings import get_settings
 from shared.telemetry import bind, configure, log
 

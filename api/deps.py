@@ -13,10 +13,10 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
+from shared.broker.doorbell import Bell
 from shared.database.session import session_scope
 from shared.database.tables import Tenant
 from shared.database.tenants import authenticate
-from shared.queue import Bell
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `milliner keys add TENANT` makes one.")
 

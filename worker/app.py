@@ -23,8 +23,9 @@ import billiard
 from celery.signals import setup_logging, worker_init, worker_process_init, worker_shutting_down
 
 from shared import storage
+from shared.broker.doorbell import celery_app
+from shared.broker.queues import Queue
 from shared.errors import InvalidRequest
-from shared.queue import Queue, celery_app
 from shared.settings import get_settings
 from shared.signing import private_key
 from shared.telemetry import bind, configure, log

@@ -15,7 +15,7 @@ from shared.database import attempts
 from shared.database.session import session_scope
 from shared.database.tables import Job
 from shared.errors import Unavailable
-from shared.faults import Point, reach
+from shared.failpoints import Failpoint, failpoint
 from shared.schemas.requests import Phase
 from shared.schemas.results import JobError, Metrics
 from shared.settings import get_settings
@@ -114,7 +114,7 @@ class LeasedJob:
 
     def release(self, leave: Leave) -> None:
         """Give the job back. A worker that drains has little time; then the lease runs out by itself."""
-        reach(Point.BEFORE_RELEASE)
+        failpoint(Failpoint.BEFORE_RELEASE)
         message = leave.message
         if message is None and self.patience.is_draining():
             message = "The worker is shutting down; the job goes on elsewhere"
@@ -130,7 +130,7 @@ class LeasedJob:
                 return
             self.lease.progressed()
             time.sleep(0.5)
-        reach(Point.AFTER_RELEASE)
+        failpoint(Failpoint.AFTER_RELEASE)
 
     def no_room(self, message: str) -> Leave:
         """The disk is full: no crash of the job, which waits ever longer for this machine or another to have room."""

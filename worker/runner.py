@@ -3,7 +3,7 @@
 Owns the order of effects. Files go to S3 first and become real by a row, which names our epoch; a row that is refused
 means that the lease moved on (`Lost`), and then nothing more is written. A server that is down is waited for, under the
 lease: an outage is not the job's fault and is no crash; nor is a full disk, which gives the job back. Every gap between
-two effects is a named crash point (shared/faults.py).
+two effects is a named crash point (shared/failpoints.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from shared import storage
+from shared.broker.doorbell import ring
+from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, devices, jobs
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job, Tenant
 from shared.errors import Unavailable
-from shared.faults import Point, reach
+from shared.failpoints import Failpoint, failpoint
 from shared.ids import fine_tuned_name
 from shared.protocol import (
     CheckpointSaved,
@@ -41,7 +43,6 @@ from shared.protocol import (
     Verify,
     Working,
 )
-from shared.queue import Queue, ring
 from shared.schemas.requests import Desired, JobCreate, Phase, State
 from shared.schemas.results import JobError, Plan, Report
 from shared.settings import get_settings
@@ -80,7 +81,7 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
         return Outcome.IDLE
     bind(job=job.id, epoch=job.lease_epoch, attempt=job.attempt)
     log.info("job.claimed", queue=queue)
-    reach(Point.AFTER_CLAIM)
+    failpoint(Failpoint.AFTER_CLAIM)
     outcome = Outcome.DONE
     try:
         with ExitStack() as held, Lease(job.id, job.lease_epoch, claimed_at) as lease:
@@ -119,7 +120,7 @@ class Attempt(LeasedJob):
                 patience=self.patience,
                 tell=self.tell,
             )
-            reach(Point.AFTER_STAGE)
+            failpoint(Failpoint.AFTER_STAGE)
             done = self.talk(command, slot)
             if isinstance(command, Train) and isinstance(done, Done):
                 self.publish(command, done, slot)
@@ -150,7 +151,7 @@ class Attempt(LeasedJob):
         purpose, said = PURPOSES.get(type(command), warm.Purpose.WORK), None
         session = warm.take(purpose, visible_device=cache.visible_device(slot))
         self.lease.guard(session)
-        reach(Point.AFTER_TRAINER_START)
+        failpoint(Failpoint.AFTER_TRAINER_START)
         try:
             self.lease.hold()
             session.send(command)
@@ -247,16 +248,16 @@ class Attempt(LeasedJob):
         self.flush()
         folder, epoch = Path(event.path), self.lease.epoch
         prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{epoch}/{event.step}/"
-        reach(Point.BEFORE_CHECKPOINT_UPLOAD)
+        failpoint(Failpoint.BEFORE_CHECKPOINT_UPLOAD)
         files = self.patience.do(lambda: storage.put_folder(prefix, folder))
-        reach(Point.AFTER_CHECKPOINT_UPLOAD)
+        failpoint(Failpoint.AFTER_CHECKPOINT_UPLOAD)
         self.guarded(
             lambda s: attempts.checkpointed(
                 s, self.job.id, epoch, step=event.step, prefix=prefix, files=files, metrics=event.metrics
             )
         )
         log.info("checkpoint.saved", step=event.step)
-        reach(Point.AFTER_CHECKPOINT_ROW)
+        failpoint(Failpoint.AFTER_CHECKPOINT_ROW)
         shutil.rmtree(folder)
         for old in self.patience.do(self._retired):
             self.patience.do(partial(storage.delete_prefix, old))
@@ -273,7 +274,7 @@ class Attempt(LeasedJob):
             self.tell("warn", warning)
         state = self.guarded(lambda s: attempts.planned(s, self.job.id, self.lease.epoch, plan))
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
-        reach(Point.AFTER_PLAN)
+        failpoint(Failpoint.AFTER_PLAN)
         if state is State.QUEUED:
             ring(Queue.TRAIN)  # unheard, the sweeper rings again
 
@@ -281,25 +282,25 @@ class Attempt(LeasedJob):
         """Adapter up, back again and proven; its manifest; then one transaction that makes the job `succeeded`."""
         job, epoch = self.job, self.lease.epoch
         self.enter(Phase.VERIFYING)
-        reach(Point.BEFORE_PUBLISH)
+        failpoint(Failpoint.BEFORE_PUBLISH)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
         files = self.patience.do(lambda: storage.put_files(prefix, Path(done.path), epoch=epoch))
-        reach(Point.AFTER_ADAPTER_UPLOAD)
+        failpoint(Failpoint.AFTER_ADAPTER_UPLOAD)
         verified = self.prove(trained, done, prefix, files, slot)
         if verified is None:
             return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
-        reach(Point.AFTER_PROOF)
+        failpoint(Failpoint.AFTER_PROOF)
         self.tell("info", f"the published adapter, fetched back and loaded anew: loss {verified.proof.tuned.loss:.4f}")
         exported = self.export(trained, done, verified, prefix, slot)
-        reach(Point.AFTER_EXPORTS)
+        failpoint(Failpoint.AFTER_EXPORTS)
         self.enter(Phase.PUBLISHING)
         result = publishing.put_result(job, patience=self.patience)
-        reach(Point.AFTER_RESULT_UPLOAD)
+        failpoint(Failpoint.AFTER_RESULT_UPLOAD)
         name = self.patience.do(self._name)
         sealed, signed_by = publishing.seal(
             prefix, files, job, name=name, verified=verified, exported=exported, epoch=epoch, patience=self.patience
         )
-        reach(Point.AFTER_MANIFEST)
+        failpoint(Failpoint.AFTER_MANIFEST)
         proof = verified.proof.model_dump(mode="json")
 
         def finish(session: Any) -> State | None:
@@ -324,7 +325,7 @@ class Attempt(LeasedJob):
         self.tracking.last_call()
         state = self.guarded(finish)
         log.info("job.finished", state=state)
-        reach(Point.AFTER_FINISH)
+        failpoint(Failpoint.AFTER_FINISH)
         if state is State.SUCCEEDED:
             publishing.drop_strays(prefix, sealed, patience=self.patience)
         else:

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from shared import storage
+from shared.broker.queues import Queue
 from shared.database import checkpoints, devices
 from shared.database.adapters import WEIGHTS
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, Checkpoint, File, Job
 from shared.protocol import Prepare, Task, Train
-from shared.queue import Queue
 from shared.schemas.memory import KnownDevice
 from shared.schemas.requests import JobCreate
 from shared.schemas.results import Plan, Recipe

@@ -13,12 +13,13 @@ from threading import Event, Thread
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from shared.broker.doorbell import ring
+from shared.broker.queues import Queue
 from shared.database import attempts, jobs, previews
 from shared.database.session import after_commit, session_scope
 from shared.database.tables import Job
 from shared.errors import Unavailable
-from shared.faults import Point, reach
-from shared.queue import Queue, ring
+from shared.failpoints import Failpoint, failpoint
 from shared.schemas.results import JobError
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
@@ -65,8 +66,8 @@ def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
             return False
         if watched >= settings.lease_seconds and reclaim(session, settings):
-            reach(Point.BEFORE_RECLAIM_COMMIT)
-            after_commit(session, lambda: reach(Point.AFTER_RECLAIM))
+            failpoint(Failpoint.BEFORE_RECLAIM_COMMIT)
+            after_commit(session, lambda: failpoint(Failpoint.AFTER_RECLAIM))
         previews.drop_old(session)
     return all(ring_again(queue, backoff=0.0 if newborn else settings.rering_seconds) for queue in Queue)
 
@@ -84,7 +85,7 @@ def ring_again(queue: Queue, *, backoff: float) -> bool:
                 jobs.not_rung(session, waiting[told:])
             return False
     if waiting:
-        reach(Point.AFTER_RERING)
+        failpoint(Failpoint.AFTER_RERING)
         log.info("queue.rung", queue=queue, jobs=len(waiting))
     return True
 

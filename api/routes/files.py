@@ -24,7 +24,7 @@ from shared.database.session import after_commit, session_scope
 from shared.database.tables import File
 from shared.datasets.formats import check_file, describe
 from shared.errors import InvalidRequest, TooLarge
-from shared.faults import Point, reach
+from shared.failpoints import Failpoint, failpoint
 from shared.ids import new_id
 from shared.schemas.requests import Request, Text
 from shared.schemas.responses import Deleted, Page
@@ -85,7 +85,7 @@ def upload_file(form: Annotated[UploadForm, Depends(upload_form)], tenant: Tenan
     file_id = new_id("file-")
     key = f"files/{tenant.id}/{file_id}"
     storage.put_stream(key, stream)
-    reach(Point.AFTER_FILE_PUT)
+    failpoint(Failpoint.AFTER_FILE_PUT)
     expires = None
     if form.expires_seconds and form.expires_anchor:
         expires = datetime.now(UTC) + timedelta(seconds=form.expires_seconds)

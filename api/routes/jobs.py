@@ -10,13 +10,13 @@ from fastapi import APIRouter, Header, Query, Request
 from api.deps import BellDep, SessionDep, TenantDep
 from api.paging import page
 from api.present import checkpoint_out, event_out, job_out
+from shared.broker.queues import Queue
 from shared.database import checkpoints, jobs
 from shared.database.session import after_commit
 from shared.database.tables import Job
 from shared.errors import InvalidRequest
-from shared.faults import Point, reach
+from shared.failpoints import Failpoint, failpoint
 from shared.ids import fine_tuned_name
-from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate
 from shared.schemas.responses import Checkpoint as CheckpointOut
 from shared.schemas.responses import Event, Page
@@ -43,8 +43,8 @@ def create_job(
     window = get_settings().retry_window_seconds if x_stainless_retry_count > 0 else None
     job, new = jobs.submit(session, tenant.id, body, idempotency_key=idempotency_key, retry_window=window)
     if new:
-        reach(Point.BEFORE_SUBMIT_COMMIT)
-        after_commit(session, lambda: reach(Point.AFTER_SUBMIT_COMMIT))
+        failpoint(Failpoint.BEFORE_SUBMIT_COMMIT)
+        after_commit(session, lambda: failpoint(Failpoint.AFTER_SUBMIT_COMMIT))
         after_commit(session, lambda: bell.ring(Queue.PREPARE))
     return _shown(session, job)
 

@@ -12,10 +12,10 @@ from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
 from api.deps import BellDep, TenantDep
+from shared.broker.queues import Queue
 from shared.database import previews
 from shared.database.session import session_scope
 from shared.errors import InvalidRequest, MillinerError, Unavailable
-from shared.queue import Queue
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Select, case, func, select, text, update
 from sqlalchemy.orm import Session, joinedload
 
+from shared.broker.queues import Queue
 from shared.database import adapters
 from shared.database.adapters import AdapterSource
 from shared.database.base_models import get_base_model
@@ -26,7 +27,6 @@ from shared.database.paging import Rows, keyset_rows
 from shared.database.tables import BaseModelRow, Job, JobEvent
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import new_id
-from shared.queue import Queue
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, Phase, Quantization, State
 from shared.schemas.results import Plan
 

@@ -15,7 +15,8 @@ from sqlalchemy import Engine
 
 from api.app import create_app
 from deploy.local.folder import Record
-from shared import queue, settings
+from shared import settings
+from shared.broker import doorbell
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, File, Preview
 from shared.database.tenants import create_key, ensure_tenant
@@ -91,7 +92,7 @@ def alone(stack: Record, database: Engine, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("MILLINER_DATABASE_URL", database.url.set(drivername="postgresql").render_as_string(False))
     monkeypatch.setenv("MILLINER_REDIS_URL", stack.redis_url.replace("/0", "/9"))
     monkeypatch.setenv("MILLINER_PREVIEW_SECONDS", "0.3")
-    caches = (settings.get_settings, queue.celery_app)
+    caches = (settings.get_settings, doorbell.celery_app)
     for cached in caches:
         cached.cache_clear()
     with session_scope() as session:

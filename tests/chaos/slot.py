@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from shared.queue import Queue
+from shared.broker.queues import Queue
 from shared.settings import get_settings
 from shared.telemetry import configure
 from worker import runner, sweeper

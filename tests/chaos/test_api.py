@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import uvicorn
 
-from shared.faults import Action, Point
+from shared.failpoints import Action, Failpoint
 from tests.chaos.fleet import Fleet
 from tests.chaos.servers import Servers
 
@@ -31,7 +31,7 @@ def test_the_api_dies_after_each_commit_and_before_the_ring(
 ) -> None:
     """Every create is cut off by the death of the server; the client's own retry must find the job that it made."""
     ours, wanted = fleet(servers, workers=2, slots=2), size(25, 500)
-    env = ours.env["api"] | {"MILLINER_FAULT": f"{Point.AFTER_SUBMIT_COMMIT}:{Action.KILL}"}
+    env = ours.env["api"] | {"MILLINER_FAULT": f"{Failpoint.AFTER_SUBMIT_COMMIT}:{Action.KILL}"}
     with served(env, ours.folder.logs / "forks.log") as (url, deaths):
         client = openai.OpenAI(base_url=url, api_key=ours.api_key, max_retries=30)
         body: Any = {"trainer": {"max_steps": 2, "save_every": 2}}

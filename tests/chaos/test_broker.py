@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from deploy.local import servers as local
-from shared.queue import Queue
+from shared.broker.queues import Queue
 from tests.chaos.fleet import BASE, Fleet, kill, percentile
 from tests.chaos.servers import Servers, until
 

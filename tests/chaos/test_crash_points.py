@@ -15,16 +15,16 @@ import openai
 import pytest
 
 from deploy.local import services
-from shared.faults import Action, Point
-from shared.queue import Queue
+from shared.broker.queues import Queue
+from shared.failpoints import Action, Failpoint
 from tests.chaos import slot
 from tests.chaos.fleet import Fleet, now
 from tests.chaos.servers import Servers, state_of, until
 
-API = [Point.AFTER_FILE_PUT, Point.BEFORE_SUBMIT_COMMIT, Point.AFTER_SUBMIT_COMMIT]
-SWEEPER = [Point.BEFORE_RECLAIM_COMMIT, Point.AFTER_RECLAIM, Point.AFTER_RERING]
-DRAIN = [Point.BEFORE_RELEASE, Point.AFTER_RELEASE]
-ATTEMPT = [point for point in Point if point not in {*API, *SWEEPER, *DRAIN}]
+API = [Failpoint.AFTER_FILE_PUT, Failpoint.BEFORE_SUBMIT_COMMIT, Failpoint.AFTER_SUBMIT_COMMIT]
+SWEEPER = [Failpoint.BEFORE_RECLAIM_COMMIT, Failpoint.AFTER_RECLAIM, Failpoint.AFTER_RERING]
+DRAIN = [Failpoint.BEFORE_RELEASE, Failpoint.AFTER_RELEASE]
+ATTEMPT = [point for point in Failpoint if point not in {*API, *SWEEPER, *DRAIN}]
 STEPS = 12
 FENCE = 1.5
 
@@ -52,14 +52,14 @@ def job(ours: Fleet) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("point", ATTEMPT)
-def test_an_attempt_is_killed_at(ours: Fleet, job: str, point: Point) -> None:
+def test_an_attempt_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None:
     for queue in up_to(ours, point):
         assert ended(start(ours, queue, point, Action.KILL)) == -signal.SIGKILL
     succeed(ours, job)
 
 
 @pytest.mark.parametrize("point", ATTEMPT)
-def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Point) -> None:
+def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Failpoint) -> None:
     """Stopped at the point, given up, replaced, and continued when its successor has done all the work."""
     for queue in up_to(ours, point):
         zombie = start(ours, queue, point, Action.STOP)
@@ -71,7 +71,7 @@ def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Point) -> None:
 
 @pytest.mark.parametrize("action", [Action.KILL, Action.STOP])
 @pytest.mark.parametrize("point", DRAIN)
-def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point: Point, action: Action) -> None:
+def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point: Failpoint, action: Action) -> None:
     run(ours, Queue.PREPARE)
     process = start(ours, Queue.TRAIN, point, action, drain_after=0.2)
     if action is Action.KILL:
@@ -85,10 +85,10 @@ def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point:
 
 
 @pytest.mark.parametrize("point", SWEEPER)
-def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Point) -> None:
-    assert ended(start(ours, Queue.PREPARE, Point.AFTER_CLAIM, Action.KILL)) == -signal.SIGKILL
+def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None:
+    assert ended(start(ours, Queue.PREPARE, Failpoint.AFTER_CLAIM, Action.KILL)) == -signal.SIGKILL
     lapse(ours)
-    if point is Point.AFTER_RERING:
+    if point is Failpoint.AFTER_RERING:
         run(ours, "sweep")
         ours.sql("UPDATE jobs SET published_at = NULL WHERE lease_owner IS NULL RETURNING id")
     assert ended(start(ours, "sweep", point, Action.KILL)) == -signal.SIGKILL
@@ -97,7 +97,7 @@ def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Point) -> None:
 
 @pytest.mark.parametrize("action", [Action.KILL, Action.RAISE])
 @pytest.mark.parametrize("point", API[1:])
-def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Point, action: Action) -> None:
+def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Failpoint, action: Action) -> None:
     """The client's retry gets the job that was made, or makes it; there is one either way."""
     serve(ours, f"{point}:{action}")
     before = ours.states()
@@ -105,7 +105,7 @@ def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Point, action: 
     with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
         ours.client.with_options(max_retries=0).fine_tuning.jobs.create(**body)
     made = set(ours.states()) - set(before)
-    assert len(made) == (point is Point.AFTER_SUBMIT_COMMIT)
+    assert len(made) == (point is Failpoint.AFTER_SUBMIT_COMMIT)
     serve(ours, "")
     job = ours.client.fine_tuning.jobs.create(**body, extra_headers={"x-stainless-retry-count": "1"})
     assert made <= {job.id}
@@ -115,7 +115,7 @@ def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Point, action: 
 
 
 def test_the_api_dies_between_an_upload_and_its_row(ours: Fleet) -> None:
-    serve(ours, f"{Point.AFTER_FILE_PUT}:{Action.KILL}")
+    serve(ours, f"{Failpoint.AFTER_FILE_PUT}:{Action.KILL}")
     files = ours.sql("SELECT count(*) FROM files")
     with pytest.raises(openai.APIConnectionError):
         ours.client.with_options(max_retries=0).files.create(file=("a.jsonl", b'{"text": "x"}\n'), purpose="fine-tune")
@@ -130,15 +130,15 @@ def serve(ours: Fleet, fault: str) -> None:
     until(lambda: services.api_ready(ours.base_url), "the API is ready")
 
 
-def up_to(ours: Fleet, point: Point) -> list[Queue]:
+def up_to(ours: Fleet, point: Failpoint) -> list[Queue]:
     """Queues to pass the point in. What only a training attempt meets comes after a whole preparation."""
-    if point is Point.AFTER_PLAN:
+    if point is Failpoint.AFTER_PLAN:
         return [Queue.PREPARE]
     run(ours, Queue.PREPARE)
     return [Queue.TRAIN]
 
 
-def start(ours: Fleet, act: str, point: Point, action: Action, *, drain_after: float = 1e9) -> ForkServerProcess:
+def start(ours: Fleet, act: str, point: Failpoint, action: Action, *, drain_after: float = 1e9) -> ForkServerProcess:
     """A slot that will meet its fate at the point."""
     env = ours.env["prepare"] | {"MILLINER_FAULT": f"{point}:{action}"}
     return slot.start([act], env, ours.folder.logs / "slot.log", drain_after=drain_after)

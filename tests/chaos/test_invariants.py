@@ -20,11 +20,11 @@ from sqlalchemy import Engine
 from deploy.local.folder import S3
 from deploy.local.servers import s3_client
 from shared import settings, storage
+from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, jobs
 from shared.database.session import engine, session_scope
 from shared.database.tables import Adapter, BaseModelRow, File, Job
 from shared.database.tenants import ensure_tenant
-from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
 from tests.chaos.invariants import ENDS, PAUSED, STARTED, overlaps, steps_repeated, violations

@@ -8,13 +8,13 @@ import pytest
 from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
+from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, jobs
 from shared.database.jobs import MOVES, Reason
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, File, Job, JobEvent, JobMetric, Tenant
 from shared.database.tenants import ensure_tenant
 from shared.errors import Conflict, NotFound
-from shared.queue import Queue
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
 from shared.schemas.results import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import Engine, func, select, text, update
 
+from shared.broker.queues import Queue
 from shared.database import attempts, jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent, Tenant
 from shared.errors import Conflict
-from shared.queue import Queue
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
 

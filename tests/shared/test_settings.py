@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from shared.faults import Action, Point, _armed
+from shared.failpoints import Action, Failpoint, _armed
 from shared.settings import Settings
 
 
@@ -23,6 +23,6 @@ def test_a_fault_that_names_no_point_is_refused(setting: str) -> None:
 
 
 def test_a_fault_is_a_point_and_an_action() -> None:
-    assert _armed("after_claim:kill") == (Point.AFTER_CLAIM, Action.KILL)
+    assert _armed("after_claim:kill") == (Failpoint.AFTER_CLAIM, Action.KILL)
     assert _armed("") is None
-    assert len(Point) >= 12
+    assert len(Failpoint) >= 12

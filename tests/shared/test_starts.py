@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from sqlalchemy import Engine, text
 
+from shared.broker.queues import Queue
 from shared.database import adapters, attempts, jobs
 from shared.database.checkpoints import drop_checkpoints, latest_checkpoints
 from shared.database.session import session_scope
@@ -18,7 +19,6 @@ from shared.database.tables import Adapter, BaseModelRow, Checkpoint, File, Job,
 from shared.database.tenants import ensure_tenant
 from shared.errors import InvalidRequest, MillinerError, NotFound
 from shared.ids import fine_tuned_name
-from shared.queue import Queue
 from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import Metrics
 from shared.storage import Entry

@@ -17,7 +17,8 @@ import torch
 from sqlalchemy import Engine, text, update
 
 from deploy.local.folder import Record
-from shared import queue, settings, storage
+from shared import settings, storage
+from shared.broker import doorbell
 from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, File, Job
@@ -64,7 +65,7 @@ def as_worker(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pyte
     }
     for name, value in environment.items():
         monkeypatch.setenv(f"MILLINER_{name}", value)
-    caches = (settings.get_settings, storage.client, queue.celery_app)
+    caches = (settings.get_settings, storage.client, doorbell.celery_app)
     for cached in caches:
         cached.cache_clear()
     yield

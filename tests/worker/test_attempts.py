@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import select
 
 from shared import settings, storage
+from shared.broker.queues import Queue
 from shared.database import attempts, jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
-from shared.queue import Queue
 from shared.schemas.requests import State
 from shared.schemas.results import Metrics
 from worker import session as trainer

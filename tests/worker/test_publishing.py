@@ -17,10 +17,10 @@ from sqlalchemy import select
 
 from deploy.local.folder import Folder
 from shared import settings, storage
+from shared.broker.queues import Queue
 from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job, JobEvent
-from shared.queue import Queue
 from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 from shared.schemas.requests import Desired, State
 from shared.schemas.results import Export

@@ -5,10 +5,10 @@ from __future__ import annotations
 import redis
 from sqlalchemy import func, select, text, update
 
+from shared.broker.queues import Queue
 from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job
-from shared.queue import Queue
 from shared.schemas.requests import State
 from shared.settings import get_settings
 from worker.sweeper import Watch, reclaim, sweep

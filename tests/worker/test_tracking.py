@@ -18,10 +18,10 @@ from sqlalchemy import select, update
 
 from api.present import job_out
 from shared import settings
+from shared.broker.queues import Queue
 from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
-from shared.queue import Queue
 from shared.schemas.requests import Desired, State
 from tests.shared.test_jobs import REPORT
 from tests.worker.test_publishing import PROOF

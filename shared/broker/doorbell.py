@@ -7,7 +7,6 @@ ring changes nothing, so there is no result backend, no late ack, no retry, and 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from functools import lru_cache
 from threading import Lock
 
@@ -15,15 +14,9 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
+from shared.broker.queues import Queue
 from shared.settings import get_settings
 from shared.telemetry import log
-
-
-class Queue(StrEnum):
-    """`prepare` reads datasets on a CPU; `train` holds an accelerator."""
-
-    PREPARE = "prepare"
-    TRAIN = "train"
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +27,7 @@ def celery_app() -> Celery:
     """
     app = Celery("milliner", broker=get_settings().redis_url.get_secret_value())
     app.conf.update(
-        broker_transport="shared.doorbell:Transport",
+        broker_transport="shared.broker.transport:Transport",
         task_acks_late=False,
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,

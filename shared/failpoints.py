@@ -16,7 +16,7 @@ from shared.settings import get_settings
 from shared.telemetry import log
 
 
-class Point(StrEnum):
+class Failpoint(StrEnum):
     """Between which two effects. Points of the API first, then of an attempt in its order, then of the sweeper."""
 
     AFTER_FILE_PUT = "after_file_put"
@@ -49,7 +49,7 @@ class Action(StrEnum):
     RAISE = "raise"  # an exception that nobody expects
 
 
-def reach(point: Point) -> None:
+def failpoint(point: Failpoint) -> None:
     """Called where the point is. Raises ValueError for a setting that names none."""
     armed = _armed(get_settings().fault)
     if armed is None or armed[0] is not point:
@@ -61,13 +61,13 @@ def reach(point: Point) -> None:
 
 
 @lru_cache(maxsize=1)
-def _armed(setting: str | None) -> tuple[Point, Action] | None:
+def _armed(setting: str | None) -> tuple[Failpoint, Action] | None:
     if not setting:
         return None
     point, _, action = setting.partition(":")
-    if point not in set(Point) or action not in set(Action):
+    if point not in set(Failpoint) or action not in set(Action):
         raise ValueError(
-            f"MILLINER_FAULT={setting!r}: allowed is <point>:<action> with a point of {', '.join(Point)} "
+            f"MILLINER_FAULT={setting!r}: allowed is <point>:<action> with a point of {', '.join(Failpoint)} "
             f"and an action of {', '.join(Action)}"
         )
-    return Point(point), Action(action)
+    return Failpoint(point), Action(action)
