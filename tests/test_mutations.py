@@ -63,9 +63,11 @@ MUTANTS = {
         "    if False:\n        return State.CANCELLED",
         JOBS,
     ),
-    "a sweeper that does not ring again": Mutant("worker/sweeper.py", "if not ring(queue):", "if True:", SWEEPER),
+    "a sweeper that does not ring again": Mutant(
+        "worker/background/sweeper.py", "if not ring(queue):", "if True:", SWEEPER
+    ),
     "a sweeper that does not watch first": Mutant(
-        "worker/sweeper.py", "if watched >= settings.lease_seconds and ", "if ", SWEEPER
+        "worker/background/sweeper.py", "if watched >= settings.lease_seconds and ", "if ", SWEEPER
     ),
     "a resume that does not look at the manifest": Mutant(
         "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
@@ -77,7 +79,7 @@ MUTANTS = {
         "tests/worker/trainer/test_verify.py",
     ),
     "a lease that does not freeze its trainer": Mutant(
-        "worker/lease.py", "if late and not session.frozen:", "if False:", LEASE
+        "worker/attempt/lease.py", "if late and not session.frozen:", "if False:", LEASE
     ),
 }
 

@@ -29,9 +29,11 @@ from shared.errors import InvalidRequest
 from shared.settings import get_settings
 from shared.signing import private_key
 from shared.telemetry import bind, configure, log
-from worker import cache, devices, garbage, notice, preview, sweeper, tracking
-from worker.leased import Outcome
-from worker.runner import run_next
+from worker import cache, preview_requests
+from worker.attempt.leased_job import Outcome
+from worker.attempt.runner import run_next
+from worker.background import device_report, garbage, preemption, sweeper
+from worker.trackers import supervisor
 
 app = celery_app()
 LONGEST_SETBACK = 120.0
@@ -65,7 +67,9 @@ def _work(queue: Queue) -> None:
     setbacks, answered = 0, False
     while not draining():
         if queue is Queue.PREPARE:
-            answered = preview.answer_next(draining)  # first: somebody sits and waits; but jobs have their turn
+            answered = preview_requests.answer_next(
+                draining
+            )  # first: somebody sits and waits; but jobs have their turn
         outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
         if outcome is Outcome.IDLE:
             if answered:
@@ -100,7 +104,7 @@ def _before_the_slots(**_: Any) -> None:
         except InvalidRequest as error:  # now, and not when the first job is trained; Celery lets nothing else through
             sys.exit(f"MILLINER_SIGNING_KEY_FILE: {error.message}")
     for kind in sorted(get_settings().integrations):
-        if (lack := tracking.missing(kind)) is not None:  # no reason to stand still: a job loses its curves, no more
+        if (lack := supervisor.missing(kind)) is not None:  # no reason to stand still: a job loses its curves, no more
             log.error("tracker.unusable", tracker=kind, lack=lack)
 
 
@@ -113,10 +117,10 @@ def _slot_started(**_: Any) -> None:
     sweeper.start(Event())
     Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot four seconds to be up
     if Queue.TRAIN in app.amqp.queues.consume_from and get_settings().trainer_command is None:  # another's may differ
-        devices.announce(_slot())
+        device_report.announce(_slot())
     if _slot() == 0:
         garbage.start(Event(), head_start=random())
-        notice.start(Event(), _drain_worker)
+        preemption.start(Event(), _drain_worker)
 
 
 @worker_shutting_down.connect

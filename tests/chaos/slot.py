@@ -16,7 +16,8 @@ from pathlib import Path
 from shared.broker.queues import Queue
 from shared.settings import get_settings
 from shared.telemetry import configure
-from worker import runner, sweeper
+from worker.attempt import runner
+from worker.background import sweeper
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload([__name__])

@@ -22,8 +22,8 @@ from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
 from shared.schemas.requests import State
 from shared.schemas.results import Metrics
-from worker import session as trainer
-from worker.runner import run_next
+from worker.attempt.runner import run_next
+from worker.child import trainer_process as trainer
 
 Attempt = Callable[..., Job]
 

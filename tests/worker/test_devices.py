@@ -9,14 +9,14 @@ from shared.database import devices
 from shared.database.session import session_scope
 from shared.schemas.requests import Quantization
 from shared.settings import get_settings
-from worker import devices as ours
+from worker.background import device_report as ours
 from worker.trainer import machine
 
 
 def test_a_slots_device_is_that_of_its_trainers(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLINER_DEVICE_MEMORY_BYTES", "4000000000")
     get_settings.cache_clear()
-    found = ours.ask(0)
+    found = ours.detect_device(0)
     assert found.memory_bytes == 4_000_000_000
     if found.kind == "cpu":
         assert found.name == machine.cpu(memory_bytes=0).name
@@ -27,4 +27,4 @@ def test_announced_devices_are_known(as_worker: None) -> None:
     with session_scope() as session:
         known = devices.known(session, digest="d", quantization=Quantization.NF4)
         session.execute(text("TRUNCATE devices"))
-    assert ours.ask(0).model_dump() in [one.model_dump(exclude={"weighings"}) for one in known]
+    assert ours.detect_device(0).model_dump() in [one.model_dump(exclude={"weighings"}) for one in known]

@@ -30,7 +30,7 @@ from shared.database.tenants import ensure_tenant
 from shared.ids import new_id
 from shared.schemas.requests import JobCreate, Phase, State
 from shared.schemas.results import Metrics
-from worker import garbage
+from worker.background import garbage
 
 DAY = 86400.0
 PAST, FUTURE = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=1)

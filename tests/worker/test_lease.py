@@ -19,8 +19,8 @@ from shared.database.session import engine, session_scope
 from shared.database.tables import BaseModelRow, File, Job
 from shared.database.tenants import ensure_tenant
 from shared.schemas.requests import Desired
-from worker.lease import Lease, Lost, boottime
-from worker.session import TrainerSession
+from worker.attempt.lease import Lease, Lost, boottime
+from worker.child.trainer_process import TrainerProcess
 
 SHORT = {"HEARTBEAT_SECONDS": "0.1", "LEASE_SECONDS": "3", "FENCE_SECONDS": "0.8"}
 
@@ -66,8 +66,8 @@ def job(database: Engine) -> Iterator[str]:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Iterator[TrainerSession]:
-    session = TrainerSession(tmp_path, visible_device="")
+def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
+    session = TrainerProcess(tmp_path, visible_device="")
     yield session
     session.close()
 
@@ -81,7 +81,7 @@ def test_a_renewal_reads_what_the_user_wants(job: str) -> None:
         lease.check()
 
 
-def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: TrainerSession) -> None:
+def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: TrainerProcess) -> None:
     with Lease(job, 5, boottime()) as lease:
         lease.guard(trainer)
         with session_scope() as outage:
@@ -93,7 +93,7 @@ def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: T
         lease.check()
 
 
-def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerSession) -> None:
+def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> None:
     with Lease(job, 5, boottime()) as lease:
         lease.guard(trainer)
         with session_scope() as session:
@@ -103,7 +103,7 @@ def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerSession) -> N
             lease.check()
 
 
-def test_a_frozen_trainer_whose_epoch_moved_is_killed_and_never_thawed(job: str, trainer: TrainerSession) -> None:
+def test_a_frozen_trainer_whose_epoch_moved_is_killed_and_never_thawed(job: str, trainer: TrainerProcess) -> None:
     with Lease(job, 5, boottime()) as lease:
         lease.guard(trainer)
         with session_scope() as rival:
@@ -115,7 +115,7 @@ def test_a_frozen_trainer_whose_epoch_moved_is_killed_and_never_thawed(job: str,
             lease.check()
 
 
-def process_state(trainer: TrainerSession) -> str:
+def process_state(trainer: TrainerProcess) -> str:
     return Path(f"/proc/{trainer.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 

@@ -14,7 +14,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from shared import settings
-from worker import notice
+from worker.background import preemption
 
 Start = Callable[..., Thread | None]
 
@@ -28,7 +28,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         monkeypatch.setenv("MILLINER_NOTICE_COMMAND", command)
         monkeypatch.setenv("MILLINER_NOTICE_SECONDS", seconds)
         settings.get_settings.cache_clear()
-        thread = notice.start(stop, drain)
+        thread = preemption.start(stop, drain)
         if thread is not None:
             threads.append(thread)
         return thread
@@ -67,9 +67,9 @@ def test_nothing_is_asked_where_nothing_is_set(start: Start) -> None:
 def test_no_shell_reads_the_command(tmp_path: Path) -> None:
     flag = tmp_path / "two words"
     flag.touch()
-    assert notice.ask(f"test -e '{flag}'", timeout=5)
-    assert not notice.ask("test -e $HOME", timeout=5)
-    assert not notice.ask(f"test -e {tmp_path / 'none'} || true", timeout=5)
+    assert preemption.poll(f"test -e '{flag}'", timeout=5)
+    assert not preemption.poll("test -e $HOME", timeout=5)
+    assert not preemption.poll(f"test -e {tmp_path / 'none'} || true", timeout=5)
 
 
 @pytest.mark.parametrize(
@@ -97,23 +97,23 @@ def test_a_command_that_works_again_may_still_bring_the_notice(start: Start, tmp
 
 def test_a_late_command_ends_with_all_that_it_started(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    with pytest.raises(notice.Failed, match="did not end within"):
-        notice.ask(shlex.join(["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]), timeout=1)
+    with pytest.raises(preemption.Failed, match="did not end within"):
+        preemption.poll(shlex.join(["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]), timeout=1)
     until(lambda: gone(int(pid.read_text())))
 
 
 def test_an_answer_counts_although_a_child_keeps_the_pipe_open() -> None:
-    assert notice.ask("sh -c 'sleep 60 & exit 0'", timeout=0.5)
-    assert not notice.ask("sh -c 'sleep 60 & exit 3'", timeout=0.5)
+    assert preemption.poll("sh -c 'sleep 60 & exit 0'", timeout=0.5)
+    assert not preemption.poll("sh -c 'sleep 60 & exit 3'", timeout=0.5)
 
 
 def test_what_it_says_goes_to_the_log_and_not_further(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('said ' + sys.stdin.read()); print('x' * 1_000_000); print('last', file=sys.stderr)"
     structlog.reset_defaults()  # a test before may have raised the level
     with capture_logs() as logs:
-        assert notice.ask(shlex.join([sys.executable, "-c", code]), timeout=20)
+        assert preemption.poll(shlex.join([sys.executable, "-c", code]), timeout=20)
     assert [(line["log_level"], line["code"]) for line in logs] == [("debug", 0)]
-    assert len(logs[0]["said"]) <= notice.SHOWN
+    assert len(logs[0]["said"]) <= preemption.SHOWN
     assert capfd.readouterr() == ("", "")
 
 

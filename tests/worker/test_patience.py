@@ -10,9 +10,9 @@ import pytest
 
 from shared.errors import Unavailable
 from shared.schemas.requests import Desired
-from worker import patience
-from worker.lease import Lease, Lost, boottime
-from worker.patience import Leave, Patience
+from worker.attempt import waiting
+from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.waiting import Leave, Patience
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_lost_lease_ends_the_wait(lease: Lease) -> None:
 
 
 def test_a_long_outage_is_told_of_once(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "WORTH_TELLING", 0.5)
+    monkeypatch.setattr(waiting, "WORTH_TELLING", 0.5)
     told: list[str] = []
     answers = iter([Unavailable("no bucket"), Unavailable("no bucket"), "up"])
     assert made(lease, complain=told.append).do(lambda: answer(answers)) == "up"

@@ -18,8 +18,8 @@ from shared.database.tenants import ensure_tenant
 from shared.errors import NotFound, TooMany
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.settings import get_settings
-from worker.preview import answer_next
-from worker.sweeper import sweep
+from worker.background.sweeper import sweep
+from worker.preview_requests import answer_next
 
 ROWS = b'{"prompt": "1 + 1 =", "completion": " 2"}\n{"prompt": "x"}\n'
 

@@ -26,10 +26,10 @@ from shared.schemas.requests import Desired, State
 from shared.schemas.results import Export
 from shared.signing import is_signed_by
 from tests.shared.test_jobs import REPORT
-from worker.lease import Lease, boottime
-from worker.patience import Patience
-from worker.publishing import Damaged, fetch_back
-from worker.runner import run_next
+from worker.attempt.lease import Lease, boottime
+from worker.attempt.publishing import Damaged, fetch_back
+from worker.attempt.runner import run_next
+from worker.attempt.waiting import Patience
 
 PROOF = {
     "base": REPORT.base.model_dump(), "tuned": REPORT.tuned.model_dump(), "base_deviation": 0, "tuned_deviation": 0,

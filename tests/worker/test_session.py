@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from shared.protocol import Failed, PhaseEntered, Prepare, Task
-from worker.session import Died, TrainerSession
+from worker.child.trainer_process import Died, TrainerProcess
 
 
 @pytest.fixture
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerSession]:
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerProcess]:
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
-    session = TrainerSession(tmp_path, visible_device="")
+    session = TrainerProcess(tmp_path, visible_device="")
     yield session
     session.close()
 
 
-def test_the_child_answers_with_the_jobs_id(session: TrainerSession, tmp_path: Path) -> None:
+def test_the_child_answers_with_the_jobs_id(session: TrainerProcess, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"")
     session.send(Prepare(job="ftjob-1", task=task(tmp_path, empty)))
@@ -34,20 +34,20 @@ def test_the_child_answers_with_the_jobs_id(session: TrainerSession, tmp_path: P
     assert not failed.retryable
 
 
-def test_the_environment_is_built_from_nothing(session: TrainerSession) -> None:
+def test_the_environment_is_built_from_nothing(session: TrainerProcess) -> None:
     environ = Path(f"/proc/{session.pid}/environ").read_text()
     assert "s3cret" not in environ
     assert "HF_HUB_OFFLINE=1" in environ
 
 
-def test_a_killed_child_is_ended_with_its_signal(session: TrainerSession) -> None:
+def test_a_killed_child_is_ended_with_its_signal(session: TrainerProcess) -> None:
     os.kill(session.pid, signal.SIGKILL)
     with pytest.raises(Died, match="killed by SIGKILL") as ended:
         hear(session)
     assert ended.value.signal == "SIGKILL"
 
 
-def test_freezing_stops_the_whole_group_and_thawing_lets_it_go_on(session: TrainerSession) -> None:
+def test_freezing_stops_the_whole_group_and_thawing_lets_it_go_on(session: TrainerProcess) -> None:
     session.freeze()
     assert session.frozen
     in_state(session.pid, "T")
@@ -56,14 +56,14 @@ def test_freezing_stops_the_whole_group_and_thawing_lets_it_go_on(session: Train
     in_state(session.pid, "SR")
 
 
-def test_a_dead_child_can_be_signalled_and_closed_again(session: TrainerSession) -> None:
+def test_a_dead_child_can_be_signalled_and_closed_again(session: TrainerProcess) -> None:
     session.close()
     session.kill()
     session.freeze()
     assert not session.frozen
 
 
-def hear(session: TrainerSession) -> object:
+def hear(session: TrainerProcess) -> object:
     deadline = time.monotonic() + 60
     while (event := session.receive(timeout=1)) is None:
         assert time.monotonic() < deadline, session.last_log_lines()

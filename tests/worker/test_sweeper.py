@@ -11,7 +11,7 @@ from shared.database.session import session_scope
 from shared.database.tables import Job
 from shared.schemas.requests import State
 from shared.settings import get_settings
-from worker.sweeper import Watch, reclaim, sweep
+from worker.background.sweeper import Watch, reclaim, sweep
 
 
 def test_a_watch_grows_while_there_is_no_gap() -> None:

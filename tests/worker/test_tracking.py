@@ -26,8 +26,8 @@ from shared.schemas.requests import Desired, State
 from tests.shared.test_jobs import REPORT
 from tests.worker.test_publishing import PROOF
 from tests.worker.trackers.servers import Mlflow, Silent, serving
-from worker import tracking
-from worker.runner import run_next
+from worker.attempt.runner import run_next
+from worker.trackers import supervisor
 
 SECRET = "s3cret" * 8
 MLFLOW = {"type": "mlflow", "mlflow": {"experiment": "hats", "run_name": "felt", "tags": {}}}
@@ -150,11 +150,11 @@ def test_a_worker_without_the_settings_says_what_it_lacks(attempt: Attempt, job:
 
 
 def test_what_a_worker_lacks(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.missing("mlflow") == "address: set MILLINER_MLFLOW_TRACKING_URI"
-    assert tracking.missing("wandb") == "key: set MILLINER_WANDB_API_KEY"
+    assert supervisor.missing("mlflow") == "address: set MILLINER_MLFLOW_TRACKING_URI"
+    assert supervisor.missing("wandb") == "key: set MILLINER_WANDB_API_KEY"
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(sys, "path", [])
-    assert tracking.missing("wandb") == "package: pip install 'milliner[trackers]'"
+    assert supervisor.missing("wandb") == "package: pip install 'milliner[trackers]'"
 
 
 def test_a_job_shows_what_was_asked_in_the_clients_own_types(job: str) -> None:

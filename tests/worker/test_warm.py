@@ -12,9 +12,9 @@ import pytest
 
 from shared.protocol import Failed, Prepare
 from shared.settings import get_settings
-from worker import warm
-from worker.session import TrainerSession
-from worker.warm import Purpose
+from worker.child import trainer_pool
+from worker.child.trainer_pool import Purpose
+from worker.child.trainer_process import TrainerProcess
 
 from .test_session import task
 
@@ -25,92 +25,92 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     get_settings.cache_clear()
     yield tmp_path / "cache" / "work"
     for purpose in Purpose:
-        warm.dismiss(purpose)
+        trainer_pool.dismiss(purpose)
     get_settings.cache_clear()
 
 
 def test_what_is_kept_is_taken_again_and_what_is_closed_leaves_nothing(cache: Path) -> None:
-    first = warm.take(Purpose.WORK, visible_device="")
-    warm.keep(Purpose.WORK, first)
-    assert warm.take(Purpose.WORK, visible_device="") is first
-    other = warm.take(Purpose.WORK, visible_device="")
+    first = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, first)
+    assert trainer_pool.take(Purpose.WORK, visible_device="") is first
+    other = trainer_pool.take(Purpose.WORK, visible_device="")
     assert other.pid != first.pid
-    warm.keep(Purpose.WORK, first)
-    warm.keep(Purpose.WORK, other)
+    trainer_pool.keep(Purpose.WORK, first)
+    trainer_pool.keep(Purpose.WORK, other)
     assert not first.is_running()
-    assert warm.take(Purpose.WORK, visible_device="") is other
-    warm.close(other)
+    assert trainer_pool.take(Purpose.WORK, visible_device="") is other
+    trainer_pool.close(other)
     assert not list(cache.iterdir())
 
 
 def test_proof_is_never_given_to_one_that_has_worked() -> None:
-    worked = warm.take(Purpose.WORK, visible_device="")
-    warm.keep(Purpose.WORK, worked)
-    proves = warm.take(Purpose.PROOF, visible_device="")
+    worked = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, worked)
+    proves = trainer_pool.take(Purpose.PROOF, visible_device="")
     assert proves is not worked
-    warm.close(proves)
+    trainer_pool.close(proves)
 
 
 def test_one_for_another_device_is_not_taken_and_one_that_is_frozen_goes_on() -> None:
-    first = warm.take(Purpose.WORK, visible_device="")
+    first = trainer_pool.take(Purpose.WORK, visible_device="")
     first.freeze()
-    warm.keep(Purpose.WORK, first)
+    trainer_pool.keep(Purpose.WORK, first)
     until(first.is_stopped)
-    assert warm.take(Purpose.WORK, visible_device="") is first
+    assert trainer_pool.take(Purpose.WORK, visible_device="") is first
     until(lambda: not first.is_stopped())
-    warm.keep(Purpose.WORK, first)
-    second = warm.take(Purpose.WORK, visible_device="1")
+    trainer_pool.keep(Purpose.WORK, first)
+    second = trainer_pool.take(Purpose.WORK, visible_device="1")
     assert second is not first
     assert not first.is_running()
-    warm.close(second)
+    trainer_pool.close(second)
 
 
 def test_one_that_died_while_idle_is_replaced() -> None:
-    first = warm.take(Purpose.WORK, visible_device="")
-    warm.keep(Purpose.WORK, first)
+    first = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, first)
     os.kill(first.pid, signal.SIGKILL)
     until(lambda: not first.is_running())
-    second = warm.take(Purpose.WORK, visible_device="")
+    second = trainer_pool.take(Purpose.WORK, visible_device="")
     assert second is not first
-    warm.close(second)
+    trainer_pool.close(second)
 
 
 def test_it_ends_when_nobody_wants_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("MILLINER_WARM_SECONDS", "0.1")
     get_settings.cache_clear()
-    session = warm.take(Purpose.WORK, visible_device="")
-    warm.keep(Purpose.WORK, session)
+    session = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, session)
     until(lambda: not session.is_running() and not list(cache.iterdir()))
     monkeypatch.setenv("MILLINER_WARM_SECONDS", "0")
     get_settings.cache_clear()
-    session = warm.take(Purpose.WORK, visible_device="")
-    warm.keep(Purpose.WORK, session)
+    session = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, session)
     assert not session.is_running()
 
 
 def test_log_lines_are_of_this_work_alone(llama: str) -> None:
     """Another tenant's may be in the same log."""
-    session = warm.take(Purpose.WORK, visible_device="")
+    session = trainer_pool.take(Purpose.WORK, visible_device="")
     ask(session, llama, "first")
     assert any("Traceback" in line for line in session.last_log_lines())
-    warm.keep(Purpose.WORK, session)
-    assert warm.take(Purpose.WORK, visible_device="").last_log_lines() == []
+    trainer_pool.keep(Purpose.WORK, session)
+    assert trainer_pool.take(Purpose.WORK, visible_device="").last_log_lines() == []
     ask(session, llama, "second")
     assert any("Traceback" in line for line in session.last_log_lines())
-    warm.close(session)
+    trainer_pool.close(session)
 
 
 def test_idle_trainer_needs_no_supervisor(llama: str) -> None:
     """For far longer than a busy one may be without a word."""
-    session = warm.take(Purpose.WORK, visible_device="")
+    session = trainer_pool.take(Purpose.WORK, visible_device="")
     ask(session, llama, "first", silence=0.5)
     time.sleep(1.5)
     assert not session.is_stopped()
     ask(session, llama, "second", silence=0.5)
-    warm.close(session)
+    trainer_pool.close(session)
 
 
-def ask(session: TrainerSession, base: str, job: str, *, silence: float = 60.0) -> None:
+def ask(session: TrainerProcess, base: str, job: str, *, silence: float = 60.0) -> None:
     """Something that goes wrong, with a traceback: the dataset is a folder."""
     told = task(Path(base), Path(base)).model_copy(update={"silence_seconds": silence})
     session.send(Prepare(job=job, task=told))

@@ -14,7 +14,7 @@ from threading import Condition, Thread, Timer
 from typing import Protocol, TextIO
 
 from shared.streams import protect_standard_streams
-from worker.trackers.pipe import MESSAGE, End, Ending, Start, Step, Values, Word
+from worker.trackers.pipe import MESSAGE, End, Ending, StartRun, Step, Values, Word
 
 #: Steps that are kept for a tracker that does not take them; of more, the oldest go. Some 1 KB each.
 KEPT_STEPS = 10_000
@@ -47,7 +47,7 @@ def main() -> int:
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     protect_standard_streams()
     start = MESSAGE.validate_json(sys.stdin.buffer.readline())
-    assert isinstance(start, Start)
+    assert isinstance(start, StartRun)
     backlog = Backlog()
     Thread(target=_read, args=(backlog,), name="messages", daemon=True).start()
     run: Run | None = None
@@ -116,7 +116,7 @@ class Backlog:
             self._changed.wait(seconds)
 
 
-def _open(start: Start) -> Run:
+def _open(start: StartRun) -> Run:
     # Imported here: each brings a client that only one kind of child needs, and W&B's may not be installed.
     if start.integration.type == "wandb":
         from worker.trackers import wandb_run  # noqa: PLC0415 (import cost)
@@ -152,7 +152,7 @@ def _say(pipe: TextIO, word: Word) -> None:
         sys.stderr.write("the supervisor has gone\n")
 
 
-def _told(error: Exception, start: Start) -> str:
+def _told(error: Exception, start: StartRun) -> str:
     """One short line that a job's events can hold, without the secret."""
     said = " ".join(f"{type(error).__name__}: {error}".split())
     for hidden in (start.secret, start.url):

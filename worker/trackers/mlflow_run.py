@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from worker.trackers.pipe import Ending, Start, Values
+from worker.trackers.pipe import Ending, StartRun, Values
 
 #: What every server takes: a request of 1,000 metrics, parameters of 250 characters in older versions.
 METRICS_PER_REQUEST = 1000
@@ -57,7 +57,7 @@ class MlflowRun:
             _call(self._http, "POST", "runs/update", json=ended)
 
 
-def open_run(start: Start) -> MlflowRun:
+def open_run(start: StartRun) -> MlflowRun:
     """The job's run in its experiment, both made where they are not there. Raises Refused or httpx2.HTTPError."""
     asked = start.integration.mlflow
     assert asked is not None

@@ -16,7 +16,7 @@ Ending = Literal["succeeded", "failed", "cancelled", "interrupted"]
 Values = dict[str, float]
 
 
-class Start(BaseModel):
+class StartRun(BaseModel):
     """The run to open. The secret travels here and nowhere else: not in the environment, not in the arguments."""
 
     op: Literal["start"] = "start"
@@ -43,7 +43,7 @@ class End(BaseModel):
     ending: Ending
 
 
-Message = Annotated[Start | Step | End, Field(discriminator="op")]
+Message = Annotated[StartRun | Step | End, Field(discriminator="op")]
 MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import wandb
 
 from shared.schemas.requests import Wandb
-from worker.trackers.pipe import Ending, Start, Values
+from worker.trackers.pipe import Ending, StartRun, Values
 
 INIT_SECONDS = 15.0
 TAG_CHARACTERS = 64
@@ -39,7 +39,7 @@ class WandbRun:
         self._run.finish(exit_code=EXIT_CODE[ending])
 
 
-def open_run(start: Start) -> WandbRun:
+def open_run(start: StartRun) -> WandbRun:
     """The run whose id is the job's, gone on with where it is there. Raises wandb.Error."""
     asked = start.integration.wandb
     assert asked is not None
@@ -50,7 +50,7 @@ def open_run(start: Start) -> WandbRun:
         raise
 
 
-def _init(start: Start, asked: Wandb) -> wandb.Run:
+def _init(start: StartRun, asked: Wandb) -> wandb.Run:
     ours = ["milliner/finetune", f"milliner/{start.base_model}", f"milliner/{start.job}"]
     return wandb.init(
         id=start.job,

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from shared.schemas.requests import Integration
 from tests.worker.trackers.servers import Lying, Mlflow, Server, Silent, Wandb, serving
 from worker.trackers.main import KEPT_STEPS, Backlog
-from worker.trackers.pipe import End, Ending, Start, Step, Word
+from worker.trackers.pipe import End, Ending, StartRun, Step, Word
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB, SECRET = "ftjob-1", "s3cret" * 8
@@ -41,7 +41,7 @@ class Child:
                 start_new_session=True,
             )
         config = {"r": 4, "learning_rate": 1e-4}
-        self.send(Start(job=JOB, integration=integration, base_model="tiny", config=config, url=url, secret=SECRET))
+        self.send(StartRun(job=JOB, integration=integration, base_model="tiny", config=config, url=url, secret=SECRET))
 
     def send(self, message: BaseModel) -> None:
         assert self.process.stdin is not None

@@ -31,7 +31,7 @@ from shared.schemas.results import Metrics, Plan
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
 from worker import cache
-from worker.trackers.pipe import End, Ending, Start, Step, Word
+from worker.trackers.pipe import End, Ending, StartRun, Step, Word
 
 PASSED_ON = (
     *("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
@@ -214,9 +214,9 @@ def _revealed(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret else None
 
 
-def _start(job: Job, integration: Integration) -> Start:
+def _start(job: Job, integration: Integration) -> StartRun:
     access = _access(integration.type)
-    return Start(
+    return StartRun(
         job=job.id,
         integration=integration,
         base_model=job.base_model,

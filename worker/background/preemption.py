@@ -33,7 +33,7 @@ def start(stop: Event, drain: Callable[[], None]) -> Thread | None:
     return thread
 
 
-def ask(command: str, *, timeout: float) -> bool:
+def poll(command: str, *, timeout: float) -> bool:
     """Run the command, without a shell and for `timeout` seconds at most; `Failed` if it did not answer.
 
     It gets a process group of its own: whatever it started ends with it, and holds up nothing here.
@@ -66,7 +66,7 @@ def _watching(stop: Event, drain: Callable[[], None], command: str, settings: Se
     trouble = ""
     while not stop.is_set():
         try:
-            taken, now = ask(command, timeout=settings.notice_seconds), ""
+            taken, now = poll(command, timeout=settings.notice_seconds), ""
         except Failed as failed:
             taken, now = False, str(failed)
         if now not in ("", trouble):  # once, and not every few seconds

@@ -24,7 +24,7 @@ from shared.errors import Unavailable
 from shared.schemas.requests import Desired
 from shared.settings import get_settings
 from shared.telemetry import log
-from worker.session import TrainerSession
+from worker.child.trainer_process import TrainerProcess
 
 ALIVE_EVERY = 0.5
 
@@ -41,7 +41,7 @@ class Lease:
         self.epoch = epoch
         self.desired = Desired.RUN
         self._settings = get_settings()
-        self._session: TrainerSession | None = None
+        self._session: TrainerProcess | None = None
         self._renewed = claimed_at
         self._progressed = claimed_at
         self._lost = Event()
@@ -64,7 +64,7 @@ class Lease:
         for thread in self._threads:
             thread.join(timeout=1.0)
 
-    def guard(self, session: TrainerSession | None) -> None:
+    def guard(self, session: TrainerProcess | None) -> None:
         """Freeze, thaw and kill this trainer as the lease demands; None once there is none."""
         self._session = session
 

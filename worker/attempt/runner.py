@@ -47,13 +47,15 @@ from shared.schemas.requests import Desired, JobCreate, Phase, State
 from shared.schemas.results import JobError, Plan, Report
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
-from worker import cache, exporting, publishing, warm
-from worker.lease import Lease, Lost, boottime
-from worker.leased import LeasedJob, Outcome
-from worker.patience import TICK, Leave
-from worker.session import Died, Ended, TrainerSession
-from worker.staging import stage
-from worker.tracking import Tracking
+from worker import cache
+from worker.attempt import exporting, publishing
+from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.leased_job import LeasedJob, Outcome
+from worker.attempt.staging import stage
+from worker.attempt.waiting import TICK, Leave
+from worker.child import trainer_pool
+from worker.child.trainer_process import Died, Ended, TrainerProcess
+from worker.trackers.supervisor import Tracking
 from worker.trainer.exhaustion import is_disk_full
 
 RECORD_EVERY = 1.0
@@ -62,7 +64,7 @@ TRACKER_SECONDS = 3.0  # of the 25 that a draining worker has
 PUBLISHED = "published"  # what lies in the bucket, fetched back
 #: What an attempt goes on from. An export that failed is one of these: the job goes on without it.
 LastWord = Prepared | Done | Verified | Exported | Failed | None
-PURPOSES = {Verify: warm.Purpose.PROOF, MakeExport: warm.Purpose.EXPORT}
+PURPOSES = {Verify: trainer_pool.Purpose.PROOF, MakeExport: trainer_pool.Purpose.EXPORT}
 
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
@@ -148,8 +150,8 @@ class Attempt(LeasedJob):
         Returns what there is to go on from; any other end has been dealt with, and the trainer is gone.
         """
         self.lease.hold()
-        purpose, said = PURPOSES.get(type(command), warm.Purpose.WORK), None
-        session = warm.take(purpose, visible_device=cache.visible_device(slot))
+        purpose, said = PURPOSES.get(type(command), trainer_pool.Purpose.WORK), None
+        session = trainer_pool.take(purpose, visible_device=cache.visible_device(slot))
         self.lease.guard(session)
         failpoint(Failpoint.AFTER_TRAINER_START)
         try:
@@ -176,14 +178,14 @@ class Attempt(LeasedJob):
         finally:
             self.lease.guard(None)
             if said is None:
-                warm.close(session)
+                trainer_pool.close(session)
             else:
-                warm.keep(purpose, session)
+                trainer_pool.keep(purpose, session)
 
     # ------------------------------------------------------------ listening
 
     def listen(  # noqa: PLR0912 (one branch an event)
-        self, session: TrainerSession, command: Prepare | Train | Verify | MakeExport
+        self, session: TrainerProcess, command: Prepare | Train | Verify | MakeExport
     ) -> LastWord:
         """Obey the lease and the user, and take in events until one of them is the last.
 
@@ -347,7 +349,7 @@ class Attempt(LeasedJob):
             self.crash(JobError(code="adapter_corrupt", message=str(damaged), hint=hint))
             return None
         if not _has_room_for_another(done.report):
-            warm.dismiss(warm.Purpose.WORK)
+            trainer_pool.dismiss(trainer_pool.Purpose.WORK)
         command = Verify(
             job=self.job.id,
             task=trained.task,
@@ -363,7 +365,7 @@ class Attempt(LeasedJob):
         """The further forms that the user asked for, of the bytes that were proven."""
         if self.request.trainer.exports:
             self.enter(Phase.EXPORTING)
-            warm.make_room()
+            trainer_pool.make_room()
 
         commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
         make, epoch = partial(self.talk, slot=slot), self.lease.epoch
@@ -382,7 +384,7 @@ class Attempt(LeasedJob):
             tenant = session.get_one(Tenant, self.job.tenant_id)
         return fine_tuned_name(self.job.base_model, tenant.name, self.request.suffix, self.job.id)
 
-    def fail(self, event: Failed, session: TrainerSession) -> None:
+    def fail(self, event: Failed, session: TrainerProcess) -> None:
         """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""
         self.flush()
         if event.code == "disk_full":

@@ -20,10 +20,10 @@ from shared.schemas.requests import Phase
 from shared.schemas.results import JobError, Metrics
 from shared.settings import get_settings
 from shared.telemetry import log
-from worker.lease import Lease, Lost
-from worker.pace import Pace
-from worker.patience import Leave, Patience
-from worker.tracking import Tracking
+from worker.attempt.lease import Lease, Lost
+from worker.attempt.progress import Pace
+from worker.attempt.waiting import Leave, Patience
+from worker.trackers.supervisor import Tracking
 
 RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
 DISK_FULL_WAIT = 30.0

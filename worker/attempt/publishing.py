@@ -25,8 +25,8 @@ from shared.schemas.results import Plan
 from shared.settings import get_settings
 from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
-from worker.exporting import Published
-from worker.patience import Patience
+from worker.attempt.exporting import Published
+from worker.attempt.waiting import Patience
 
 COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 

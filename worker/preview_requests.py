@@ -23,10 +23,11 @@ from shared.protocol import Failed, Preview, Previewed
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.schemas.requests import JobCreate
 from shared.telemetry import bind, log, unbind
-from worker import cache, warm
-from worker.patience import TICK
-from worker.session import Ended
-from worker.staging import task_of
+from worker import cache
+from worker.attempt.staging import task_of
+from worker.attempt.waiting import TICK
+from worker.child import trainer_pool
+from worker.child.trainer_process import Ended
 
 #: How often others hear that somebody is at it.
 KEEP_EVERY = 2.0
@@ -114,9 +115,9 @@ def _asked(preview: PreviewRow, watch: _Watch) -> PreviewOut:
         base_dir = held.enter_context(cache.base_model(base, with_weights=False, tick=watch.tick))
         path = work_dir / file.id
         storage.fetch(file.key, path, file.sha256, tick=watch.tick)
-        trainer = warm.take(warm.Purpose.WORK, visible_device="")
+        trainer = trainer_pool.take(trainer_pool.Purpose.WORK, visible_device="")
         ended = held.enter_context(ExitStack())
-        ended.callback(warm.close, trainer)
+        ended.callback(trainer_pool.close, trainer)
         task = task_of(job, base, base_dir=base_dir, training_file=path, validation_file=None, seed=0)
         trainer.send(Preview(job=preview.id, task=task, rows=request.rows, lines=request.lines))
         while True:
@@ -124,7 +125,7 @@ def _asked(preview: PreviewRow, watch: _Watch) -> PreviewOut:
             match trainer.receive(timeout=TICK):
                 case Previewed(preview=result):
                     ended.pop_all()
-                    warm.keep(warm.Purpose.WORK, trainer)
+                    trainer_pool.keep(trainer_pool.Purpose.WORK, trainer)
                     return result
                 case Failed() as failed:
                     said = failed.model_dump(include={"code", "message", "param", "hint", "retryable"})

@@ -18,7 +18,7 @@ from shared.schemas.memory import Device
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
 from worker import cache
-from worker.session import PASSED_ON
+from worker.child.trainer_process import PASSED_ON
 
 ASKED_FOR = 120.0
 
@@ -32,7 +32,7 @@ def announce(slot: int) -> Thread:
 
 def _announce(slot: int) -> None:
     try:
-        device = ask(slot)
+        device = detect_device(slot)
         with session_scope() as session:
             devices.report(session, device)
         log.info("device.announced", **device.model_dump())
@@ -41,7 +41,7 @@ def _announce(slot: int) -> None:
         log.warning("device.unknown", error=str(error))
 
 
-def ask(slot: int) -> Device:
+def detect_device(slot: int) -> Device:
     """The device that a trainer of this slot would find."""
     limit = get_settings().device_memory_bytes
     said = subprocess.run(

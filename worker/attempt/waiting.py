@@ -16,7 +16,7 @@ from shared import storage
 from shared.errors import Unavailable
 from shared.schemas.requests import Desired
 from shared.telemetry import log
-from worker.lease import Lease, Lost
+from worker.attempt.lease import Lease, Lost
 
 TICK = 0.2
 LONGEST_WAIT = 15.0

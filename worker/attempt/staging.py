@@ -22,7 +22,7 @@ from shared.schemas.requests import JobCreate
 from shared.schemas.results import Plan, Recipe
 from shared.settings import get_settings
 from worker import cache
-from worker.patience import Patience
+from worker.attempt.waiting import Patience
 
 Tell = Callable[[str, str], None]
 

@@ -16,7 +16,7 @@ from shared import storage
 from shared.protocol import Done, Exported, Failed, MakeExport, Train, Verified
 from shared.schemas.results import Export
 from shared.storage import Entry
-from worker.patience import Patience
+from worker.attempt.waiting import Patience
 
 FOLDER = "exports/"
 

@@ -54,7 +54,7 @@ class Died(Ended):
         super().__init__(f"the trainer {cause}")
 
 
-class TrainerSession:
+class TrainerProcess:
     """One trainer process, at home in `folder`. Its group can be signalled from any thread; events are read by one."""
 
     def __init__(self, folder: Path, *, visible_device: str) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from shared.settings import get_settings
 from shared.telemetry import log
 from worker import cache
-from worker.session import TrainerSession
+from worker.child.trainer_process import TrainerProcess
 
 
 class Purpose(StrEnum):
@@ -28,7 +28,7 @@ class Purpose(StrEnum):
 
 
 class _Kept(NamedTuple):
-    session: TrainerSession
+    session: TrainerProcess
     timer: Timer
 
 
@@ -37,7 +37,7 @@ _kept: dict[Purpose, _Kept] = {}
 _folders: dict[int, ExitStack] = {}
 
 
-def take(purpose: Purpose, *, visible_device: str) -> TrainerSession:
+def take(purpose: Purpose, *, visible_device: str) -> TrainerProcess:
     """The child that was kept for this, or a new one; to be handed to `keep` or `close`."""
     if (session := _take(purpose)) is not None:
         if session.is_running() and session.visible_device == visible_device:
@@ -49,13 +49,13 @@ def take(purpose: Purpose, *, visible_device: str) -> TrainerSession:
         close(session)
     with ExitStack() as stack:
         folder = stack.enter_context(cache.work_dir(f"{purpose}-{os.getpid()}-{secrets.token_hex(4)}"))
-        session = TrainerSession(folder, visible_device=visible_device)
+        session = TrainerProcess(folder, visible_device=visible_device)
         _folders[session.pid] = stack.pop_all()
     log.info("trainer.started", pid=session.pid, purpose=purpose)
     return session
 
 
-def keep(purpose: Purpose, session: TrainerSession) -> None:
+def keep(purpose: Purpose, session: TrainerProcess) -> None:
     """For `warm_seconds`, or until it is taken; a second one for the same purpose is closed, and one that exports."""
     seconds = get_settings().warm_seconds
     if seconds <= 0 or purpose is Purpose.EXPORT or not session.is_running():
@@ -81,13 +81,13 @@ def make_room() -> None:
         dismiss(purpose)
 
 
-def close(session: TrainerSession) -> None:
+def close(session: TrainerProcess) -> None:
     """End a child that was taken, and remove its folder."""
     session.close()
     _folders.pop(session.pid).close()
 
 
-def _take(purpose: Purpose) -> TrainerSession | None:
+def _take(purpose: Purpose) -> TrainerProcess | None:
     with _lock:
         kept = _kept.pop(purpose, None)
     if kept is None:
