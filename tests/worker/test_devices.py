@@ -10,7 +10,7 @@ from shared.database.session import session_scope
 from shared.schemas.requests import Quantization
 from shared.settings import get_settings
 from worker.background import device_report as ours
-from worker.trainer import machine
+from worker.trainer.system import device
 
 
 def test_a_slots_device_is_that_of_its_trainers(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_a_slots_device_is_that_of_its_trainers(as_worker: None, monkeypatch: py
     found = ours.detect_device(0)
     assert found.memory_bytes == 4_000_000_000
     if found.kind == "cpu":
-        assert found.name == machine.cpu(memory_bytes=0).name
+        assert found.name == device.cpu(memory_bytes=0).name
 
 
 def test_announced_devices_are_known(as_worker: None) -> None:

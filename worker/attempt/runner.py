@@ -56,7 +56,7 @@ from worker.attempt.waiting import TICK, Leave
 from worker.child import trainer_pool
 from worker.child.trainer_process import Died, Ended, TrainerProcess
 from worker.trackers.supervisor import Tracking
-from worker.trainer.exhaustion import is_disk_full
+from worker.trainer.system.resource_errors import is_disk_full
 
 RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3

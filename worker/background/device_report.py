@@ -45,7 +45,7 @@ def detect_device(slot: int) -> Device:
     """The device that a trainer of this slot would find."""
     limit = get_settings().device_memory_bytes
     said = subprocess.run(
-        [sys.executable, "-m", "worker.trainer.machine", str(limit)],
+        [sys.executable, "-m", "worker.trainer.system.device", str(limit)],
         env=inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
         capture_output=True,
         timeout=ASKED_FOR,

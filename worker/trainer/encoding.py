@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.datasets.formats import Chat, Completion, Preference
 from shared.errors import TrainingFailed
-from worker.trainer.exhaustion import is_the_kernels
+from worker.trainer.system.resource_errors import is_the_kernels
 
 #: OpenAI's roles → what most chat templates call them.
 OTHER_NAMES = {"developer": "system", "function": "tool"}

@@ -48,7 +48,7 @@ from shared.protocol import (
 )
 from shared.schemas.requests import Phase, Quantization
 from shared.streams import protect_standard_streams
-from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
+from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
     from worker.trainer.model import Base
@@ -257,9 +257,9 @@ class Session:
 
     def _give_back(self) -> None:
         """What is held for nothing: this process may wait for its next work while others need the memory."""
-        from worker.trainer import heap  # noqa: PLC0415 (import cost)
+        from worker.trainer.system import free_memory  # noqa: PLC0415 (import cost)
 
-        heap.free()
+        free_memory.free()
 
     def _is_stopping(self, job: str) -> bool:
         """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""

@@ -30,8 +30,9 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
-from worker.trainer import attention, classifier, heap, lora
-from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
+from worker.trainer import attention, classifier, lora
+from worker.trainer.system import free_memory
+from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
 from worker.trainer.whole import Adapted, Whole
 
 
@@ -121,7 +122,7 @@ def load_base(
     model.config.use_cache = False
     if device.type == "cpu" and quantization is not Quantization.NONE:
         let_go_of_files(model)
-    heap.free()  # of SmolLM2-135M's matrices as they were, it has kept half a gigabyte
+    free_memory.free()  # of SmolLM2-135M's matrices as they were, it has kept half a gigabyte
     return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
 
 

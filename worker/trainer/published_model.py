@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from worker.trainer import published
-from worker.trainer.exhaustion import is_out_of_memory, is_the_kernels
 from worker.trainer.model import Base
+from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
 from worker.trainer.whole import Whole
 
 CONFIG = "config.json"

@@ -14,12 +14,13 @@ import torch
 from peft import PeftModel
 
 from shared.schemas.results import Recipe
-from worker.trainer import checkpoint, data, memory, packing
+from worker.trainer import checkpoint, data, packing
 from worker.trainer.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.memory import Account
 from worker.trainer.model import trainable
 from worker.trainer.packing import Heaviest
+from worker.trainer.system import peak_memory
 
 if TYPE_CHECKING:
     from worker.trainer.train import Run
@@ -52,7 +53,7 @@ def rehearse(run: Run, accumulate: Callable[..., object], narrowing: Callable[..
     tried = narrowing(run, act, when="in the trial of the longest rows")
     run.optimizer.zero_grad()
     checkpoint.set_torch_random(random_before)
-    run.account.rehearsed_bytes = memory.peak(run.base.device)
+    run.account.rehearsed_bytes = peak_memory.peak(run.base.device)
     run.say(told(tried, run.account))
 
 

@@ -14,11 +14,12 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from shared.estimation.memory_model import ADAPTER_BYTES
 from shared.schemas.memory import MeasuredFit
 from shared.schemas.results import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
-from worker.trainer import bootstrap, checkpoint, labels, memory
+from worker.trainer import bootstrap, checkpoint, labels
 from worker.trainer.data import HeldoutSource
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows
+from worker.trainer.system import peak_memory
 from worker.trainer.whole import Adapted
 
 #: Below this many rows the interval is too narrow: of simulated ones, 82 % held the truth at 5 rows, 90 % at 20.
@@ -156,4 +157,4 @@ def _label_caveats(most: Majority, tuned: Score, *, untrained: bool) -> list[str
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return memory.process_peak()
+    return peak_memory.process_peak()

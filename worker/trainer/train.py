@@ -33,7 +33,6 @@ from worker.trainer import (
     data,
     decisions,
     evaluate,
-    heap,
     ladder,
     lanes,
     lora,
@@ -51,13 +50,14 @@ from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
 from worker.trainer.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
-from worker.trainer.exhaustion import is_disk_full, is_out_of_memory
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
 from worker.trainer.start import Start
+from worker.trainer.system import free_memory, peak_memory
+from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 from worker.trainer.whole import Adapted
 
 Emit = Callable[[TrainerEvent], None]
@@ -128,7 +128,7 @@ def train(
     encoder = Encoder(task.base_dir)
     rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
-    memory.begin()
+    peak_memory.begin()
     base = load_base()
     if recipe.labels is not None:
         classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
@@ -211,7 +211,7 @@ def _loop(run: Run) -> RowScores:
     """Train to the end and score the result. Raises Interrupted when a stop is asked for."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     _score_outset(run)
-    heap.free()  # rows of other shapes left gaps, to which training would add its own
+    free_memory.free()  # rows of other shapes left gaps, to which training would add its own
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     rehearsal.rehearse(run, _accumulate, _narrowing)
     while True:
@@ -226,7 +226,7 @@ def _loop(run: Run) -> RowScores:
             break
         _step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    heap.free()  # what a CPU's heap has kept of activations would be added to what comes now
+    free_memory.free()  # what a CPU's heap has kept of activations would be added to what comes now
     if run.best is not None and run.state.best_step != run.state.step:
         checkpoint.set_adapter(run.adapted, run.best)
         run.latest = None
@@ -331,7 +331,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
             if not is_out_of_memory(error) or run.layout is run.rungs[-1]:
                 raise
             traceback.print_exc()
-        heap.free()
+        free_memory.free()
         wider = run.layout
         run.state.memory_halvings += 1
         lora.let_go(run.adapted)
@@ -485,7 +485,7 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
         traceback.print_exc()
         memory = is_out_of_memory(error)
         reason = "out of memory while they were written" if memory else f"{type(error).__name__}: {error}"
-    heap.free()
+    free_memory.free()
     run.say(f"no samples in the report: {reason}", "warn")
     return []
 

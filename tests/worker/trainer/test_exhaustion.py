@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from worker.trainer.exhaustion import is_disk_full, is_out_of_memory, is_the_kernels
+from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory, is_the_kernels
 
 
 @pytest.mark.parametrize(

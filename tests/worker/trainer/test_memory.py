@@ -11,7 +11,7 @@ import torch
 
 from shared.protocol import Done
 from shared.schemas.memory import Device, Weighing
-from worker.trainer import machine, memory
+from worker.trainer.system import device, peak_memory
 
 from .conftest import ROOT, MakeTask, WriteRows, quotes, run
 
@@ -19,21 +19,21 @@ MB = 10**6
 
 
 def test_peak_is_what_was_resident_since_it_began() -> None:
-    memory.begin()
-    before = memory.process_peak()
+    peak_memory.begin()
+    before = peak_memory.process_peak()
     block = torch.ones(64 * MB // 4)
-    held = memory.process_peak()
+    held = peak_memory.process_peak()
     assert held - before > 60 * MB
     del block
-    assert memory.process_peak() > held - 10 * MB  # the kernel counts in batches
-    memory.begin()
-    assert memory.process_peak() < held - 30 * MB
+    assert peak_memory.process_peak() > held - 10 * MB  # the kernel counts in batches
+    peak_memory.begin()
+    assert peak_memory.process_peak() < held - 30 * MB
 
 
 def test_a_run_says_what_was_predicted_and_what_it_took(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    here = machine.cpu(memory_bytes=0)
+    here = device.cpu(memory_bytes=0)
     half = Weighing(computed_bytes=10**9, measured_bytes=5 * 10**8)
     task = make_task(
         write_rows(quotes(24)),
@@ -60,15 +60,15 @@ def test_a_container_has_what_it_may_take(tmp_path: Path, told: str, limit: int 
     (proc / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One\n")
     (proc / "self" / "cgroup").write_text("0::/box\n")
     (group / "memory.max").write_text(f"{told}\n")
-    all_of_it = machine.cpu(memory_bytes=0).memory_bytes
-    found = machine.cpu(memory_bytes=0, proc=proc, cgroups=tmp_path / "cgroup")
+    all_of_it = device.cpu(memory_bytes=0).memory_bytes
+    found = device.cpu(memory_bytes=0, proc=proc, cgroups=tmp_path / "cgroup")
     assert found.name == "A Fast One"
     assert found.memory_bytes == (limit or max(found.memory_bytes, all_of_it))
-    assert machine.cpu(memory_bytes=7, proc=proc, cgroups=tmp_path / "cgroup").memory_bytes == 7
+    assert device.cpu(memory_bytes=7, proc=proc, cgroups=tmp_path / "cgroup").memory_bytes == 7
 
 
 def test_a_worker_can_ask_in_a_process_of_its_own() -> None:
     said = subprocess.run(
-        [sys.executable, "-m", "worker.trainer.machine", "5000"], cwd=ROOT, capture_output=True, check=True
+        [sys.executable, "-m", "worker.trainer.system.device", "5000"], cwd=ROOT, capture_output=True, check=True
     )
     assert Device.model_validate_json(said.stdout).memory_bytes == 5000

@@ -18,7 +18,7 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint, data, heap, model, published, selftest
+from worker.trainer import checkpoint, data, model, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
@@ -28,6 +28,7 @@ from worker.trainer.likelihood import Layout, own_logits
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model import Base
 from worker.trainer.prepare import Rows, usable
+from worker.trainer.system import free_memory
 
 TRIED_ROWS = 2
 TRIED_TOKENS = 256
@@ -96,7 +97,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
         del base
     else:
         del base
-        heap.free()
+        free_memory.free()
         made = merged.original(task, adapter, stored, merged.place(wanted.device, size))
     wanted.go_on()
     config, kept = made.config, fingerprint(made, wanted.dtype)
@@ -105,7 +106,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
     else:
         merged.write(folder, made, wanted.encoder.tokenizer, task)
     del made
-    heap.free()
+    free_memory.free()
     wanted.go_on()
     wanted = replace(wanted, device=merged.place(wanted.device, size))
     again = _read(folder, wanted, config)

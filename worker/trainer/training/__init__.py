@@ -1,0 +1,1 @@
+"""The training loop and all that lives as long as a run. Read `loop` first."""
