@@ -29,7 +29,7 @@ from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from worker.trainer import methods, model
 from worker.trainer.batches import Batch, collate
-from worker.trainer.encoding import Encoded
+from worker.trainer.data.encoding import Encoded
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
 

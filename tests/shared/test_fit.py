@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from shared.errors import InvalidRequest
-from shared.estimation import architecture, memory_model
+from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
-from worker.trainer import attention, lora, recipe
+from worker.trainer import attention, lora
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import CHUNK_BYTES, Layout
 from worker.trainer.methods import sft
@@ -282,7 +282,7 @@ def test_a_target_that_is_not_there_is_told_what_is() -> None:
 
 
 def test_the_trainers_constants_are_the_models() -> None:
-    assert memory_model.PACK_LENGTH == recipe.PACK_LENGTH
+    assert memory_model.PACK_LENGTH == defaults.PACK_LENGTH
     assert {kind: device.chunk_bytes for kind, device in memory_model.DEVICE_PROFILES.items()} == CHUNK_BYTES
     assert memory_model.DEVICE_PROFILES["cpu"].resident_bytes == lora.RESIDENT_BYTES
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from shared.protocol import Task
 from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint, classifier, eventfile
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.whole import Adapted, Whole
 
 GENERATION = "generation_config.json"

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from worker.trainer.encoding import Encoded, Row
-from worker.trainer.labelled import Labelled
-from worker.trainer.packing import micro_batches
-from worker.trainer.recipe import PACK_LENGTH
+from shared.estimation.defaults import PACK_LENGTH
+from worker.trainer.data.classification import LabelledRow
+from worker.trainer.data.encoding import Encoded, Row
+from worker.trainer.data.packing import micro_batches
 
 #: The target of a position that predicts nothing trained, as in torch's cross entropy.
 IGNORED = -100
@@ -90,7 +90,7 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
             # The last position of a document predicts nothing: what follows it is another document.
             targets[r, start : end - 1] = torch.where(trained[1:], ids[1:], IGNORED)
             position_ids[r, start:end] = torch.arange(len(example))
-            if isinstance(example, Labelled):
+            if isinstance(example, LabelledRow):
                 type_ids[r, start:end] = torch.from_numpy(example.types)
             if attention_mask is not None:
                 attention_mask[r, start:end] = 1
@@ -106,5 +106,5 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
         lines=tuple(example.line for example in documents),
         lengths=tuple(example.trained_tokens for example in documents),
         type_ids=type_ids,
-        labels=tuple(example.label for example in documents if isinstance(example, Labelled)),
+        labels=tuple(example.label for example in documents if isinstance(example, LabelledRow)),
     )

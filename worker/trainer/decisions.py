@@ -6,13 +6,13 @@ Must not decide anything.
 from __future__ import annotations
 
 from shared.schemas.results import Recipe
+from worker.trainer.data.dataset import Split
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
-from worker.trainer.prepare import Rows
 from worker.trainer.whole import Adapted
 
 
-def lines(recipe: Recipe, rows: Rows, base: Base, adapted: Adapted, layout: Layout) -> list[str]:
+def lines(recipe: Recipe, rows: Split, base: Base, adapted: Adapted, layout: Layout) -> list[str]:
     """One an event."""
     trainable, total = adapted.get_nb_trainable_parameters()
     plus = "" if recipe.loraplus_lr_ratio is None else f" ({recipe.loraplus_lr_ratio:g} times that for B)"

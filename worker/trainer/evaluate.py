@@ -17,7 +17,7 @@ import torch
 from shared.schemas.results import Recipe, Score
 from worker.trainer import lanes, methods
 from worker.trainer.batches import Batch
-from worker.trainer.encoding import Row
+from worker.trainer.data.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base

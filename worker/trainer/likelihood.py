@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from shared.estimation.defaults import PACK_LENGTH
 from worker.trainer import lora
 from worker.trainer.batches import IGNORED, Batch, batches
-from worker.trainer.encoding import Row
-from worker.trainer.recipe import PACK_LENGTH
+from worker.trainer.data.encoding import Row
 
 #: Bytes of fp32 logits that a chunk may hold. A GPU wants large products, a CPU a chunk that stays in its cache.
 CHUNK_BYTES = {"cpu": 24 * 1024**2, "cuda": 256 * 1024**2}

@@ -17,10 +17,10 @@ from shared.estimation.correction import corrected
 from shared.protocol import Task
 from shared.schemas.memory import Device, MeasuredFit, Weighing
 from shared.schemas.results import Recipe
-from worker.trainer.encoding import Row
+from worker.trainer.data.encoding import Row
+from worker.trainer.data.packing import heaviest
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
-from worker.trainer.packing import heaviest
 from worker.trainer.sizing import known_architecture, setup
 from worker.trainer.system.device import describe
 from worker.trainer.system.peak_memory import peak

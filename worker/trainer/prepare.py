@@ -6,28 +6,17 @@ Owns: what is counted and warned of. Must not import torch's models: it runs on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from shared.errors import TrainingFailed
 from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import Task
 from shared.schemas.results import Plan
-from worker.trainer import data, labels, recipe, sizing
-from worker.trainer.encoding import Encoder, Row, longest_document
+from worker.trainer import recipe, sizing
+from worker.trainer.data import labels
+from worker.trainer.data.dataset import CARVE_FROM_ROWS, Split, load, split
+from worker.trainer.data.encoding import Encoder, longest_document
+from worker.trainer.data.statistics import doubts, statistics
 from worker.trainer.exports import allowed
-from worker.trainer.survey import doubts, survey
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What is trained on and what is scored, cut to the recipe's length; and what the cut cost."""
-
-    train: list[Row]
-    heldout: list[Row]
-    heldout_source: data.HeldoutSource
-    truncated: int
-    dropped: int
-    dropped_heldout: int
 
 
 def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
@@ -38,11 +27,11 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         _check_size(task)
     encoder = Encoder(task.base_dir)
     allowed.check(task, encoder)
-    dataset = data.load(task, encoder, tick=tick)
+    dataset = load(task, encoder, tick=tick)
     classes = labels.find(dataset.train, dataset.validation) if task.method.type == "classification" else None
     longest = longest_document([*dataset.train, *(dataset.validation or [])])
     length = recipe.max_length(task.trainer, base, longest)
-    rows = usable(dataset, length, seed=task.seed)
+    rows = split(dataset, length, seed=task.seed)
     resolved, warnings = recipe.resolve(
         task.method,
         task.lora,
@@ -55,7 +44,7 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     )
     sized = sizing.size(task, resolved, rows.train)
     apart = rows.heldout if rows.heldout_source != "training_file" else []
-    found = survey(dataset, encoder, max_length=length, train=rows.train, heldout=apart, classes=classes)
+    found = statistics(dataset, encoder, max_length=length, train=rows.train, heldout=apart, classes=classes)
     return Plan(
         rows=len(dataset.train),
         heldout_rows=len(rows.heldout),
@@ -78,16 +67,6 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     )
 
 
-def usable(dataset: data.Dataset, max_length: int, *, seed: int) -> Rows:
-    """The rows that survive the cut, and of those the held-out ones. Raises TrainingFailed where none does."""
-    fitted = _fit(dataset.train, max_length, param="training_file")
-    if dataset.validation is None:
-        train, heldout, source = data.carve(fitted.kept, seed=seed)
-        return Rows(train, heldout, source, fitted.truncated, fitted.dropped, 0)
-    validation = _fit(dataset.validation, max_length, param="validation_file")
-    return Rows(fitted.kept, validation.kept, "validation_file", fitted.truncated, fitted.dropped, validation.dropped)
-
-
 def _check_size(task: Task) -> None:
     """Raises TrainingFailed for a base that is too large to be trained whole."""
     parameters, limit = task.base_parameters, task.full_finetuning_bytes
@@ -102,19 +81,7 @@ def _check_size(task: Task) -> None:
     )
 
 
-def _fit(rows: list[Row], max_length: int, *, param: str) -> data.Fitted:
-    fitted = data.fit(rows, max_length)
-    if not fitted.kept:
-        raise TrainingFailed(
-            f"no row has a trained token within its first {max_length:,} tokens",
-            code=f"invalid_{param}",
-            param=param,
-            hint="raise trainer.max_length, or shorten what comes before the answers",
-        )
-    return fitted
-
-
-def _row_warnings(rows: Rows, length: int) -> list[str]:
+def _row_warnings(rows: Split, length: int) -> list[str]:
     warnings = []
     if rows.truncated:
         warnings.append(f"{rows.truncated} rows are cut at {length:,} tokens (trainer.max_length)")
@@ -122,7 +89,7 @@ def _row_warnings(rows: Rows, length: int) -> list[str]:
         warnings.append(f"{rows.dropped} rows are dropped: nothing trained is left within {length:,} tokens")
     if rows.heldout_source == "training_file":
         warnings.append(
-            f"under {data.CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows themselves"
+            f"under {CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows themselves"
         )
     elif rows.dropped_heldout:
         warnings.append(f"{rows.dropped_heldout} rows of the validation file are dropped by the cut")

@@ -14,9 +14,10 @@ from shared.errors import TrainingFailed
 from shared.protocol import Preview
 from shared.schemas.preview import Answer, PreviewOut, PreviewRow, Segment
 from shared.schemas.results import FileReport, RowProblem
-from worker.trainer import data, recipe
-from worker.trainer.encoding import Encoded, Encoder, Row
-from worker.trainer.labelled import Labelled
+from worker.trainer import recipe
+from worker.trainer.data import dataset
+from worker.trainer.data.classification import LabelledRow
+from worker.trainer.data.encoding import Encoded, Encoder, Row
 
 Read = Iterator[tuple[int, Example | RowError]]
 
@@ -31,7 +32,7 @@ def preview(command: Preview, *, tick: Callable[[], None] = lambda: None) -> Pre
     out = PreviewOut(format=None, max_length=length, chat_template_sha256=None, rows=[], problems=[])
     with open(task.training_file, "rb") as stream:
         for line, example in _picked(formats.read_rows(stream, max_row_bytes=task.max_row_bytes), command, tick):
-            row = data.encode(encoder, line, example)
+            row = dataset.encode(encoder, line, example)
             if isinstance(row, RowError):
                 out.problems.append(row.problem())
             else:
@@ -85,7 +86,7 @@ def _document(row: Encoded, max_length: int, encoder: Encoder, answer: Answer | 
     cut = row.cut(max_length)
     ids, trained = cut.ids.tolist(), cut.trained.tolist()
     trained[0] = False  # predicted from nothing
-    label = row.label if isinstance(row, Labelled) else None
+    label = row.label if isinstance(row, LabelledRow) else None
     segments: list[Segment] = []
     for (is_trained, is_special), group in groupby(
         zip(ids, trained, strict=True), key=lambda token: (token[1], token[0] in encoder.specials)

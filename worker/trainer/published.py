@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
 from shared.protocol import Task
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

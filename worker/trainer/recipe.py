@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 
 from shared.errors import TrainingFailed
+from shared.estimation.defaults import PACK_LENGTH
 from shared.schemas.requests import (
     DpoHyperparameters,
     Hyperparameters,
@@ -60,10 +61,6 @@ LONGEST_AUTO_ROW = 2048
 ROUND_LENGTH_TO = 64
 #: `micro_batch` auto: rows that together hold about this many tokens.
 MICRO_BATCH_TOKENS = 1536
-#: About as many tokens has a packed row where examples are shorter. Attention between documents is computed and masked
-#: away, so long rows of short documents waste it: with rows of 30 tokens, SmolLM2-135M on 2 cores trained 518 tokens/s
-#: at 128, 473 at 256.
-PACK_LENGTH = 128
 #: Model types that fill in masked words: encoders, unless their config says otherwise; and those that classify.
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES

@@ -14,12 +14,13 @@ import torch
 from peft import PeftModel
 
 from shared.schemas.results import Recipe
-from worker.trainer import checkpoint, data, packing
-from worker.trainer.encoding import Row
+from worker.trainer import checkpoint
+from worker.trainer.data import dataset, packing
+from worker.trainer.data.encoding import Row
+from worker.trainer.data.packing import Heaviest
 from worker.trainer.likelihood import Layout
 from worker.trainer.memory import Account
 from worker.trainer.model import trainable
-from worker.trainer.packing import Heaviest
 from worker.trainer.system import peak_memory
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def rehearse(run: Run, accumulate: Callable[..., object], narrowing: Callable[..
     def act() -> Heaviest | None:
         found = heaviest(rows, recipe, run.layout, step=run.state.step)
         if found is not None:
-            examples = data.step_examples(rows, found.step, batch_size=recipe.batch_size, seed=recipe.seed)
+            examples = dataset.step_examples(rows, found.step, batch_size=recipe.batch_size, seed=recipe.seed)
             with as_after_steps(run.adapted, run.optimizer):
                 accumulate(run, examples, turn=found.turn)
         return found

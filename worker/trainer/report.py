@@ -14,11 +14,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from shared.estimation.memory_model import ADAPTER_BYTES
 from shared.schemas.memory import MeasuredFit
 from shared.schemas.results import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
-from worker.trainer import bootstrap, checkpoint, labels
-from worker.trainer.data import HeldoutSource
+from worker.trainer import bootstrap, checkpoint
+from worker.trainer.data import labels
+from worker.trainer.data.dataset import HeldoutSource, Split
 from worker.trainer.evaluate import RowScores
 from worker.trainer.model import Base
-from worker.trainer.prepare import Rows
 from worker.trainer.system import peak_memory
 from worker.trainer.whole import Adapted
 
@@ -31,7 +31,7 @@ def make(
     base: Base,
     adapted: Adapted,
     recipe: Recipe,
-    rows: Rows,
+    rows: Split,
     *,
     before: RowScores,
     after: RowScores,

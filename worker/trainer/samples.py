@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from shared.schemas.results import Continuation, Sample
 from worker.trainer.batches import collate
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data.classification import LabelledRow
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted, forward_only
-from worker.trainer.labelled import Labelled
 from worker.trainer.likelihood import Layout, head
 from worker.trainer.methods import classify
 from worker.trainer.model import Base
@@ -87,7 +87,7 @@ def classified(
     base: Base, adapted: Adapted, rows: Sequence[Encoded], encoder: Encoder, *, labels: Sequence[str]
 ) -> list[Sample]:
     """A few rows with their labels, and those that base and tuned give them."""
-    chosen = [row for row in _spread(rows) if isinstance(row, Labelled)]
+    chosen = [row for row in _spread(rows) if isinstance(row, LabelledRow)]
     given: list[list[str]] = []
     for adapter in (False, True):
         with forward_only(base, adapted, adapter=adapter):

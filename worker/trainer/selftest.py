@@ -13,10 +13,10 @@ import torch
 from shared.schemas.results import Recipe
 from worker.trainer import lanes
 from worker.trainer.batches import Batch, collate
-from worker.trainer.encoding import Encoded, Encoder, Row
+from worker.trainer.data.encoding import Encoded, Encoder, Row
+from worker.trainer.data.packing import row_of
 from worker.trainer.likelihood import Layout, backbone, head, own_logits
 from worker.trainer.model import Base
-from worker.trainer.packing import row_of
 
 #: Relative error of the head's logits, over all tokens.
 TOLERANCE = 0.1

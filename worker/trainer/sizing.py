@@ -17,8 +17,8 @@ from shared.estimation.memory_model import Setup
 from shared.protocol import Task
 from shared.schemas.memory import Kind, KnownDevice, PlannedFit, PredictedPeak
 from shared.schemas.results import Recipe
-from worker.trainer.encoding import Row
-from worker.trainer.packing import Heaviest, heaviest
+from worker.trainer.data.encoding import Row
+from worker.trainer.data.packing import Heaviest, heaviest
 
 #: "auto" leaves a tenth of a device alone: an uncorrected prediction is up to 5 % off, and memory has gaps.
 SHARE = 0.9

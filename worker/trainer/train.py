@@ -30,7 +30,6 @@ from worker.trainer import (
     adapter,
     checkpoint,
     classifier,
-    data,
     decisions,
     evaluate,
     ladder,
@@ -48,12 +47,13 @@ from worker.trainer import (
 )
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState, Tensors
-from worker.trainer.encoding import Encoder, Row
+from worker.trainer.data import dataset
+from worker.trainer.data.dataset import Split, split
+from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
-from worker.trainer.prepare import Rows, usable
 from worker.trainer.recipe import learning_rate_at
 from worker.trainer.start import Start
 from worker.trainer.system import free_memory, peak_memory
@@ -78,7 +78,7 @@ class Run:
     command: Train
     emit: Emit
     stopping: Callable[[], bool]
-    rows: Rows
+    rows: Split
     base: Base
     adapted: Adapted
     optimizer: torch.optim.Optimizer
@@ -126,7 +126,7 @@ def train(
         torch.set_num_threads(task.torch_threads)
     emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
     encoder = Encoder(task.base_dir)
-    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
+    rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     peak_memory.begin()
     base = load_base()
@@ -148,7 +148,7 @@ def train(
 
 def _start(
     command: Train,
-    rows: Rows,
+    rows: Split,
     base: Base,
     adapted: Adapted,
     layout: Layout,
@@ -258,7 +258,7 @@ def _step(run: Run) -> None:
     """One optimizer step over `batch_size` examples. Asked to stop, raises Interrupted with everything as it was."""
     recipe, state = run.recipe, run.state
     started = time.perf_counter()
-    examples = data.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
+    examples = dataset.step_examples(run.rows.train, state.step, batch_size=recipe.batch_size, seed=recipe.seed)
     score = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}").score()
     rate = learning_rate_at(recipe, state.step)
     optimizer.set_rate(run.optimizer, rate)

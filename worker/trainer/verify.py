@@ -25,7 +25,6 @@ from shared.schemas.results import Proof, Report, Score
 from worker.trainer import (
     checkpoint,
     classifier,
-    data,
     evaluate,
     ladder,
     model,
@@ -36,11 +35,12 @@ from worker.trainer import (
     start,
 )
 from worker.trainer.batches import collate
-from worker.trainer.encoding import Encoder, Row
+from worker.trainer.data import dataset
+from worker.trainer.data.dataset import split
+from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
 from worker.trainer.methods import classify
 from worker.trainer.model import Base
-from worker.trainer.prepare import usable
 from worker.trainer.whole import Adapted
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
@@ -72,7 +72,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
     fingerprint = published.tokenizer_sha256(folder, encoder)
-    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
+    rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
     base = model.load_base(task.base_dir, recipe.quantization, labels=recipe.labels)
     if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):

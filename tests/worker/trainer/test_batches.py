@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.estimation.defaults import PACK_LENGTH
 from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
-from worker.trainer.encoding import Encoded
-from worker.trainer.recipe import PACK_LENGTH
+from worker.trainer.data.encoding import Encoded
 
 lengths = st.lists(st.integers(2, 2 * PACK_LENGTH), min_size=1, max_size=40)
 

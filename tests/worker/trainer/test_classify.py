@@ -17,10 +17,11 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
-from worker.trainer import classifier, data, evaluate, model
+from worker.trainer import classifier, evaluate, model
 from worker.trainer.batches import collate
-from worker.trainer.encoding import Encoder
-from worker.trainer.labelled import Labelled
+from worker.trainer.data import dataset
+from worker.trainer.data.classification import LabelledRow
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import classify
 from worker.trainer.prepare import prepare
@@ -156,11 +157,11 @@ def test_a_row_is_what_the_tokenizer_makes_of_it(
 ) -> None:
     """Whole, and cut to any length that the template leaves room in."""
     encoder = Encoder(bert)
-    (whole,) = data.load(classification(make_task, write_rows([row]), bert), encoder).train
+    (whole,) = dataset.load(classification(make_task, write_rows([row]), bert), encoder).train
     texts = [row[key] for key in ("text", "text_pair") if key in row]
     for length in range(8, len(whole) + 2):
         cut, wanted = whole.cut(length), encoder.tokenizer(*texts, truncation=True, max_length=length)
-        assert isinstance(cut, Labelled)
+        assert isinstance(cut, LabelledRow)
         assert cut.ids.tolist() == wanted["input_ids"]
         assert cut.types.tolist() == wanted["token_type_ids"]
         assert (cut.label, cut.learnable) == (row["label"], True)
@@ -186,7 +187,7 @@ def test_rows_score_the_same_alone_and_padded(
     base = model.load_base(base_dir, Quantization.NONE, labels=list("012"), compute_dtype=torch.float32)
     classifier.draw(base.model, base.blank, seed=1, pad=encoder.pad)
     adapted = model.put_on(base, recipe)
-    encoded = data.load(task, encoder).train
+    encoded = dataset.load(task, encoder).train
     found = [
         evaluate.score(
             base, adapted, encoded, recipe, adapter=True, layout=Layout(False, False, micro_batch, encoder.pad)
@@ -214,7 +215,7 @@ def test_a_row_may_be_as_long_as_the_base_has_positions(
     encoder, recipe = Encoder(task.base_dir), recipe_of(task)
     assert recipe.max_length == context
     base = model.load_base(task.base_dir, Quantization.NONE, labels=list("01"))
-    longest = data.load(task, encoder).train[0].cut(context).documents
+    longest = dataset.load(task, encoder).train[0].cut(context).documents
     assert len(longest[0]) == context
     with torch.no_grad(), base.precision():
         assert classify.logits(base.model, collate([longest], packing=False, pad=encoder.pad)).isfinite().all()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.schemas.requests import Quantization
 from worker.trainer import model
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -16,9 +16,10 @@ from shared.protocol import CheckpointSaved, Done, Measured
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_base
-from worker.trainer import data, methods, model, selftest
+from worker.trainer import methods, model, selftest
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Encoded, Encoder, Pair, Row
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Encoder, Pair, Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
 
@@ -36,7 +37,7 @@ def preferences(count: int) -> Rows:
 
 @pytest.fixture
 def rows(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> list[Row]:
-    return data.load(make_task(write_rows(preferences(7)), method="dpo"), encoder).train
+    return dataset.load(make_task(write_rows(preferences(7)), method="dpo"), encoder).train
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_pairs_longer_than_the_context_are_padded_within_it(
     long = {"prompt": "a ", "chosen": "b" * 200, "rejected": "c" * 190}
     task = make_task(write_rows([long, *preferences(5)]), method="dpo", base_dir=str(tmp_path))
     base, recipe = model.load_base(str(tmp_path), Quantization.NONE), recipe_of(task)
-    adapted, rows = model.put_on(base, recipe), data.load(task, encoder).train
+    adapted, rows = model.put_on(base, recipe), dataset.load(task, encoder).train
     [batch] = batches(rows, packing=True, micro_batch=9, pad=2)
     assert batch.input_ids.shape[1] > 256 > int(batch.position_ids.max())
     assert methods.loss(adapted, batch, layout(), recipe).sums.isfinite().all()
@@ -208,5 +209,5 @@ def test_rows_of_the_other_method_are_refused(
     make_task: MakeTask, write_rows: WriteRows, encoder: Encoder, rows: Rows, method: str, found: str
 ) -> None:
     with pytest.raises(TrainingFailed, match=f"found {found} rows; method '{method}'") as failed:
-        data.load(make_task(write_rows(rows), method=method), encoder)
+        dataset.load(make_task(write_rows(rows), method=method), encoder)
     assert (failed.value.code, failed.value.param) == ("invalid_training_file", "training_file")

@@ -13,7 +13,7 @@ from tokenizers import processors
 from shared.datasets.formats import FORMATS
 from shared.errors import TrainingFailed
 from tests.tiny import CHATML, tiny_tokenizer
-from worker.trainer.encoding import CannotEncode, Encoded, Encoder
+from worker.trainer.data.encoding import CannotEncode, Encoded, Encoder
 
 EncoderOf = Callable[[str], Encoder]
 

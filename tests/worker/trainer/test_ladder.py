@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shared.estimation.defaults import PACK_LENGTH
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_tokenizer
@@ -20,7 +21,6 @@ from worker.trainer import checkpoint, ladder, model
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, sft
-from worker.trainer.recipe import PACK_LENGTH
 
 from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 

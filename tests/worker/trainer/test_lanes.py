@@ -15,10 +15,9 @@ from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
 from worker.trainer import lanes, methods, model
 from worker.trainer.batches import Batch
-from worker.trainer.data import load
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.dataset import load, split
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
-from worker.trainer.prepare import usable
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -38,7 +37,7 @@ def test_each_micro_batch_has_the_gradient_that_it_has_alone(
 ) -> None:
     task = make_task(write_rows(quotes(40)), quantization=quantization)
     recipe = recipe_of(task)
-    rows = usable(load(task, Encoder(llama)), recipe.max_length, seed=7).train
+    rows = split(load(task, Encoder(llama)), recipe.max_length, seed=7).train
     base = model.load_base(llama, quantization)
     adapted = model.put_on(base, recipe)
     parameters = list(model.trainable(adapted).values())

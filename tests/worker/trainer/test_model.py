@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Quantization
-from worker.trainer import checkpoint, data, evaluate, model
+from worker.trainer import checkpoint, evaluate, model
 from worker.trainer.batches import batches, trained_tokens
-from worker.trainer.encoding import Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 
@@ -57,7 +58,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
 ) -> None:
     """The CPU NF4 trap: bitsandbytes repacks weights at the first evaluation and loses the base path's gradients."""
     task = make_task(write_rows(quotes(8)))
-    rows = data.load(task, encoder).train
+    rows = dataset.load(task, encoder).train
     base = model.load_base(request.getfixturevalue(folder), quantization)
     recipe = recipe_of(task)
     adapted = model.put_on(base, recipe)

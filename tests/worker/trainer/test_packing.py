@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.estimation.defaults import PACK_LENGTH
 from shared.schemas.results import Recipe
 from tests.shared.test_jobs import RECIPE
-from worker.trainer import data, packing
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Pair, Row
-from worker.trainer.packing import Rows, heaviest, micro_batches, pack, row_of
-from worker.trainer.recipe import PACK_LENGTH
+from worker.trainer.data import dataset, packing
+from worker.trainer.data.encoding import Pair, Row
+from worker.trainer.data.packing import Rows, heaviest, micro_batches, pack, row_of
 
 from .test_batches import examples_of, lengths
 
@@ -92,7 +92,7 @@ def test_heaviest_is_what_the_run_will_meet(
     recipe = recipe_of(batch_size=batch_size, total_steps=steps, seed=3)
     met = []
     for step in range(min(from_step, steps - 1), steps):
-        chosen = data.step_examples(rows, step, batch_size=batch_size, seed=3)
+        chosen = dataset.step_examples(rows, step, batch_size=batch_size, seed=3)
         options: dict[str, Any] = {"packing": packing, "micro_batch": micro_batch, "row": row_of(rows), "lanes": lanes}
         shapes = [batch.input_ids.shape for batch in batches(chosen, pad=0, **options)]
         for turn, start in enumerate(range(0, len(shapes), lanes)):

@@ -11,8 +11,8 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.protocol import Preview
 from shared.schemas.preview import PreviewOut, PreviewRow
-from worker.trainer import data
-from worker.trainer.encoding import Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.preview import preview
 
 from .conftest import MakeTask, Rows, WriteRows, quotes
@@ -88,7 +88,7 @@ def test_what_is_shown_is_what_is_trained_on(
 ) -> None:
     rows: Rows = [{"prompt": "hat " * 4 * n, "completion": "felt " * n} for n in range(1, 9)]
     shown = look(rows, count=20, max_length=16).rows
-    fitted = data.fit(data.load(make_task(write_rows(rows)), encoder).train, 16).kept
+    fitted = dataset.fit(dataset.load(make_task(write_rows(rows)), encoder).train, 16).kept
     kept = [row for row in shown if row.trained_tokens]
     assert 0 < len(kept) < len(shown) == 8
     for row, wanted in zip(kept, fitted, strict=True):

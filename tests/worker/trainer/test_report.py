@@ -14,10 +14,11 @@ from shared.estimation import architecture, memory_model
 from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
-from worker.trainer import checkpoint, data, evaluate, model, report
+from worker.trainer import checkpoint, evaluate, model, report
 from worker.trainer.batches import batches
-from worker.trainer.data import HeldoutSource
-from worker.trainer.encoding import Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.dataset import HeldoutSource
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.evaluate import RowScores
 from worker.trainer.likelihood import Layout, likelihood
 
@@ -78,7 +79,7 @@ def test_rows_are_scored_in_their_own_order(
 ) -> None:
     """Each as it is scored alone, whatever batch it went with."""
     task = make_task(write_rows(quotes(11)))
-    rows = data.load(task, encoder).train[::-1]
+    rows = dataset.load(task, encoder).train[::-1]
     base = model.load_base(llama, task.quantization, compute_dtype=torch.float32)
     recipe = recipe_of(task)
     adapted = model.put_on(base, recipe)

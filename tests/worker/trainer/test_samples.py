@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 
 from shared.protocol import Done, Notice, Stopped
 from shared.schemas.requests import Quantization
-from worker.trainer import data, evaluate, model, samples
+from worker.trainer import evaluate, model, samples
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
@@ -35,7 +36,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def encode(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> Any:
     def encode(rows: Rows) -> list[Encoded]:
-        return data.load(make_task(write_rows(rows)), encoder).train
+        return dataset.load(make_task(write_rows(rows)), encoder).train
 
     return encode
 

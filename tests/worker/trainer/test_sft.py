@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from shared.schemas.requests import Quantization
-from worker.trainer import data, model, selftest
+from worker.trainer import model, selftest
 from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.likelihood import CHUNK_BYTES, Layout, likelihood
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
@@ -42,7 +43,7 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 @pytest.fixture
 def examples(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> list[Encoded]:
-    return data.load(make_task(write_rows(quotes(9))), encoder).train
+    return dataset.load(make_task(write_rows(quotes(9))), encoder).train
 
 
 def layout(*, packing: bool = True, chunked: bool = True, micro_batch: int = 8) -> Layout:

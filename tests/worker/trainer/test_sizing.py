@@ -15,7 +15,7 @@ from shared.schemas.memory import Kind, KnownDevice, Weighing
 from shared.schemas.results import Recipe
 from tests.shared.test_architecture import REAL
 from tests.shared.test_jobs import RECIPE
-from worker.trainer.encoding import Encoded
+from worker.trainer.data.encoding import Encoded
 from worker.trainer.prepare import prepare
 from worker.trainer.sizing import Sized, size
 

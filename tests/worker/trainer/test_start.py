@@ -14,9 +14,10 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Verdict
-from worker.trainer import checkpoint, data, evaluate, methods, model, start
+from worker.trainer import checkpoint, evaluate, methods, model, start
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
@@ -89,7 +90,7 @@ def test_of_preferences_the_source_is_the_reference(
 ) -> None:
     """To the bit, although training has a forward of its own."""
     recipe = recipe_of(pairs, dropout=0.0, use_dora=use_dora)
-    base, rows = model.load_base(llama, Quantization(quantization)), data.load(pairs, encoder).train
+    base, rows = model.load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe, tmp_path)
     origin = start.read(str(tmp_path), adapted)
     start.put_on(adapted, origin)
@@ -112,7 +113,7 @@ def test_of_preferences_the_source_is_the_reference(
 def test_the_reference_has_no_dropout_and_draws_no_number(
     llama: str, pairs: Task, encoder: Encoder, tmp_path: Path, quantization: str
 ) -> None:
-    base, rows = model.load_base(llama, Quantization(quantization)), data.load(pairs, encoder).train
+    base, rows = model.load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe_of(pairs, dropout=0.5), tmp_path)
     origin = start.read(str(tmp_path), adapted)
     [batch] = batches(rows[:8], packing=True, micro_batch=8, pad=2)
@@ -126,7 +127,7 @@ def test_the_reference_has_no_dropout_and_draws_no_number(
 def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder, tmp_path: Path) -> None:
     """In train mode and in an evaluation of the base alone, which has the adapter off around it."""
     recipe = recipe_of(pairs)
-    base, rows = model.load_base(llama, Quantization.NONE), data.load(pairs, encoder).train
+    base, rows = model.load_base(llama, Quantization.NONE), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe, tmp_path)
     origin = start.read(str(tmp_path), adapted)
     start.put_on(adapted, origin)

@@ -12,10 +12,10 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.schemas.results import DataReport, Plan
 from tests.tiny import tiny_llama, tiny_tokenizer
-from worker.trainer import data
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.data.statistics import statistics
 from worker.trainer.prepare import prepare
-from worker.trainer.survey import survey
 
 from .conftest import MakeTask, Rows, WriteRows, quotes
 
@@ -43,7 +43,7 @@ def report(plan: Plan) -> DataReport:
 def test_a_crafted_file_is_counted_to_the_row(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     rows = [*({"text": "hat " * n} for n in (1, 2, 4, 8, 16)), {"text": "hat " * 2}, {"text": "hat " * 2}]
     found = report(prepare(make_task(write_rows(rows), trainer={"max_length": 10})))
-    lengths = sorted(len(row) for row in data.load(make_task(write_rows(rows)), encoder).train)
+    lengths = sorted(len(row) for row in dataset.load(make_task(write_rows(rows)), encoder).train)
     assert (found.rows, found.bad_rows, found.format, found.chat_template_sha256) == (7, 0, "text", None)
     assert (found.tokens, found.trained_tokens) == (sum(lengths), sum(lengths) - 7)
     assert (found.length_p50, found.length_p95, found.length_max) == (lengths[3], lengths[6], lengths[6])
@@ -103,8 +103,8 @@ def test_a_cut_that_takes_the_stop_token_is_told(make_task: MakeTask, write_rows
 def test_rows_are_the_same_only_with_the_same_labels(encoder: Encoder) -> None:
     ids = np.arange(5, dtype=np.int32)
     rows = [Encoded(line, ids, np.arange(5) >= first) for line, first in enumerate((1, 2, 1), start=1)]
-    dataset = data.Dataset(rows, None, data.FileReport(rows=3, bad_rows=0, format="text", problems=[]), None)
-    found = survey(dataset, encoder, max_length=9, train=rows, heldout=[])
+    read = dataset.Dataset(rows, None, dataset.FileReport(rows=3, bad_rows=0, format="text", problems=[]), None)
+    found = statistics(read, encoder, max_length=9, train=rows, heldout=[])
     assert [(r.line, r.of) for r in found.duplicates] == [(3, 1)]
 
 
@@ -120,7 +120,7 @@ def test_bad_rows_are_left_out_at_the_users_word(make_task: MakeTask, write_rows
     assert (plan.rows, found.rows, found.bad_rows) == (24, 24, 2)
     assert [(p.line, p.field, bool(p.hint)) for p in found.problems] == [(13, "text", True), (26, "", True)]
     assert any(warning.startswith("left out of the training file: 2 bad rows: line 13") for warning in plan.warnings)
-    lines = [row.line for row in data.load(task, encoder).train]  # what training will see
+    lines = [row.line for row in dataset.load(task, encoder).train]  # what training will see
     assert lines == [*range(1, 13), *range(14, 26)]
 
 

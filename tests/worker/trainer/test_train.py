@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
 from shared.schemas.results import Report
-from worker.trainer import checkpoint, data, evaluate, model
+from worker.trainer import checkpoint, evaluate, model
 from worker.trainer import train as loop
-from worker.trainer.encoding import Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.train import train
@@ -305,7 +306,7 @@ def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: Writ
 def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     task = make_task(write_rows(quotes(4)))
     base = model.load_base(llama, task.quantization)
-    recipe, rows = recipe_of(task), data.load(task, encoder).train
+    recipe, rows = recipe_of(task), dataset.load(task, encoder).train
     adapted = model.put_on(base, recipe)
     layout = Layout(packing=True, chunked=True, micro_batch=1, pad=2)
     with pytest.raises(evaluate.Interrupted):

@@ -18,7 +18,7 @@ from shared.protocol import Done, Failed, Task, Verified, Verify
 from shared.schemas.results import Proof
 from tests.tiny import tiny_llama
 from worker.trainer import published, serving, verify
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 
 from .conftest import Child, quotes, recipe_of, run
 

@@ -19,9 +19,10 @@ from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import checkpoint, data, likelihood, model
+from worker.trainer import checkpoint, likelihood, model
 from worker.trainer.batches import IGNORED, batches, trained_tokens
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.prepare import prepare
@@ -60,7 +61,7 @@ def test_every_gradient_is_that_of_a_plain_forward(
     monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     tiny_base(tmp_path / "base", kind, **KINDS[kind])
     task = full(quotes(9), base_dir=str(tmp_path / "base"))
-    rows = data.load(task, Encoder(task.base_dir)).train
+    rows = dataset.load(task, Encoder(task.base_dir)).train
     wanted = plain_gradients(task.base_dir, rows)
     base = model.load_base(task.base_dir, Quantization.NONE, compute_dtype=torch.float32)
     whole = model.put_on(base, recipe_of(task))
@@ -90,7 +91,7 @@ def test_a_document_weighs_what_backward_says(
     """As in DPO, where answers have signs: the head's gradient too is of the weighted sum."""
     monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     task = full(quotes(3))
-    rows = data.load(task, Encoder(llama)).train
+    rows = dataset.load(task, Encoder(llama)).train
     base = model.load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
     whole = model.put_on(base, recipe_of(task))
     found = {}

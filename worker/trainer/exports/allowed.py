@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from shared.schemas.requests import ExportName, Quantization
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports import llama_cpp, vocabulary
 
 

@@ -33,7 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from shared.protocol import Task
 from shared.schemas.results import Recipe
-from worker.trainer.encoding import Encoder
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports import llama_cpp, spm, vocabulary
 from worker.trainer.exports.likeness import Unlike
 

@@ -18,16 +18,17 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint, data, model, published, selftest
+from worker.trainer import checkpoint, model, published, selftest
 from worker.trainer.batches import batches, collate
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.data import dataset
+from worker.trainer.data.dataset import Split, split
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
 from worker.trainer.exports import gguf_files, merged, vocabulary
 from worker.trainer.exports.likeness import Unlike, check_tensors, fingerprint
 from worker.trainer.likelihood import Layout, own_logits
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model import Base
-from worker.trainer.prepare import Rows, usable
 from worker.trainer.system import free_memory
 
 TRIED_ROWS = 2
@@ -46,7 +47,7 @@ class Wanted:
 
     command: MakeExport
     encoder: Encoder
-    rows: Rows
+    rows: Split
     tried: list[Encoded]
     logits: list[torch.Tensor]
     device: torch.device
@@ -131,7 +132,7 @@ def _wanted(command: MakeExport, base: Base, stopping: Callable[[], bool], tick:
             raise Interrupted
 
     encoder = Encoder(task.base_dir)
-    rows = usable(data.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
+    rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tried = [row.documents[0].cut(TRIED_TOKENS) for row in rows.heldout[:TRIED_ROWS]]
     adapted = model.load_adapter(base.model, Path(command.adapter_dir))
     logits = _logits(base, tried)

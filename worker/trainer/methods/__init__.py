@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from shared.schemas.results import Recipe
 from worker.trainer.batches import Batch, trained_tokens
-from worker.trainer.encoding import Row
+from worker.trainer.data.encoding import Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import classify, dpo, sft
 from worker.trainer.methods.loss import Loss, Tally

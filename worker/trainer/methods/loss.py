@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shared.schemas.results import Score
-from worker.trainer.labels import macro_f1
+from worker.trainer.data.labels import macro_f1
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,12 @@ from shared.schemas.requests import ExportName, Method, MethodName, Quantization
 from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, data, evaluate, model, selftest, serving, verify
-from worker.trainer.encoding import Encoder
+from worker.trainer import adapter, checkpoint, evaluate, model, selftest, serving, verify
+from worker.trainer.data import dataset
+from worker.trainer.data.dataset import split
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports.make import export
-from worker.trainer.prepare import prepare, usable
+from worker.trainer.prepare import prepare
 
 #: With what llama.cpp takes for granted.
 KINDS: dict[str, dict[str, Any]] = {
@@ -72,7 +74,7 @@ def made(command: MakeExport, name: ExportName) -> Export:
 
 def _command(task: Task, work_dir: Path) -> MakeExport:
     recipe, encoder = prepare(task).recipe, Encoder(task.base_dir)
-    rows = usable(data.load(task, encoder), recipe.max_length, seed=recipe.seed)
+    rows = split(dataset.load(task, encoder), recipe.max_length, seed=recipe.seed)
     base = model.load_base(task.base_dir, recipe.quantization)
     layout, _ = selftest.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
     torch.manual_seed(1)

@@ -12,10 +12,10 @@ from heapq import heapreplace
 from itertools import count, islice
 from math import inf
 
+from shared.estimation.defaults import PACK_LENGTH
 from shared.schemas.results import Recipe
-from worker.trainer import data
-from worker.trainer.encoding import Encoded, Row
-from worker.trainer.recipe import PACK_LENGTH
+from worker.trainer.data import dataset
+from worker.trainer.data.encoding import Encoded, Row
 
 #: A row of this length costs twice what its tokens would cost in short ones: what attention takes grows with it.
 ATTENTION = 1500
@@ -44,7 +44,7 @@ def heaviest(
     """Of all turns from that step on. Activations grow with the tokens, and memory with them."""
     row, most = row_of(examples), Heaviest(0, 0, 0, 0, 0)
     for step in range(min(from_step, recipe.total_steps - 1), recipe.total_steps):
-        chosen = data.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
+        chosen = dataset.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
         # A pair is as long as both of its documents, which padded are two rows.
         if micro_batch * (row if packing else 2 * max(map(len, chosen))) <= most.tokens:
             continue

@@ -19,8 +19,8 @@ from shared.datasets.formats import Example, LabelledExample, RowError
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from shared.schemas.results import FileReport
-from worker.trainer import labelled
-from worker.trainer.encoding import CannotEncode, Encoder, Row, longest_document
+from worker.trainer.data import classification
+from worker.trainer.data.encoding import CannotEncode, Encoder, Row, longest_document
 
 HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 200
@@ -42,7 +42,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Rows cut to a length; `dropped` lost every trained token by it."""
+    """Split cut to a length; `dropped` lost every trained token by it."""
 
     kept: list[Row]
     truncated: int
@@ -67,14 +67,14 @@ def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | Ro
         return example
     try:
         if isinstance(example, LabelledExample):
-            return labelled.encode(encoder, line, example)
+            return classification.encode(encoder, line, example)
         return encoder.encode(line, example)
     except CannotEncode as cause:
         return RowError(line, cause.field, cause.message, cause.hint)
 
 
 def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutSource]:
-    """Rows to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
+    """Split to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
     if len(rows) < CARVE_FROM_ROWS:
         return rows, rows, "training_file"
     count = min(HELDOUT_MOST, max(1, int(len(rows) * HELDOUT_SHARE)))
@@ -134,3 +134,37 @@ def _read(
     if skippable:
         hint += f"; or leave them out: trainer.skip_bad_rows = {report.bad_rows} (it is {task.trainer.skip_bad_rows})"
     raise TrainingFailed(formats.describe(report), code=f"invalid_{param}", param=param, hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What is trained on and what is scored, cut to the recipe's length; and what the cut cost."""
+
+    train: list[Row]
+    heldout: list[Row]
+    heldout_source: HeldoutSource
+    truncated: int
+    dropped: int
+    dropped_heldout: int
+
+
+def split(dataset: Dataset, max_length: int, *, seed: int) -> Split:
+    """The rows that survive the cut, and of those the held-out ones. Raises TrainingFailed where none does."""
+    fitted = _fit(dataset.train, max_length, param="training_file")
+    if dataset.validation is None:
+        train, heldout, source = carve(fitted.kept, seed=seed)
+        return Split(train, heldout, source, fitted.truncated, fitted.dropped, 0)
+    validation = _fit(dataset.validation, max_length, param="validation_file")
+    return Split(fitted.kept, validation.kept, "validation_file", fitted.truncated, fitted.dropped, validation.dropped)
+
+
+def _fit(rows: list[Row], max_length: int, *, param: str) -> Fitted:
+    fitted = fit(rows, max_length)
+    if not fitted.kept:
+        raise TrainingFailed(
+            f"no row has a trained token within its first {max_length:,} tokens",
+            code=f"invalid_{param}",
+            param=param,
+            hint="raise trainer.max_length, or shorten what comes before the answers",
+        )
+    return fitted

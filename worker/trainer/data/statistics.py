@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from shared.datasets import formats
 from shared.schemas.results import DataReport, FileReport, LengthBucket, Repeat
-from worker.trainer import labels
-from worker.trainer.data import Dataset
-from worker.trainer.encoding import Encoder, Row, longest_document
+from worker.trainer.data import labels
+from worker.trainer.data.dataset import Dataset
+from worker.trainer.data.encoding import Encoder, Row, longest_document
 
 #: Of the rows that repeat others, so many are named.
 NAMED = 10
@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 
-def survey(
+def statistics(
     dataset: Dataset,
     encoder: Encoder,
     *,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from shared.errors import TrainingFailed
 from shared.schemas.results import LabelCount, Majority
-from worker.trainer.encoding import Row
-from worker.trainer.labelled import Labelled
+from worker.trainer.data.classification import LabelledRow
+from worker.trainer.data.encoding import Row
 
 #: A head of this width is trained in full and kept in fp32; more labels are texts, or row numbers, in the wrong column.
 MOST = 1000
@@ -102,8 +102,8 @@ def macro_f1(answers: Mapping[tuple[int, int], int]) -> float:
     return sum(2 * answers.get((label, label), 0) / (had[label] + given[label]) for label in seen) / len(seen)
 
 
-def _labelled(rows: Sequence[Row]) -> list[Labelled]:
-    return [row for row in rows if isinstance(row, Labelled)]
+def _labelled(rows: Sequence[Row]) -> list[LabelledRow]:
+    return [row for row in rows if isinstance(row, LabelledRow)]
 
 
 def _named(labels: Sequence[str]) -> str:

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.datasets import formats
-from worker.trainer.encoding import CannotEncode, Encoded, Encoder
+from worker.trainer.data.encoding import CannotEncode, Encoded, Encoder
 
 #: In `Labelled.parts`: a token that the tokenizer's template writes.
 TEMPLATE = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled(Encoded):
+class LabelledRow(Encoded):
     """A row to be classified: no token of it is predicted, and all are read.
 
     `types` int8 (length,) are the token types that BERT parts the texts by; `parts` int8 (length,) says which of the
@@ -48,7 +48,7 @@ class Labelled(Encoded):
     def content(self) -> bytes:
         return b"\0".join((self.ids.tobytes(), self.types.tobytes(), self.label.encode()))
 
-    def cut(self, length: int) -> Labelled:
+    def cut(self, length: int) -> LabelledRow:
         """At most `length` tokens: the template's stay, and the longer text loses its end, down to halves."""
         if len(self) <= length:
             return self
@@ -58,12 +58,12 @@ class Labelled(Encoded):
         share = min(len(shorter), room // 2)
         stays = self.parts == TEMPLATE
         stays[shorter[:share]] = stays[longer[: room - share]] = True
-        return Labelled(
+        return LabelledRow(
             self.line, self.ids[stays], self.trained[stays], self.label, self.types[stays], self.parts[stays]
         )
 
 
-def encode(encoder: Encoder, line: int, example: formats.LabelledExample) -> Labelled:
+def encode(encoder: Encoder, line: int, example: formats.LabelledExample) -> LabelledRow:
     """Raises CannotEncode for a text of which the tokenizer leaves nothing."""
     texts = (example.text,) if example.pair is None else (example.text, example.pair)
     found = encoder.tokenizer.backend_tokenizer.encode(*texts, add_special_tokens=True)
@@ -73,4 +73,4 @@ def encode(encoder: Encoder, line: int, example: formats.LabelledExample) -> Lab
     typed = "token_type_ids" in encoder.tokenizer.model_input_names
     types = np.array(found.type_ids, dtype=np.int8) if typed else np.zeros(len(parts), np.int8)
     ids = np.array(found.ids, dtype=np.int32)
-    return Labelled(line, ids, np.zeros(len(ids), np.bool_), example.label, types, parts)
+    return LabelledRow(line, ids, np.zeros(len(ids), np.bool_), example.label, types, parts)
