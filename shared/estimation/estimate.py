@@ -21,7 +21,7 @@ from shared.schemas.requests import Hyperparameters, Lora, Method, Quantization,
 
 #: English in JSON lines, keys and quotes included; anything from 2 to 6 is common.
 BYTES_A_TOKEN = 4
-#: What the recipe takes for "auto" (worker/trainer/recipe.py), where the rows are as long as it lets them be.
+#: What the recipe takes for "auto" (worker/trainer/planning/recipe.py), where the rows are as long as it lets them be.
 LONGEST_AUTO_ROW = 2048
 MICRO_BATCH_TOKENS = 1536
 LARGEST_AUTO_BATCH = 32

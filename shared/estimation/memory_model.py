@@ -30,7 +30,7 @@ NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_BOOKS = 4 * (16 + 256 + 1)
 #: Logits in 16 bits, and in fp32, where their gradient is written over them; a cap has a slope of their size.
 LOGIT_BYTES = 6
-#: A packed row is reckoned to be at least this long (`PACK_LENGTH` of worker/trainer/recipe.py).
+#: A packed row is reckoned to be at least this long (`PACK_LENGTH` of worker/trainer/planning/recipe.py).
 PACK_LENGTH = 128
 
 SHORTEST_ROW = 64

@@ -10,7 +10,7 @@ from shared.errors import InvalidRequest
 from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from tests.shared.test_architecture import REAL
-from worker.trainer import recipe
+from worker.trainer.planning import recipe
 
 SMOL = REAL["SmolLM2-135M"][1] | {"max_position_embeddings": 8192}
 PLANNED = Data(rows=500, tokens=40_000, longest_row=300, source="plan")
@@ -33,7 +33,7 @@ def test_auto_is_what_the_recipe_makes_of_it(rows: int, longest: int, packing: b
         TrainerParams(packing=packing),
         Quantization.NF4,
         seed=1,
-        base=recipe.Architecture("llama", 576, 8192),
+        base=recipe.BaseTraits("llama", 576, 8192),
         size=recipe.Size(rows, longest, longest),
     )
     assert (ours.r, ours.n_epochs, ours.micro_batch) == (resolved.r, resolved.n_epochs, resolved.micro_batch)

@@ -213,14 +213,14 @@ class Session:
     def _prepare(self, command: Prepare) -> None:
         self.emit(PhaseEntered(job=command.job, phase=Phase.TOKENIZING))
         # Imported here: transformers takes seconds, and the pipe should answer at once.
-        from worker.trainer.prepare import prepare  # noqa: PLC0415 (import cost)
+        from worker.trainer.planning.prepare import prepare  # noqa: PLC0415 (import cost)
 
         plan = prepare(command.task, tick=lambda: self.tick(command.job))
         self.emit(Prepared(job=command.job, plan=plan))
 
     def _preview(self, command: Preview) -> None:
         # Imported here: transformers takes seconds, and the pipe should answer at once.
-        from worker.trainer.preview import preview  # noqa: PLC0415 (import cost)
+        from worker.trainer.planning.preview import preview  # noqa: PLC0415 (import cost)
 
         self.emit(Previewed(job=command.job, preview=preview(command, tick=lambda: self.tick(command.job))))
 

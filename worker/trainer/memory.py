@@ -21,7 +21,7 @@ from worker.trainer.data.encoding import Row
 from worker.trainer.data.packing import heaviest
 from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
-from worker.trainer.sizing import known_architecture, setup
+from worker.trainer.planning.sizing import known_architecture, setup
 from worker.trainer.system.device import describe
 from worker.trainer.system.peak_memory import peak
 

@@ -54,7 +54,7 @@ from worker.trainer.evaluate import RowScores
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import Loss, Tally
 from worker.trainer.model import Base
-from worker.trainer.recipe import learning_rate_at
+from worker.trainer.planning.recipe import learning_rate_at
 from worker.trainer.start import Start
 from worker.trainer.system import free_memory, peak_memory
 from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory

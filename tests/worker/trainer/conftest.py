@@ -22,7 +22,7 @@ from shared.schemas.results import Recipe
 from tests.tiny import tiny_encoder, tiny_gpt2
 from worker.trainer import model, samples
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 from worker.trainer.train import train
 
 ROOT = Path(__file__).resolve().parents[3]

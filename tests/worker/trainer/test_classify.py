@@ -24,7 +24,7 @@ from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import classify
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 from worker.trainer.verify import verify
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, recipe_of, run

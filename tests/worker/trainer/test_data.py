@@ -13,7 +13,7 @@ import pytest
 from shared.errors import TrainingFailed
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 from .conftest import MakeTask, WriteRows, quotes
 

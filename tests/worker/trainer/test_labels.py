@@ -10,7 +10,7 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.schemas.results import Plan
 from worker.trainer.data import labels
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 from .conftest import MakeTask, Rows, WriteRows
 

@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import TrainingFailed
 from tests.tiny import tiny_llama
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 from .conftest import MakeTask, WriteRows
 

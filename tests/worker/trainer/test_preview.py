@@ -13,7 +13,7 @@ from shared.protocol import Preview
 from shared.schemas.preview import PreviewOut, PreviewRow
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.preview import preview
+from worker.trainer.planning.preview import preview
 
 from .conftest import MakeTask, Rows, WriteRows, quotes
 

@@ -12,16 +12,16 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Lora, Method, MethodName, Quantization, TrainerParams
 from shared.schemas.results import Recipe
-from worker.trainer import recipe
-from worker.trainer.recipe import Architecture, Size
+from worker.trainer.planning import recipe
+from worker.trainer.planning.recipe import BaseTraits, Size
 
-SMOL = Architecture("llama", 576, 8192)
+SMOL = BaseTraits("llama", 576, 8192)
 
 
 def resolve(
     rows: int = 1000,
     longest: int = 50,
-    base: Architecture = SMOL,
+    base: BaseTraits = SMOL,
     method: MethodName = "supervised",
     **asked: dict[str, Any],
 ) -> tuple[Recipe, list[str]]:
@@ -58,7 +58,7 @@ def test_auto_follows_the_number_of_rows(rows: int, n_epochs: int, batch_size: i
     [("llama", 2000, 5e-4), ("llama", 576, 1.320e-3), ("llama", 4096, 2.858e-4), ("qwen3", 4096, 4.721e-4)],
 )
 def test_rate_falls_with_width(model_type: str, hidden: int, rate: float) -> None:
-    base = Architecture(model_type, hidden, 8192)
+    base = BaseTraits(model_type, hidden, 8192)
     assert resolve(base=base)[0].learning_rate == pytest.approx(rate, rel=1e-3)
     doubled, _ = resolve(base=base, hyperparameters={"learning_rate_multiplier": 2})
     assert doubled.learning_rate == pytest.approx(2 * rate, rel=1e-3)
@@ -79,7 +79,7 @@ def test_alpha_is_twice_the_rank_up_to_32(r: Any, alpha: float) -> None:
     ("longest", "context", "length"), [(50, 8192, 64), (65, 8192, 128), (9000, 8192, 2048), (200, 100, 100)]
 )
 def test_max_length_fits_the_longest_row_and_the_base(longest: int, context: int, length: int) -> None:
-    assert resolve(longest=longest, base=Architecture("llama", 576, context))[0].max_length == length
+    assert resolve(longest=longest, base=BaseTraits("llama", 576, context))[0].max_length == length
 
 
 def test_max_length_beyond_the_base_is_refused() -> None:
@@ -138,22 +138,22 @@ def test_rate_warms_up_and_falls_towards_zero(schedule: str) -> None:
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 99}, Architecture("llama", 64, 99)),
-        ({"model_type": "gpt2", "n_embd": 64, "n_positions": 99}, Architecture("gpt2", 64, 99)),
-        ({"model_type": "g", "text_config": {"model_type": "t", "hidden_size": 8}}, Architecture("t", 8, None)),
+        ({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 99}, BaseTraits("llama", 64, 99)),
+        ({"model_type": "gpt2", "n_embd": 64, "n_positions": 99}, BaseTraits("gpt2", 64, 99)),
+        ({"model_type": "g", "text_config": {"model_type": "t", "hidden_size": 8}}, BaseTraits("t", 8, None)),
     ],
 )
-def test_architecture_is_read_from_config(tmp_path: Path, config: dict[str, Any], found: Architecture) -> None:
+def test_architecture_is_read_from_config(tmp_path: Path, config: dict[str, Any], found: BaseTraits) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert recipe.architecture(str(tmp_path)) == found
+    assert recipe.read_traits(str(tmp_path)) == found
 
 
 def test_folder_without_a_text_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed) as failed:
-        recipe.architecture(str(tmp_path))
+        recipe.read_traits(str(tmp_path))
     assert failed.value.code == "unsupported_base_model"
 
 
 def test_config_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str]) -> None:
     with pytest.raises(OSError, match="Errno 5"):
-        recipe.architecture(unreadable("config.json"))
+        recipe.read_traits(unreadable("config.json"))

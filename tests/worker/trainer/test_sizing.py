@@ -16,8 +16,8 @@ from shared.schemas.results import Recipe
 from tests.shared.test_architecture import REAL
 from tests.shared.test_jobs import RECIPE
 from worker.trainer.data.encoding import Encoded
-from worker.trainer.prepare import prepare
-from worker.trainer.sizing import Sized, size
+from worker.trainer.planning.prepare import prepare
+from worker.trainer.planning.sizing import Sized, size
 
 from .conftest import MakeTask, WriteRows, quotes
 

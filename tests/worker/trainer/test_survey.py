@@ -15,7 +15,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.data.statistics import statistics
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 from .conftest import MakeTask, Rows, WriteRows, quotes
 

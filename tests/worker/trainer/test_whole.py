@@ -25,7 +25,7 @@ from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 from worker.trainer.train import train
 from worker.trainer.whole import Whole
 

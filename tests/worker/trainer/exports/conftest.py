@@ -21,7 +21,7 @@ from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports.make import export
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 #: With what llama.cpp takes for granted.
 KINDS: dict[str, dict[str, Any]] = {

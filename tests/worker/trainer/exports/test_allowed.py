@@ -14,7 +14,7 @@ from shared.schemas.requests import ExportName
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
 from worker.trainer.exports import llama_cpp, vocabulary
-from worker.trainer.prepare import prepare
+from worker.trainer.planning.prepare import prepare
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 

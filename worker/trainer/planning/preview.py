@@ -14,10 +14,10 @@ from shared.errors import TrainingFailed
 from shared.protocol import Preview
 from shared.schemas.preview import Answer, PreviewOut, PreviewRow, Segment
 from shared.schemas.results import FileReport, RowProblem
-from worker.trainer import recipe
 from worker.trainer.data import dataset
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Encoder, Row
+from worker.trainer.planning import recipe
 
 Read = Iterator[tuple[int, Example | RowError]]
 
@@ -25,7 +25,7 @@ Read = Iterator[tuple[int, Example | RowError]]
 def preview(command: Preview, *, tick: Callable[[], None] = lambda: None) -> PreviewOut:
     """Raises TrainingFailed where training would: for the base, a setting, or a file without one good row to show."""
     task = command.task
-    base = recipe.architecture(task.base_dir)
+    base = recipe.read_traits(task.base_dir)
     encoder = Encoder(task.base_dir)
     # A row over "auto"'s limit is cut there whatever else is in the file, and no other row is cut.
     length = recipe.max_length(task.trainer, base, recipe.LONGEST_AUTO_ROW)

@@ -77,7 +77,7 @@ LONGEST_WITHOUT_CHECKPOINT = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class BaseTraits:
     """What the recipe needs to know of a base. One that `writes` is a decoder; an encoder only reads."""
 
     model_type: str
@@ -97,7 +97,7 @@ class Size:
     longest_row: int
 
 
-def architecture(base_dir: str) -> Architecture:
+def read_traits(base_dir: str) -> BaseTraits:
     """Read a base's config.json. Raises TrainingFailed if it is not one of a text model."""
     try:
         config = json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def architecture(base_dir: str) -> Architecture:
         if context is not None and model_type in POSITIONS_AFTER_PADDING:
             context -= (config.get("pad_token_id") or 0) + 1
         reads = model_type in MASKED and not (config.get("is_decoder") or config.get("is_encoder_decoder"))
-        return Architecture(model_type, int(width), context, writes=not reads)
+        return BaseTraits(model_type, int(width), context, writes=not reads)
     except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         raise TrainingFailed(
             f"the base model's config.json cannot be used: {error!r}",
@@ -117,7 +117,7 @@ def architecture(base_dir: str) -> Architecture:
         ) from error
 
 
-def check_method(method: MethodName, base: Architecture) -> None:
+def check_method(method: MethodName, base: BaseTraits) -> None:
     """Raises TrainingFailed for a base that cannot do what the method trains."""
     if method == "classification":
         if base.model_type in CLASSIFIERS:
@@ -133,7 +133,7 @@ def check_method(method: MethodName, base: Architecture) -> None:
     )
 
 
-def max_length(trainer: TrainerParams, base: Architecture, longest: int) -> int:
+def max_length(trainer: TrainerParams, base: BaseTraits, longest: int) -> int:
     """Tokens of a row that are kept. Raises TrainingFailed if more is asked for than the base can attend to."""
     if trainer.max_length == "auto":
         rounded = -(-longest // ROUND_LENGTH_TO) * ROUND_LENGTH_TO
@@ -155,7 +155,7 @@ def resolve(
     quantization: Quantization,
     *,
     seed: int,
-    base: Architecture,
+    base: BaseTraits,
     size: Size,
     labels: list[str] | None = None,
 ) -> tuple[Recipe, list[str]]:
@@ -207,7 +207,7 @@ def resolve(
     return recipe, _warnings(recipe)
 
 
-def learning_rate(base: Architecture) -> float:
+def learning_rate(base: BaseTraits) -> float:
     exponent = WIDTH_EXPONENT_QWEN if base.model_type.startswith("qwen") else WIDTH_EXPONENT
     return float(BASE_RATE * (BASE_WIDTH / base.hidden_size) ** exponent)
 

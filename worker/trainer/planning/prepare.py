@@ -11,22 +11,21 @@ from shared.errors import TrainingFailed
 from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import Task
 from shared.schemas.results import Plan
-from worker.trainer import recipe, sizing
 from worker.trainer.data import labels
 from worker.trainer.data.dataset import CARVE_FROM_ROWS, Split, load, split
 from worker.trainer.data.encoding import Encoder, longest_document
 from worker.trainer.data.statistics import doubts, statistics
-from worker.trainer.exports import allowed
+from worker.trainer.planning import exports, recipe, sizing
 
 
 def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
     """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
-    base = recipe.architecture(task.base_dir)
+    base = recipe.read_traits(task.base_dir)
     recipe.check_method(task.method.type, base)
     if task.trainer.full_finetuning:
         _check_size(task)
     encoder = Encoder(task.base_dir)
-    allowed.check(task, encoder)
+    exports.check(task, encoder)
     dataset = load(task, encoder, tick=tick)
     classes = labels.find(dataset.train, dataset.validation) if task.method.type == "classification" else None
     longest = longest_document([*dataset.train, *(dataset.validation or [])])
