@@ -27,11 +27,11 @@ from shared.estimation import architecture, memory_model
 from shared.schemas.memory import Kind
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
-from worker.trainer import methods, model
+from worker.trainer import methods
 from worker.trainer.batches import Batch, collate
 from worker.trainer.data.encoding import Encoded
-from worker.trainer.likelihood import Layout
-from worker.trainer.model import Base
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import Base, attach, keep_activations, load_base, trainable
 
 ROOT = Path(__file__).resolve().parents[1]
 #: As their config.json says, but for what training does not touch.
@@ -137,13 +137,13 @@ def measure(shapes: dict[str, dict[str, Any]], cases: list[Case], *, compiled: b
 
 def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: float, compiled: bool) -> Result:
     """Load the base, put an adapter on, and train a few steps on random tokens, every one of them trained."""
-    base = model.load_base(str(folder), case.quantization)
+    base = load_base(str(folder), case.quantization)
     recipe = _recipe(case)
-    adapted = model.put_on(base, recipe)
-    model.keep_activations(adapted, kept=base.device.type != "cuda")
+    adapted = attach(base, recipe)
+    keep_activations(adapted, kept=base.device.type != "cuda")
     if compiled:
         base.model.get_decoder().compile()
-    parameters = list(model.trainable(adapted).values())
+    parameters = list(trainable(adapted).values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True)
     layout = Layout(packing=case.packed, chunked=True, micro_batch=case.rows, pad=0)
     batch, seconds = _batch(case, shape["vocab_size"], base), []

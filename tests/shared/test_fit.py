@@ -17,10 +17,11 @@ from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
-from worker.trainer import attention, lora
 from worker.trainer.batches import Batch
-from worker.trainer.likelihood import CHUNK_BYTES, Layout
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import CHUNK_BYTES
 from worker.trainer.methods import sft
+from worker.trainer.model import fused_lora, short_attention
 
 LLAMA_8B = architecture.read_config(REAL["Llama-3.1-8B"][1])
 SMOL = architecture.read_config(REAL["SmolLM2-135M"][1])
@@ -194,8 +195,8 @@ def allocated(model_type: str, config: dict[str, Any], setup: memory_model.Setup
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted = get_peft_model(model, adapter).train()
     if fused:
-        attention.use(model)
-        lora.fuse(adapted)
+        short_attention.use(model)
+        fused_lora.fuse(adapted)
     ids = torch.randint(3, 90, (setup.micro_batch, setup.row))
     positions = torch.arange(setup.row).expand(setup.micro_batch, -1)
     layout = Layout(packing=True, chunked=model_type != "gemma2", micro_batch=setup.micro_batch, pad=0)
@@ -284,7 +285,7 @@ def test_a_target_that_is_not_there_is_told_what_is() -> None:
 def test_the_trainers_constants_are_the_models() -> None:
     assert memory_model.PACK_LENGTH == defaults.PACK_LENGTH
     assert {kind: device.chunk_bytes for kind, device in memory_model.DEVICE_PROFILES.items()} == CHUNK_BYTES
-    assert memory_model.DEVICE_PROFILES["cpu"].resident_bytes == lora.RESIDENT_BYTES
+    assert memory_model.DEVICE_PROFILES["cpu"].resident_bytes == fused_lora.RESIDENT_BYTES
 
 
 def test_4_bit_matrices_stay_dequantized_as_far_as_there_is_room() -> None:
@@ -294,4 +295,4 @@ def test_4_bit_matrices_stay_dequantized_as_far_as_there_is_room() -> None:
     )
     assert small == 2 * SMOL.linear
     assert gpu == 2 * 4096 * 14_336
-    assert large == gpu + lora.RESIDENT_BYTES
+    assert large == gpu + fused_lora.RESIDENT_BYTES

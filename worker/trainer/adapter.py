@@ -21,9 +21,11 @@ from transformers import GenerationConfig
 
 from shared.protocol import Task
 from shared.schemas.results import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint, classifier, eventfile
+from worker.trainer import card, checkpoint, eventfile
+from worker.trainer.artifact import metrics_file
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.whole import Adapted, Whole
+from worker.trainer.model import adapter_weights, classification_head
+from worker.trainer.model.full_weights import Adapted, FullWeights
 
 GENERATION = "generation_config.json"
 
@@ -43,14 +45,14 @@ def write(
     with checkpoint.whole(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
         encoder.tokenizer.save_pretrained(partial)
-        if isinstance(adapted, Whole):
+        if isinstance(adapted, FullWeights):
             _write_model(partial, adapted, Path(task.base_dir))
         else:
-            save_file(checkpoint.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
+            save_file(adapter_weights.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
             _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe))
         if recipe.labels is not None:
-            classifier.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
-        checkpoint.write_metrics(partial / checkpoint.METRICS, metrics)
+            classification_head.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
+        metrics_file.write_metrics(partial / checkpoint.METRICS, metrics)
         eventfile.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
@@ -82,7 +84,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
     }
 
 
-def _write_model(folder: Path, whole: Whole, base_dir: Path) -> None:
+def _write_model(folder: Path, whole: FullWeights, base_dir: Path) -> None:
     """Weights under the names that transformers saves them by, tied ones once; configs as the base has them."""
     model = whole.get_base_model()
     own = model.config, model.generation_config

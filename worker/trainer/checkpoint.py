@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from shared import disk
 from shared.schemas.results import Metrics, Recipe, Score
-from worker.trainer.model import trainable
-from worker.trainer.whole import Adapted, Whole
+from worker.trainer.artifact.metrics_file import read_metrics, write_metrics
+from worker.trainer.model.adapter_weights import Tensors, exact_tensors, set_adapter
+from worker.trainer.model.base import trainable
+from worker.trainer.model.full_weights import Adapted
+from worker.trainer.random_state import set_torch_random, torch_random
 
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"
@@ -34,8 +36,6 @@ METRICS = "metrics.jsonl"
 
 #: What base.safetensors calls the losses of each held-out row.
 NATS = {"nats": "base_nats", "start": "start_nats"}
-
-Tensors = dict[str, torch.Tensor]
 
 
 class RunState(BaseModel):
@@ -81,7 +81,7 @@ class Stored(BaseModel):
 def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
     with whole(folder) as partial:
-        save_file(_exact_tensors(adapted), partial / ADAPTER)
+        save_file(exact_tensors(adapted), partial / ADAPTER)
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
             save_file(best, partial / BEST)
@@ -115,38 +115,6 @@ def load(
     return stored.run, load_file(best) if best.is_file() else None
 
 
-def adapter_tensors(adapted: Adapted) -> Tensors:
-    """A copy on the CPU of what is published: the adapter under the keys of the PEFT format, or all weights."""
-    if isinstance(adapted, Whole):
-        return {name: tensor.to("cpu") for name, tensor in adapted.published().items()}
-    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
-
-
-def set_adapter(adapted: Adapted, tensors: Tensors) -> None:
-    """Raises ValueError unless `tensors` are exactly the adapter's."""
-    if isinstance(adapted, Whole):
-        adapted.set(tensors)
-        return
-    if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
-        raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
-    set_peft_model_state_dict(adapted, tensors)
-
-
-def torch_random() -> Tensors:
-    """Torch's generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"random.cpu": torch.get_rng_state()} | {f"random.cuda.{i}": state for i, state in enumerate(cuda)}
-
-
-def set_torch_random(tensors: Tensors) -> None:
-    """Undo of `torch_random`; other tensors are passed over."""
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (key := f"random.cuda.{i}") in tensors:
-            torch.cuda.set_rng_state(tensors[key], i)
-
-
 def latest(run: RunState) -> Metrics:
     """What is known at this step, the step's own line and its evaluation in one."""
     merged = Metrics(step=run.step, total_steps=run.recipe.total_steps)
@@ -154,14 +122,6 @@ def latest(run: RunState) -> Metrics:
         if metrics.step == run.step:
             merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
     return merged
-
-
-def write_metrics(path: Path, metrics: list[Metrics]) -> None:
-    path.write_text("".join(m.model_dump_json(exclude_none=True) + "\n" for m in metrics), encoding="utf-8")
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    return [Metrics.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
@@ -180,13 +140,6 @@ def whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _exact_tensors(adapted: Adapted) -> Tensors:
-    """What training goes on from: fp32, and no copy of it where it lies on the CPU."""
-    if not isinstance(adapted, Whole):
-        return adapter_tensors(adapted)
-    return {name: weight.detach().to("cpu") for name, weight in trainable(adapted).items()}
 
 
 def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Tensors:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from shared.schemas.results import Recipe
 from worker.trainer.data.dataset import Split
-from worker.trainer.likelihood import Layout
-from worker.trainer.model import Base
-from worker.trainer.whole import Adapted
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import Base
+from worker.trainer.model.full_weights import Adapted
 
 
 def lines(recipe: Recipe, rows: Split, base: Base, adapted: Adapted, layout: Layout) -> list[str]:

@@ -18,15 +18,12 @@ from shared.schemas.results import Recipe, Score
 from worker.trainer import lanes, methods
 from worker.trainer.batches import Batch
 from worker.trainer.data.encoding import Row
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, Tally
-from worker.trainer.model import Base
-from worker.trainer.start import Start
-from worker.trainer.whole import Adapted
-
-
-class Interrupted(Exception):
-    """A stop was asked for while rows were being scored, continued or trained on."""
+from worker.trainer.model.base import Base
+from worker.trainer.model.full_weights import Adapted
+from worker.trainer.model.initial_adapter import InitialAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ def score(
     *,
     adapter: bool,
     layout: Layout,
-    start: Start | None = None,
+    start: InitialAdapter | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
     """`rows` as the recipe's method takes them; `start` is the adapter that training began with, if it did with one.

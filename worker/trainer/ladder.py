@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shared.estimation.defaults import PACK_LENGTH
-from worker.trainer.likelihood import Layout
-from worker.trainer.model import Base
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import Base
 
 
 def rungs(widest: Layout, base: Base, *, longest: int) -> list[Layout]:

@@ -19,7 +19,7 @@ import torch
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from worker.trainer.batches import Batch
-from worker.trainer.model import Base, own_dropouts
+from worker.trainer.model.base import Base, own_dropouts
 
 #: Python's lock admits one thread at a time to what lies between the operators. Tried with two cores.
 MOST = 4

@@ -13,9 +13,7 @@ chunks are checkpointed: their logits are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,44 +21,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shared.estimation.defaults import PACK_LENGTH
-from worker.trainer import lora
-from worker.trainer.batches import IGNORED, Batch, batches
-from worker.trainer.data.encoding import Row
+from worker.trainer.batches import IGNORED, Batch
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model import fused_lora
 
 #: Bytes of fp32 logits that a chunk may hold. A GPU wants large products, a CPU a chunk that stays in its cache.
 CHUNK_BYTES = {"cpu": 24 * 1024**2, "cuda": 256 * 1024**2}
 #: The same where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
 LEARNED_CHUNK_BYTES = 256 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
-
-    `micro_batch` rows are in memory at a time, packed ones of about `row` tokens, shared out among `lanes` (see
-    `lanes.py`). With `checkpointing` backward computes each layer anew rather than keep its activations.
-    """
-
-    packing: bool
-    chunked: bool
-    micro_batch: int
-    pad: int
-    row: int = PACK_LENGTH
-    lanes: int = 1
-    checkpointing: bool = False
-
-    def split(self, examples: Sequence[Row], turn: int | None = None) -> Iterator[Batch]:
-        """Examples as micro-batches of this layout; only those of a `turn` (from 0), which are in memory together."""
-        cut = batches(
-            examples,
-            packing=self.packing,
-            micro_batch=self.micro_batch,
-            pad=self.pad,
-            row=self.row,
-            lanes=self.lanes,
-        )
-        return cut if turn is None else islice(cut, turn * self.lanes, (turn + 1) * self.lanes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +67,7 @@ class Head:
 
     def gradient(self, excess: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Of the hidden states, (tokens, hidden), by that of the scores, which are written over."""
-        return (scores.copy_(excess) @ lora.weight(self.projection).to(scores.dtype)).mul_(self.scale)
+        return (scores.copy_(excess) @ fused_lora.weight(self.projection).to(scores.dtype)).mul_(self.scale)
 
 
 def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likelihood:

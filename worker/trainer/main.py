@@ -51,7 +51,7 @@ from shared.streams import protect_standard_streams
 from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
-    from worker.trainer.model import Base
+    from worker.trainer.model.base import Base
 
 PR_SET_PDEATHSIG = 1
 
@@ -269,7 +269,7 @@ class Session:
 
     def _base(self, base_dir: str, quantization: Quantization, labels: tuple[str, ...] | None) -> Base:
         """The resident one, loaded if there is none."""
-        from worker.trainer.model import load_base  # noqa: PLC0415 (import cost)
+        from worker.trainer.model.base import load_base  # noqa: PLC0415 (import cost)
 
         if self._resident is None:
             self._resident = (base_dir, quantization, labels), load_base(base_dir, quantization, labels=labels)

@@ -19,8 +19,8 @@ from shared.schemas.memory import Device, MeasuredFit, Weighing
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Row
 from worker.trainer.data.packing import heaviest
-from worker.trainer.likelihood import Layout
-from worker.trainer.model import Base
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import Base
 from worker.trainer.planning.sizing import known_architecture, setup
 from worker.trainer.system.device import describe
 from worker.trainer.system.peak_memory import peak

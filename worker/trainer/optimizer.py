@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from shared.schemas.results import Recipe
-from worker.trainer.model import trainable
-from worker.trainer.whole import Adapted
+from worker.trainer.model.base import trainable
+from worker.trainer.model.full_weights import Adapted
 
 #: A group's own key: what the schedule's rate is multiplied by.
 RATIO = "lr_ratio"

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from shared.errors import TrainingFailed
 from shared.protocol import Task
 from worker.trainer import published
-from worker.trainer.model import Base
+from worker.trainer.model.base import Base
+from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
-from worker.trainer.whole import Whole
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -50,12 +50,12 @@ def base_config(base_dir: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != ORIGIN}
 
 
-def put_on(base: Base, folder: Path) -> Whole:
+def put_on(base: Base, folder: Path) -> FullWeights:
     """The published weights in place of the base's: all of them, finite, and no others. Raises TrainingFailed."""
     weights = _load(base, folder)
     if broken := sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())):
         raise published.not_finite(broken, len(weights))
-    whole = Whole(base.model, stored=base.stored_dtype)
+    whole = FullWeights(base.model, stored=base.stored_dtype)
     try:
         whole.set(weights)
     except ValueError as error:

@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel
 
 from shared.schemas.results import Recipe
-from worker.trainer import checkpoint
+from worker.trainer import random_state
 from worker.trainer.data import dataset, packing
 from worker.trainer.data.encoding import Row
 from worker.trainer.data.packing import Heaviest
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.memory import Account
-from worker.trainer.model import trainable
+from worker.trainer.model.base import trainable
 from worker.trainer.system import peak_memory
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def rehearse(run: Run, accumulate: Callable[..., object], narrowing: Callable[..
     rows, recipe = run.rows.train, run.recipe
     if heaviest(rows, recipe, run.layout, step=run.state.step) is None:
         return
-    random_before = checkpoint.torch_random()
+    random_before = random_state.torch_random()
 
     def act() -> Heaviest | None:
         found = heaviest(rows, recipe, run.layout, step=run.state.step)
@@ -53,7 +53,7 @@ def rehearse(run: Run, accumulate: Callable[..., object], narrowing: Callable[..
 
     tried = narrowing(run, act, when="in the trial of the longest rows")
     run.optimizer.zero_grad()
-    checkpoint.set_torch_random(random_before)
+    random_state.set_torch_random(random_before)
     run.account.rehearsed_bytes = peak_memory.peak(run.base.device)
     run.say(told(tried, run.account))
 

@@ -18,11 +18,13 @@ from shared.schemas.results import Continuation, Sample
 from worker.trainer.batches import collate
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.evaluate import Interrupted, forward_only
-from worker.trainer.likelihood import Layout, head
+from worker.trainer.evaluate import forward_only
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import head
 from worker.trainer.methods import classify
-from worker.trainer.model import Base
-from worker.trainer.whole import Adapted
+from worker.trainer.model.base import Base
+from worker.trainer.model.full_weights import Adapted
 
 ROWS = 4
 NEW_TOKENS = 48

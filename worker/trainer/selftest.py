@@ -15,8 +15,9 @@ from worker.trainer import lanes
 from worker.trainer.batches import Batch, collate
 from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.data.packing import row_of
-from worker.trainer.likelihood import Layout, backbone, head, own_logits
-from worker.trainer.model import Base
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import backbone, head, own_logits
+from worker.trainer.model.base import Base
 
 #: Relative error of the head's logits, over all tokens.
 TOLERANCE = 0.1

@@ -29,36 +29,36 @@ from shared.schemas.results import Metrics, Recipe, Report, Sample
 from worker.trainer import (
     adapter,
     checkpoint,
-    classifier,
     decisions,
     evaluate,
     ladder,
     lanes,
-    lora,
     memory,
     methods,
-    model,
     optimizer,
+    random_state,
     rehearsal,
     report,
     samples,
     selftest,
-    start,
 )
 from worker.trainer.batches import Batch, trained_tokens
-from worker.trainer.checkpoint import RunState, Tensors
+from worker.trainer.checkpoint import RunState
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, Tally
-from worker.trainer.model import Base
+from worker.trainer.model import adapter_weights, classification_head, fused_lora, initial_adapter
+from worker.trainer.model.adapter_weights import Tensors
+from worker.trainer.model.base import Base, attach, detach, keep_activations, trainable
+from worker.trainer.model.full_weights import Adapted
+from worker.trainer.model.initial_adapter import InitialAdapter
 from worker.trainer.planning.recipe import learning_rate_at
-from worker.trainer.start import Start
 from worker.trainer.system import free_memory, peak_memory
 from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
-from worker.trainer.whole import Adapted
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
@@ -84,7 +84,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rungs: list[Layout]
     state: RunState
-    start: Start | None
+    start: InitialAdapter | None
     account: memory.Account
     best: Tensors | None
     saved_step: int
@@ -106,7 +106,7 @@ class Run:
     def go_on(self) -> None:
         """Raises Interrupted once a stop is asked for."""
         if self.stopping():
-            raise evaluate.Interrupted
+            raise Interrupted
 
 
 def train(
@@ -131,19 +131,19 @@ def train(
     peak_memory.begin()
     base = load_base()
     if recipe.labels is not None:
-        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
+        classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, warnings = selftest.layout_of(recipe, base, rows.train, encoder)
     for warning in warnings:
         _say(emit, job, warning, "warn")
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    adapted = model.put_on(base, recipe)
+    adapted = attach(base, recipe)
     try:
         run = _start(command, rows, base, adapted, layout, emit=emit, stopping=stopping)
         _finish(run, encoder)
     finally:
-        model.take_off(adapted)
+        detach(adapted)
 
 
 def _start(
@@ -159,9 +159,9 @@ def _start(
     """The point before the next optimizer step, which is step 0 or where a checkpoint was left."""
     recipe = command.recipe
     opt = optimizer.make(adapted, recipe)
-    origin = start.read(command.task.start_from, adapted) if command.task.start_from is not None else None
+    origin = initial_adapter.load(command.task.start_from, adapted) if command.task.start_from is not None else None
     if origin is not None:
-        start.put_on(adapted, origin)
+        initial_adapter.apply(adapted, origin)
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
@@ -170,11 +170,11 @@ def _start(
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
-        lora.let_go(adapted)
+        fused_lora.drop_resident_weights(adapted)
     account = memory.open_account(base, command.task, recipe, from_step=state.step)
     now = time.monotonic()
     run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, account, best, state.step, now)
-    model.keep_activations(adapted, kept=not run.layout.checkpointing)
+    keep_activations(adapted, kept=not run.layout.checkpointing)
     if run.start is not None:
         run.say(f"it starts as {command.task.start_name}")
     for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
@@ -202,7 +202,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
             metrics=run.state.metrics,
         )
         run.emit(Done(job=job, path=str(folder), report=found, memory_halvings=run.state.memory_halvings))
-    except evaluate.Interrupted:
+    except Interrupted:
         _save(run)
         run.emit(Stopped(job=job, step=run.state.step))
 
@@ -228,7 +228,7 @@ def _loop(run: Run) -> RowScores:
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     free_memory.free()  # what a CPU's heap has kept of activations would be added to what comes now
     if run.best is not None and run.state.best_step != run.state.step:
-        checkpoint.set_adapter(run.adapted, run.best)
+        adapter_weights.set_adapter(run.adapted, run.best)
         run.latest = None
         run.say(f"step {run.state.best_step} scored best and is the one that is kept")
     if run.latest is not None and run.latest[0] == run.state.step:
@@ -248,7 +248,7 @@ def _score_outset(run: Run) -> None:
         untrained = ", which is chance: its head is untrained" if run.base.blank else ""
         run.say(f"the base alone: loss {state.base.loss:.4f} on {rows} held-out rows{untrained}")
     if run.start is not None and (state.start is None or len(state.start_nats) != rows or _is_trained(run)):
-        with start.worn(run.adapted, run.start):
+        with initial_adapter.applied(run.adapted, run.start):
             scored = _score(run, adapter=True)
         state.start, state.start_nats = scored.mean, scored.nats.tolist()
         run.say(f"the adapter that it starts from: loss {state.start.loss:.4f}")
@@ -262,7 +262,7 @@ def _step(run: Run) -> None:
     score = _narrowing(run, lambda: _accumulate(run, examples), when=f"at step {state.step + 1}").score()
     rate = learning_rate_at(recipe, state.step)
     optimizer.set_rate(run.optimizer, rate)
-    norm = torch.nn.utils.clip_grad_norm_(model.trainable(run.adapted).values(), recipe.max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(trainable(run.adapted).values(), recipe.max_grad_norm).item()
     if not (math.isfinite(score.loss) and math.isfinite(norm)):
         raise _diverged(f"at step {state.step + 1}: loss {score.loss}, gradient norm {norm}")
     run.optimizer.step()
@@ -298,7 +298,7 @@ def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Ta
     number drawn.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
-    parameters = list(model.trainable(run.adapted).values())
+    parameters = list(trainable(run.adapted).values())
 
     def gradients(batch: Batch) -> tuple[Loss, Sequence[torch.Tensor | None]]:
         with run.base.precision():
@@ -306,7 +306,7 @@ def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Ta
         # Every micro-batch is divided by the weight of the whole step, so splitting does not change the gradient.
         return loss, torch.autograd.grad(loss.sums.sum() / weight, parameters, allow_unused=True)
 
-    random_before = checkpoint.torch_random()
+    random_before = random_state.torch_random()
     try:
         # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
         for loss, found in lanes.run(gradients, layout.split(examples, turn), layout.lanes, before=run.go_on):
@@ -317,7 +317,7 @@ def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Ta
             del loss, found, gradient  # or they would be held until the next ones are there
     except Exception:
         run.optimizer.zero_grad()
-        checkpoint.set_torch_random(random_before)
+        random_state.set_torch_random(random_before)
         raise
     return tally
 
@@ -334,8 +334,8 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
         free_memory.free()
         wider = run.layout
         run.state.memory_halvings += 1
-        lora.let_go(run.adapted)
-        model.keep_activations(run.adapted, kept=not run.layout.checkpointing)
+        fused_lora.drop_resident_weights(run.adapted)
+        keep_activations(run.adapted, kept=not run.layout.checkpointing)
         change = ladder.difference(wider, run.layout)
         run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
@@ -349,7 +349,7 @@ def _evaluate(run: Run) -> None:
     if state.best_loss is None or score.loss < state.best_loss:
         state.best_loss, state.best_step, state.worse_evaluations = score.loss, state.step, 0
         if run.recipe.early_stopping is not None:
-            run.best = checkpoint.adapter_tensors(run.adapted)
+            run.best = adapter_weights.adapter_tensors(run.adapted)
     else:
         state.worse_evaluations += 1
     _record(
@@ -479,7 +479,7 @@ def _samples(run: Run, encoder: Encoder) -> list[Sample]:
         if run.recipe.labels is not None:
             return samples.classified(run.base, run.adapted, answers, encoder, labels=run.recipe.labels)
         return samples.compare(run.base, run.adapted, answers, encoder, layout=run.layout, stopping=run.stopping)
-    except evaluate.Interrupted:
+    except Interrupted:
         raise
     except Exception as error:
         traceback.print_exc()

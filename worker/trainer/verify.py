@@ -22,26 +22,16 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Proof, Report, Score
-from worker.trainer import (
-    checkpoint,
-    classifier,
-    evaluate,
-    ladder,
-    model,
-    published,
-    published_model,
-    selftest,
-    serving,
-    start,
-)
+from worker.trainer import evaluate, ladder, published, published_model, selftest, serving
 from worker.trainer.batches import collate
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.likelihood import own_logits
 from worker.trainer.methods import classify
-from worker.trainer.model import Base
-from worker.trainer.whole import Adapted
+from worker.trainer.model import adapter_weights, classification_head, initial_adapter
+from worker.trainer.model.base import Base, load_adapter, load_base
+from worker.trainer.model.full_weights import Adapted
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -74,11 +64,11 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     fingerprint = published.tokenizer_sha256(folder, encoder)
     rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
-    base = model.load_base(task.base_dir, recipe.quantization, labels=recipe.labels)
+    base = load_base(task.base_dir, recipe.quantization, labels=recipe.labels)
     if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
         raise published.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:
-        classifier.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
+        classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, _ = selftest.layout_of(recipe, base, rows.train, encoder)
     rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
@@ -93,8 +83,8 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
     difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
     if task.start_from is not None and isinstance(adapted, PeftModel):
-        origin = start.read(task.start_from, adapted)
-        trained = _logit_difference(base, adapted, tried, without=partial(start.worn, adapted, origin))
+        origin = initial_adapter.load(task.start_from, adapted)
+        trained = _logit_difference(base, adapted, tried, without=partial(initial_adapter.applied, adapted, origin))
     off, on = (
         evaluate.score(
             base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, start=origin, stopping=stopping
@@ -151,7 +141,7 @@ def check(proof: Proof, report: Report) -> None:
 def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
     """As any user would; then look whether it took all of the file, and nothing but the file."""
     try:
-        adapted = model.load_adapter(base.model, folder)
+        adapted = load_adapter(base.model, folder)
     except RuntimeError as error:
         if "size mismatch for " not in str(error):
             raise
@@ -159,7 +149,7 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
         raise published.foreign_keys(names) from error
     except (ValueError, KeyError, TypeError) as error:
         raise published.unreadable("adapter", error) from error
-    wanted = checkpoint.adapter_tensors(adapted).keys()
+    wanted = adapter_weights.adapter_tensors(adapted).keys()
     if foreign := sorted(tensors.keys() - wanted):
         raise published.foreign_keys(foreign)
     if missing := sorted(wanted - tensors.keys()):

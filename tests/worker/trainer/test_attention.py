@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from worker.trainer import attention
+from worker.trainer.model import short_attention
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -33,7 +33,7 @@ def documents(length: int) -> torch.Tensor:
 def test_equals_torchs_attention_and_gradients(groups: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = heads(groups, 30, dtype)
     mask = documents(30) if masked else None
-    ours, _ = attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.2)
+    ours, _ = short_attention.attend(torch.nn.Module(), query, key, value, mask, scaling=0.2)
     theirs = functional.scaled_dot_product_attention(
         query.float(), key.float(), value.float(), attn_mask=mask, is_causal=not masked, scale=0.2, enable_gqa=True
     ).transpose(1, 2)
@@ -46,19 +46,19 @@ def test_equals_torchs_attention_and_gradients(groups: int, masked: bool, dtype:
 
 def test_what_autocast_would_cast_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights in fp32, queries and keys come out of their rotation in fp32, and values in bf16."""
-    monkeypatch.delattr(attention, "sdpa_attention_forward")
+    monkeypatch.delattr(short_attention, "sdpa_attention_forward")
     query, key, value = heads(2, 30, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed, _ = attention.attend(torch.nn.Module(), query, key, value.bfloat16(), documents(30), scaling=0.2)
+        mixed, _ = short_attention.attend(torch.nn.Module(), query, key, value.bfloat16(), documents(30), scaling=0.2)
     rounded = (tensor.bfloat16() for tensor in (query, key, value))
-    assert torch.equal(mixed, attention.attend(torch.nn.Module(), *rounded, documents(30), scaling=0.2)[0])
+    assert torch.equal(mixed, short_attention.attend(torch.nn.Module(), *rounded, documents(30), scaling=0.2)[0])
     gradients = torch.autograd.grad(mixed.float().sum(), (query, key, value))
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
 def test_long_rows_are_left_to_torch() -> None:
-    query, key, value = heads(6, attention.LONGEST + 1, torch.float32)
-    ours, _ = attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.25)
+    query, key, value = heads(6, short_attention.LONGEST + 1, torch.float32)
+    ours, _ = short_attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.25)
     theirs = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
     assert torch.equal(ours, theirs.transpose(1, 2))
 
@@ -67,8 +67,8 @@ def test_models_that_attend_by_a_function_of_transformers_take_it() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     ids = torch.arange(20).view(2, 10)
     before = model(input_ids=ids, use_cache=False).logits
-    attention.use(model)
-    assert model.config._attn_implementation == attention.NAME
+    short_attention.use(model)
+    assert model.config._attn_implementation == short_attention.NAME
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)
     # Generation comes with a cache, whose keys are more than the queries.
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
@@ -79,7 +79,7 @@ def test_keys_with_biases_are_left_to_torch() -> None:
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4))
     for model in (qwen2, gpt2):
-        attention.use(model)
+        short_attention.use(model)
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -87,5 +87,5 @@ def test_eager_models_stay_eager() -> None:
     config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
-    attention.use(model)
+    short_attention.use(model)
     assert model.config._attn_implementation == "eager"

@@ -11,7 +11,9 @@ import pytest
 from safetensors import SafetensorError
 
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Stopped, Train, TrainerEvent
-from worker.trainer import checkpoint, model
+from worker.trainer import checkpoint
+from worker.trainer.model import base as base_module
+from worker.trainer.model.base import load_base
 
 from .conftest import Child, MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -100,9 +102,9 @@ def test_spoiled_checkpoint_is_the_machines_fault_and_leaves_the_base_clean(
     """Hashes were checked before: what is wrong here must neither be blamed on the user nor half loaded."""
     task = make_task(write_rows(quotes(8)), trainer={"max_steps": 2, "save_every": 1})
     saved = Path(run(task, tmp_path).of(CheckpointSaved)[0].path)
-    base = model.load_base(task.base_dir, task.quantization)
+    base = load_base(task.base_dir, task.quantization)
     names = set(base.model.state_dict())
-    monkeypatch.setattr(model, "load_base", lambda *args: base)
+    monkeypatch.setattr(base_module, "load_base", lambda *args: base)
     for member in (checkpoint.STATE, checkpoint.METRICS, checkpoint.ADAPTER, checkpoint.OPTIMIZER):
         whole = (saved / member).read_bytes()
         (saved / member).unlink() if content is None else (saved / member).write_bytes(content)

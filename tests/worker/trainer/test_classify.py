@@ -17,13 +17,15 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
-from worker.trainer import classifier, evaluate, model
+from worker.trainer import evaluate
 from worker.trainer.batches import collate
 from worker.trainer.data import dataset
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import classify
+from worker.trainer.model import classification_head
+from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.verify import verify
 
@@ -118,7 +120,7 @@ def test_a_classifier_is_trained_resumed_proven_and_loaded(
 
 def base_head(base: str) -> list[str]:
     """Parameters of a classifier that the base's files are without."""
-    return list(model.load_base(base, Quantization.NONE, labels=list("012")).blank)
+    return list(load_base(base, Quantization.NONE, labels=list("012")).blank)
 
 
 def proven(task: Task, done: Done, **changes: Any) -> Verify:
@@ -184,9 +186,9 @@ def test_rows_score_the_same_alone_and_padded(
     base_dir, rows = make_base(kind), hats(6)
     task = classification(make_task, write_rows(rows), base_dir)
     encoder, recipe = Encoder(base_dir), recipe_of(task)
-    base = model.load_base(base_dir, Quantization.NONE, labels=list("012"), compute_dtype=torch.float32)
-    classifier.draw(base.model, base.blank, seed=1, pad=encoder.pad)
-    adapted = model.put_on(base, recipe)
+    base = load_base(base_dir, Quantization.NONE, labels=list("012"), compute_dtype=torch.float32)
+    classification_head.draw(base.model, base.blank, seed=1, pad=encoder.pad)
+    adapted = attach(base, recipe)
     encoded = dataset.load(task, encoder).train
     found = [
         evaluate.score(
@@ -214,7 +216,7 @@ def test_a_row_may_be_as_long_as_the_base_has_positions(
     task = classification(make_task, write_rows(rows), make_base(kind))
     encoder, recipe = Encoder(task.base_dir), recipe_of(task)
     assert recipe.max_length == context
-    base = model.load_base(task.base_dir, Quantization.NONE, labels=list("01"))
+    base = load_base(task.base_dir, Quantization.NONE, labels=list("01"))
     longest = dataset.load(task, encoder).train[0].cut(context).documents
     assert len(longest[0]) == context
     with torch.no_grad(), base.precision():
@@ -230,10 +232,10 @@ def test_a_head_is_fp32_and_bears_no_lora(
     kind: str, quantization: Quantization, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows
 ) -> None:
     task = classification(make_task, write_rows(hats(6)), make_base(kind), lora={"target_modules": ["dense"]})
-    base = model.load_base(task.base_dir, quantization, labels=list("012"))
+    base = load_base(task.base_dir, quantization, labels=list("012"))
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    adapted = model.put_on(base, recipe_of(task))
-    trained = model.trainable(adapted)
+    adapted = attach(base, recipe_of(task))
+    trained = trainable(adapted)
     heads = {name: parameter for name, parameter in trained.items() if ".modules_to_save." in name}
     assert len(heads) == len(base.blank)
     assert all(type(parameter) is torch.nn.Parameter for parameter in heads.values())
@@ -242,7 +244,7 @@ def test_a_head_is_fp32_and_bears_no_lora(
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(1)
-    model.take_off(adapted)
+    detach(adapted)
     after = base.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -250,17 +252,17 @@ def test_a_head_is_fp32_and_bears_no_lora(
 
 def test_a_lora_on_the_head_alone_is_refused(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     task = classification(make_task, write_rows(hats(6)), bert, lora={"target_modules": ["classifier"]})
-    base = model.load_base(bert, Quantization.NONE, labels=list("012"))
+    base = load_base(bert, Quantization.NONE, labels=list("012"))
     with pytest.raises(TrainingFailed, match="nothing but the head, which is trained in full") as failed:
-        model.put_on(base, recipe_of(task))
+        attach(base, recipe_of(task))
     assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
 
 
 def test_first_weights_follow_from_the_seed_alone(bert: str) -> None:
-    base = model.load_base(bert, Quantization.NONE, labels=list("0123"))
+    base = load_base(bert, Quantization.NONE, labels=list("0123"))
     drawn = []
     for seed in (1, 2, 1):
-        classifier.draw(base.model, base.blank, seed=seed, pad=0)
+        classification_head.draw(base.model, base.blank, seed=seed, pad=0)
         drawn.append(base.model.classifier.weight.detach().clone())
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
@@ -269,7 +271,7 @@ def test_first_weights_follow_from_the_seed_alone(bert: str) -> None:
 
 def test_a_head_that_the_files_hold_is_kept_if_it_is_as_wide(bert: str, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
-    same, wider = (model.load_base(str(tmp_path), Quantization.NONE, labels=list(labels)) for labels in ("abc", "abcd"))
+    same, wider = (load_base(str(tmp_path), Quantization.NONE, labels=list(labels)) for labels in ("abc", "abcd"))
     assert same.blank == ()
     assert wider.blank == ("classifier.bias", "classifier.weight")
     assert same.head == wider.head == ("classifier",)
@@ -279,7 +281,7 @@ def test_a_head_that_the_files_hold_is_kept_if_it_is_as_wide(bert: str, tmp_path
 def test_a_head_is_kept_only_if_its_outputs_mean_the_same(names: str, kept: bool, bert: str, tmp_path: Path) -> None:
     told = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     AutoModelForSequenceClassification.from_pretrained(bert, **told).save_pretrained(tmp_path)
-    found = model.load_base(str(tmp_path), Quantization.NONE, labels=["a", "b", "c"])
+    found = load_base(str(tmp_path), Quantization.NONE, labels=["a", "b", "c"])
     assert found.blank == (() if kept else ("classifier.bias", "classifier.weight"))
 
 
@@ -290,7 +292,7 @@ def test_a_base_that_lacks_more_than_its_head_is_refused(bert: str, tmp_path: Pa
     del tensors["bert.encoder.layer.1.output.dense.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(TrainingFailed, match="lack 1 of its weights, such as bert") as failed:
-        model.load_base(str(folder), Quantization.NONE, labels=list("012"))
+        load_base(str(folder), Quantization.NONE, labels=list("012"))
     assert failed.value.code == "unsupported_base_model"
 
 

@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.schemas.requests import Quantization
-from worker.trainer import model
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.model.base import load_base
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -88,7 +88,7 @@ def test_gguf_becomes_a_base(gguf: Path, llama: str, tmp_path: Path) -> None:
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         found, wanted = (
-            model.load_base(folder, Quantization.NONE, compute_dtype=torch.bfloat16).model(ids).logits
+            load_base(folder, Quantization.NONE, compute_dtype=torch.bfloat16).model(ids).logits
             for folder in (str(out), llama)
         )
     assert torch.equal(found, wanted)

@@ -16,12 +16,12 @@ from shared.protocol import CheckpointSaved, Done, Measured
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_base
-from worker.trainer import methods, model, selftest
+from worker.trainer import methods, selftest
 from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder, Pair, Row
-from worker.trainer.likelihood import Layout
-from worker.trainer.model import Base
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import Base, attach, detach, load_base, trainable
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -47,7 +47,7 @@ def recipe(make_task: MakeTask, write_rows: WriteRows) -> Recipe:
 
 @pytest.fixture
 def base(llama: str) -> Base:
-    return model.load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
+    return load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
 
 
 def layout(**changes: Any) -> Layout:
@@ -57,8 +57,8 @@ def layout(**changes: Any) -> Layout:
 def hatted(base: Base, recipe: Recipe) -> Any:
     """With an adapter that does something."""
     torch.manual_seed(0)
-    adapted = model.put_on(base, recipe)
-    for name, parameter in model.trainable(adapted).items():
+    adapted = attach(base, recipe)
+    for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return adapted
@@ -73,7 +73,7 @@ def log_probability(adapted: Any, document: Encoded) -> torch.Tensor:
 
 def test_loss_and_gradient_are_those_of_the_paper_in_every_layout(base: Base, rows: list[Row], recipe: Recipe) -> None:
     adapted = hatted(base, recipe)
-    parameters = list(model.trainable(adapted).values())
+    parameters = list(trainable(adapted).values())
     wanted, margins = torch.zeros(()), []
     for row in rows:
         assert isinstance(row, Pair)
@@ -105,13 +105,13 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
 ) -> None:
     """A reference pass under autocast must not leave casts behind that cut the gradient off."""
-    base = model.load_base(llama, quantization)
+    base = load_base(llama, quantization)
     adapted = hatted(base, recipe)
     with base.precision():
         [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
         loss = methods.loss(adapted, batch, layout(), recipe)
     loss.sums.sum().backward()
-    gradients = [p.grad for p in model.trainable(adapted).values()]
+    gradients = [p.grad for p in trainable(adapted).values()]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert adapted.training
 
@@ -121,8 +121,8 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
     llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
 ) -> None:
     """To the bit, although training has a forward of its own."""
-    base = model.load_base(llama, quantization)
-    adapted = model.put_on(base, recipe)
+    base = load_base(llama, quantization)
+    adapted = attach(base, recipe)
     tally = methods.Tally()
     for batch in batches(rows, packing=True, micro_batch=8, pad=2):
         with base.precision():
@@ -134,14 +134,14 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
 def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: Recipe, tmp_path: Path) -> None:
     """Or the reference, which is the same model, would be another one by chance."""
     tiny_base(tmp_path, "gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
-    base = model.load_base(str(tmp_path), Quantization.NONE)
-    adapted = model.put_on(base, recipe)
+    base = load_base(str(tmp_path), Quantization.NONE)
+    adapted = attach(base, recipe)
     [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
     with base.precision():
         margins = methods.loss(adapted, batch, layout(), recipe).margins
     assert margins is not None
     assert not margins.any()
-    model.take_off(adapted)
+    detach(adapted)
     assert {m.p for m in base.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
 
@@ -152,8 +152,8 @@ def test_pairs_longer_than_the_context_are_padded_within_it(
     tiny_base(tmp_path, "gpt2")
     long = {"prompt": "a ", "chosen": "b" * 200, "rejected": "c" * 190}
     task = make_task(write_rows([long, *preferences(5)]), method="dpo", base_dir=str(tmp_path))
-    base, recipe = model.load_base(str(tmp_path), Quantization.NONE), recipe_of(task)
-    adapted, rows = model.put_on(base, recipe), dataset.load(task, encoder).train
+    base, recipe = load_base(str(tmp_path), Quantization.NONE), recipe_of(task)
+    adapted, rows = attach(base, recipe), dataset.load(task, encoder).train
     [batch] = batches(rows, packing=True, micro_batch=9, pad=2)
     assert batch.input_ids.shape[1] > 256 > int(batch.position_ids.max())
     assert methods.loss(adapted, batch, layout(), recipe).sums.isfinite().all()

@@ -17,10 +17,13 @@ from shared.estimation.defaults import PACK_LENGTH
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_tokenizer
-from worker.trainer import checkpoint, ladder, model
+from worker.trainer import checkpoint, ladder
+from worker.trainer.artifact import metrics_file
 from worker.trainer.batches import Batch
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
+from worker.trainer.model import base as base_module
+from worker.trainer.model.base import load_base
 
 from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -39,7 +42,7 @@ def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
 
 
 def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llama: str) -> None:
-    base = model.load_base(llama, Quantization.NONE)
+    base = load_base(llama, Quantization.NONE)
     narrow = [replace(WIDEST, micro_batch=rows) for rows in (5, 2, 1)]
     anew = replace(WIDEST, micro_batch=1, checkpointing=True)
     unpacked = replace(anew, packing=False)
@@ -53,7 +56,7 @@ def test_narrower_run_comes_to_the_same_but_for_rounding(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32 and without dropout, where the same is the same."""
-    monkeypatch.setattr(model, "_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(base_module, "_fast_bfloat16", lambda device: False)
     runs = [run(task, tmp_path / str(n), memory_halvings=n, dropout=0.0, learning_rate=1e-4) for n in (0, 1, 2)]
     whole, *narrower = [load_file(tmp_path / str(n) / "adapter" / checkpoint.ADAPTER) for n in (0, 1, 2)]
     assert len({adapter_bytes(tmp_path / str(n)) for n in (0, 1, 2)}) == 3
@@ -112,9 +115,9 @@ def test_evaluation_goes_down_too(
 def test_lowest_rung_that_fails_fails_the_run_and_leaves_the_base_clean(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = model.load_base(task.base_dir, task.quantization)
+    base = load_base(task.base_dir, task.quantization)
     names = set(base.model.state_dict())
-    monkeypatch.setattr(model, "load_base", lambda *args: base)
+    monkeypatch.setattr(base_module, "load_base", lambda *args: base)
     Failing(monkeypatch, lambda batch: torch.is_grad_enabled())
     with pytest.raises(MemoryError):
         run(task, tmp_path)
@@ -169,7 +172,7 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
     assert all(message.startswith("out of memory ") for message in said)
     for name in ("train_loss", "grad_norm"):
         limited, free = (
-            [getattr(line, name) for line in checkpoint.read_metrics(tmp_path / job / "adapter" / checkpoint.METRICS)]
+            [getattr(line, name) for line in metrics_file.read_metrics(tmp_path / job / "adapter" / checkpoint.METRICS)]
             for job in ("limited", "free")
         )
         assert limited == pytest.approx(free, rel=0.02)

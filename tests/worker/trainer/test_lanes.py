@@ -13,11 +13,12 @@ import torch
 from shared.protocol import CheckpointSaved
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import lanes, methods, model
+from worker.trainer import lanes, methods
 from worker.trainer.batches import Batch
 from worker.trainer.data.dataset import load, split
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
+from worker.trainer.model.base import attach, load_base, trainable
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -38,9 +39,9 @@ def test_each_micro_batch_has_the_gradient_that_it_has_alone(
     task = make_task(write_rows(quotes(40)), quantization=quantization)
     recipe = recipe_of(task)
     rows = split(load(task, Encoder(llama)), recipe.max_length, seed=7).train
-    base = model.load_base(llama, quantization)
-    adapted = model.put_on(base, recipe)
-    parameters = list(model.trainable(adapted).values())
+    base = load_base(llama, quantization)
+    adapted = attach(base, recipe)
+    parameters = list(trainable(adapted).values())
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     layout = Layout(packing=True, chunked=True, micro_batch=2, pad=2, lanes=2)
@@ -129,5 +130,5 @@ def test_lanes_only_where_they_share_nothing_that_changes(
         else [pair | {"preferred_output": [said], "non_preferred_output": [said | {"content": "no"}]}] * 4
     )
     recipe = recipe_of(make_task(write_rows(rows), method=method)).model_copy(update=changes)
-    base = model.load_base(str(tmp_path / "base"), Quantization.NONE)
+    base = load_base(str(tmp_path / "base"), Quantization.NONE)
     assert lanes.most(base, recipe) == expected

@@ -12,8 +12,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from shared.schemas.requests import Quantization
-from worker.trainer import lora, model
-from worker.trainer.model import Base
+from worker.trainer.model import fused_lora
+from worker.trainer.model.base import Base, attach, detach, load_base, trainable
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of
 
@@ -24,9 +24,9 @@ PutOn = Callable[..., tuple[Base, PeftModel]]
 def put_on(llama: str, make_task: MakeTask, write_rows: WriteRows) -> PutOn:
     def make(quantization: Quantization, dtype: torch.dtype, **settings: Any) -> tuple[Base, PeftModel]:
         torch.manual_seed(0)
-        base = model.load_base(llama, quantization, compute_dtype=dtype)
-        adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora=settings)))
-        for parameter in model.trainable(adapted).values():
+        base = load_base(llama, quantization, compute_dtype=dtype)
+        adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora=settings)))
+        for parameter in trainable(adapted).values():
             torch.nn.init.normal_(parameter, std=0.05)
         return base, adapted
 
@@ -40,7 +40,7 @@ def found(base: Base, adapted: PeftModel) -> list[torch.Tensor]:
     with base.precision():
         logits = base.model(input_ids=ids, use_cache=False).logits.float()
     torch.autograd.backward(logits.logsumexp(-1).sum())
-    return [logits.detach(), *(parameter.grad.clone() for parameter in model.trainable(adapted).values())]
+    return [logits.detach(), *(parameter.grad.clone() for parameter in trainable(adapted).values())]
 
 
 def fused(adapted: PeftModel) -> list[LoraLayer]:
@@ -63,7 +63,7 @@ def test_equals_pefts_forward_and_gradients(
     tolerance: float,
     resident: int,
 ) -> None:
-    monkeypatch.setattr(lora, "RESIDENT_BYTES", resident)
+    monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", resident)
     base, adapted = put_on(quantization, dtype, alpha=24)
     assert len(fused(adapted)) == 2 * 7
     ours = found(base, adapted)
@@ -76,8 +76,8 @@ def test_resident_matrices_are_those_of_bitsandbytes_to_the_bit(monkeypatch: pyt
     base, adapted = put_on(Quantization.NF4, torch.bfloat16)
     with_them = found(base, adapted)
     unfuse(adapted)
-    monkeypatch.setattr(lora, "RESIDENT_BYTES", 0)
-    lora.fuse(adapted)
+    monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", 0)
+    fused_lora.fuse(adapted)
     assert all(torch.equal(one, other) for one, other in zip(with_them, found(base, adapted), strict=True))
 
 
@@ -88,7 +88,7 @@ def test_with_the_adapter_off_the_base_is_heard(put_on: PutOn) -> None:
         with adapted.disable_adapter():
             off = base.model(ids).logits
         assert not torch.equal(base.model(ids).logits, off)
-        model.take_off(adapted)
+        detach(adapted)
         assert torch.equal(base.model(ids).logits, off)
     assert not any("forward" in vars(module) for module in base.model.modules() if isinstance(module, Linear4bit))
 
@@ -118,8 +118,8 @@ def test_int8_is_left_to_peft(put_on: PutOn) -> None:
 def test_room_bounds_what_stays_dequantized(monkeypatch: pytest.MonkeyPatch, put_on: PutOn) -> None:
     _, adapted = put_on(Quantization.NF4, torch.bfloat16)
     unfuse(adapted)
-    monkeypatch.setattr(lora, "RESIDENT_BYTES", 40_000)
-    lora.fuse(adapted)
+    monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", 40_000)
+    fused_lora.fuse(adapted)
     held = [module.forward.args[1] for module in fused(adapted)]
     assert 0 < sum(matrix.nbytes for matrix in held if matrix is not None) <= 40_000
     assert any(matrix is None for matrix in held)

@@ -37,8 +37,9 @@ from shared.protocol import (
 )
 from shared.schemas.requests import Phase
 from worker.trainer import main as child_main
-from worker.trainer import model
 from worker.trainer.main import Session, boottime
+from worker.trainer.model import base as base_module
+from worker.trainer.model.base import Base, load_base
 
 from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
@@ -85,15 +86,15 @@ def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
     """Two may not fit. bitsandbytes' weights know their layer, and no count of references lets go of a cycle."""
     gone: list[bool] = []
     weights: list[weakref.ref[torch.nn.Parameter]] = []
-    load = model.load_base
+    load = load_base
 
-    def noted(*args: Any, **options: Any) -> model.Base:
+    def noted(*args: Any, **options: Any) -> Base:
         gone.append(all(weight() is None for weight in weights))
         base = load(*args, **options)
         weights.extend(weakref.ref(layer.weight) for layer in base.model.modules() if isinstance(layer, Linear4bit))
         return base
 
-    monkeypatch.setattr(model, "load_base", noted)
+    monkeypatch.setattr(base_module, "load_base", noted)
     other = shutil.copytree(llama, tmp_path / "other")
     rows = write_rows(quotes(2))
     with Path("/dev/null").open("wb") as pipe:

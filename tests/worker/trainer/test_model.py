@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Quantization
-from worker.trainer import checkpoint, evaluate, model
+from worker.trainer import evaluate
 from worker.trainer.batches import batches, trained_tokens
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
+from worker.trainer.model import adapter_weights
+from worker.trainer.model.base import attach, detach, load_base, trainable
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of
 
@@ -37,7 +39,7 @@ LAYOUT = Layout(packing=True, chunked=True, micro_batch=4, pad=2)
 def test_base_is_held_as_asked(
     request: pytest.FixtureRequest, folder: str, quantization: Quantization, kind: type | None
 ) -> None:
-    base = model.load_base(request.getfixturevalue(folder), quantization)
+    base = load_base(request.getfixturevalue(folder), quantization)
     quantized = [m for m in base.model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
     assert all(type(m) is kind for m in quantized)
     assert bool(quantized) == (kind is not None)
@@ -59,9 +61,9 @@ def test_gradients_after_an_evaluation_equal_those_before(
     """The CPU NF4 trap: bitsandbytes repacks weights at the first evaluation and loses the base path's gradients."""
     task = make_task(write_rows(quotes(8)))
     rows = dataset.load(task, encoder).train
-    base = model.load_base(request.getfixturevalue(folder), quantization)
+    base = load_base(request.getfixturevalue(folder), quantization)
     recipe = recipe_of(task)
-    adapted = model.put_on(base, recipe)
+    adapted = attach(base, recipe)
 
     def gradients() -> list[torch.Tensor]:
         adapted.zero_grad()
@@ -69,7 +71,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
             with base.precision():
                 loss = sft.loss(base.model, batch, LAYOUT)
             (loss.sums.sum() / trained_tokens(rows)).backward()
-        return [p.grad.clone() for p in model.trainable(adapted).values() if p.grad is not None]
+        return [p.grad.clone() for p in trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()
     for adapter in (False, True):
@@ -82,29 +84,29 @@ def test_gradients_after_an_evaluation_equal_those_before(
 
 
 def test_adapter_is_fp32_on_every_linear_but_the_head(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
-    base = model.load_base(llama, Quantization.NF4)
-    adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(3)))))
-    parameters = model.trainable(adapted)
+    base = load_base(llama, Quantization.NF4)
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)))))
+    parameters = trainable(adapted)
     assert len(parameters) == 2 * 7 * 2
     assert all(p.dtype == torch.float32 for p in parameters.values())
     assert all("lora_" in name and "head" not in name for name in parameters)
 
 
 def test_taken_off_leaves_the_base_as_it_was(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
-    base = model.load_base(llama, Quantization.NF4)
+    base = load_base(llama, Quantization.NF4)
     names = [name for name, _ in base.model.named_modules()]
     ids = torch.arange(10)[None]
     with torch.no_grad():
         before = base.model(ids).logits
-        model.take_off(model.put_on(base, recipe_of(make_task(write_rows(quotes(3))))))
+        detach(attach(base, recipe_of(make_task(write_rows(quotes(3))))))
         assert torch.equal(base.model(ids).logits, before)
     assert [name for name, _ in base.model.named_modules()] == names
 
 
 def test_unknown_target_modules_are_named(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
-    base = model.load_base(llama, Quantization.NONE)
+    base = load_base(llama, Quantization.NONE)
     with pytest.raises(TrainingFailed, match="no_such_proj") as failed:
-        model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["no_such_proj"]})))
+        attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["no_such_proj"]})))
     assert failed.value.param == "lora.target_modules"
 
 
@@ -120,26 +122,26 @@ def test_unknown_target_modules_are_named(llama: str, make_task: MakeTask, write
 def test_targets_that_bear_no_adapter_are_refused_and_the_base_untouched(
     llama: str, make_task: MakeTask, write_rows: WriteRows, targets: list[str], named: str
 ) -> None:
-    base = model.load_base(llama, Quantization.NONE)
+    base = load_base(llama, Quantization.NONE)
     with pytest.raises(TrainingFailed, match=named) as failed:
-        model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": targets})))
+        attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": targets})))
     assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
     assert not any("lora" in name for name, _ in base.model.named_modules())
 
 
 def test_adapter_never_carries_an_embedding(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     """PEFT adds them by itself, for instance where the vocabulary is not that of the folder."""
-    base = model.load_base(llama, Quantization.NONE)
-    adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]})))
+    base = load_base(llama, Quantization.NONE)
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]})))
     base.model.config.vocab_size += 1
-    assert {name.split(".")[-2] for name in checkpoint.adapter_tensors(adapted)} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-2] for name in adapter_weights.adapter_tensors(adapted)} == {"lora_A", "lora_B"}
 
 
 def test_base_without_sdpa_is_loaded(tmp_path: Path) -> None:
     """Transformers refuses `attn_implementation="sdpa"` for these, and takes it by itself for the others."""
     torch.manual_seed(0)
     GPTJForCausalLM(GPTJConfig(vocab_size=320, n_embd=64, n_layer=1, n_head=4, rotary_dim=8)).save_pretrained(tmp_path)
-    assert model.load_base(str(tmp_path), Quantization.NONE).model.config.model_type == "gptj"
+    assert load_base(str(tmp_path), Quantization.NONE).model.config.model_type == "gptj"
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,14 @@ def test_machine_that_fails_while_loading_is_not_the_users_fault(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(type(error)) as failed:
-        model.load_base(llama, Quantization.NONE)
+        load_base(llama, Quantization.NONE)
     assert failed.value is error
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_base_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str], name: str) -> None:
     with pytest.raises(OSError, match=r"Errno 5|os error"):
-        model.load_base(unreadable(name), Quantization.NONE)
+        load_base(unreadable(name), Quantization.NONE)
 
 
 def test_base_in_a_quantization_that_no_worker_has_is_the_users_to_mend(llama: str, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_base_in_a_quantization_that_no_worker_has_is_the_users_to_mend(llama: s
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TrainingFailed, match="compressed-tensors") as failed:
-        model.load_base(str(tmp_path), Quantization.NF4)
+        load_base(str(tmp_path), Quantization.NF4)
     assert failed.value.code == "unsupported_base_model"
     assert isinstance(failed.value.__cause__, ImportError)
 
@@ -188,7 +190,7 @@ def test_base_that_cannot_be_loaded_is_the_users_to_mend(llama: str, tmp_path: P
     for path in Path(llama).iterdir():
         (tmp_path / path.name).write_bytes(b"{}" if path.name == spoiled else path.read_bytes())
     with pytest.raises(TrainingFailed) as failed:
-        model.load_base(str(tmp_path), Quantization.NONE)
+        load_base(str(tmp_path), Quantization.NONE)
     assert failed.value.code == "unsupported_base_model"
 
 
@@ -201,7 +203,7 @@ def test_base_that_lacks_a_weight_is_refused(llama: str, tmp_path: Path) -> None
     with pytest.raises(
         TrainingFailed, match=r"lack 1 of its weights, such as model\.layers\.1\.mlp\.down_proj"
     ) as failed:
-        model.load_base(str(tmp_path / "base"), Quantization.NF4)
+        load_base(str(tmp_path / "base"), Quantization.NF4)
     assert failed.value.code == "unsupported_base_model"
 
 
@@ -212,4 +214,4 @@ def test_base_with_remote_code_is_refused(llama: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config.replace("{", '{"auto_map": {"AutoConfig": "code.Config"},', 1))
     (tmp_path / "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(TrainingFailed):
-        model.load_base(str(tmp_path), Quantization.NONE)
+        load_base(str(tmp_path), Quantization.NONE)

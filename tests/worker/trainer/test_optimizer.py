@@ -9,7 +9,8 @@ import torch
 
 from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
-from worker.trainer import model, optimizer
+from worker.trainer import optimizer
+from worker.trainer.model.base import attach, load_base, trainable
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -19,8 +20,8 @@ def test_b_learns_at_a_multiple_of_the_rate(
     llama: str, make_task: MakeTask, write_rows: WriteRows, ratio: float | None, rates: set[float]
 ) -> None:
     task = make_task(write_rows(quotes(4)), lora={"r": 4, "loraplus_lr_ratio": ratio})
-    adapted = model.put_on(model.load_base(llama, Quantization.NONE), recipe_of(task))
-    parameters = model.trainable(adapted)
+    adapted = attach(load_base(llama, Quantization.NONE), recipe_of(task))
+    parameters = trainable(adapted)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     made = optimizer.make(adapted, recipe_of(task))
     optimizer.set_rate(made, 1e-3)

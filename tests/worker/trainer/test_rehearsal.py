@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
-from worker.trainer import checkpoint, model, rehearsal
+from worker.trainer import checkpoint, rehearsal
+from worker.trainer.artifact import metrics_file
+from worker.trainer.model.base import load_base
 from worker.trainer.train import train
 
 from .conftest import Child, MakeTask, Observer, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
@@ -97,7 +99,7 @@ def test_stop_during_the_trial_leaves_no_trace(task: Task, tmp_path: Path, monke
     command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path))
     train(
         command,
-        lambda: model.load_base(task.base_dir, task.quantization),
+        lambda: load_base(task.base_dir, task.quantization),
         emit=observer.events.append,
         stopping=lambda: tried > 0,
     )
@@ -130,5 +132,5 @@ def test_child_whose_memory_is_limited_learns_it_from_the_trial(
         done = child.until(Done)
     assert first.metrics.step == 1
     assert done.memory_halvings == 1
-    lines = checkpoint.read_metrics(tmp_path / "limited" / "adapter" / checkpoint.METRICS)
+    lines = metrics_file.read_metrics(tmp_path / "limited" / "adapter" / checkpoint.METRICS)
     assert len(lines) == recipe.total_steps

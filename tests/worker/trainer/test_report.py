@@ -14,13 +14,15 @@ from shared.estimation import architecture, memory_model
 from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
-from worker.trainer import checkpoint, evaluate, model, report
+from worker.trainer import checkpoint, evaluate, report
 from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import HeldoutSource
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.evaluate import RowScores
-from worker.trainer.likelihood import Layout, likelihood
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import likelihood
+from worker.trainer.model.base import attach, load_base
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run
 
@@ -80,9 +82,9 @@ def test_rows_are_scored_in_their_own_order(
     """Each as it is scored alone, whatever batch it went with."""
     task = make_task(write_rows(quotes(11)))
     rows = dataset.load(task, encoder).train[::-1]
-    base = model.load_base(llama, task.quantization, compute_dtype=torch.float32)
+    base = load_base(llama, task.quantization, compute_dtype=torch.float32)
     recipe = recipe_of(task)
-    adapted = model.put_on(base, recipe)
+    adapted = attach(base, recipe)
     layout = Layout(packing=packing, chunked=True, micro_batch=3, pad=2)
     found = evaluate.score(base, adapted, rows, recipe, adapter=False, layout=layout)
     for row, nats, weight in zip(rows, found.nats, found.weights, strict=True):

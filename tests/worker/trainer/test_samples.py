@@ -14,13 +14,14 @@ from transformers import GenerationConfig
 
 from shared.protocol import Done, Notice, Stopped
 from shared.schemas.requests import Quantization
-from worker.trainer import evaluate, model, samples
+from worker.trainer import evaluate, samples
 from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
-from worker.trainer.model import Base
+from worker.trainer.model.base import Base, attach, load_base, trainable
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -43,10 +44,10 @@ def encode(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> Any:
 
 def worn(folder: str, recipe: Any, quantization: Quantization = Quantization.NONE) -> tuple[Base, PeftModel]:
     """A base in fp32, where equal means equal, and an adapter on it that does something."""
-    base = model.load_base(folder, quantization, compute_dtype=torch.float32)
+    base = load_base(folder, quantization, compute_dtype=torch.float32)
     torch.manual_seed(3)
-    adapted = model.put_on(base, recipe)
-    for name, parameter in model.trainable(adapted).items():
+    adapted = attach(base, recipe)
+    for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return base, adapted
@@ -161,7 +162,7 @@ def test_gradients_after_samples_equal_those_before(
         adapted.zero_grad()
         for batch in batches(rows, packing=True, micro_batch=4, pad=2):
             sft.loss(base.model, batch, LAYOUT).sums.sum().backward()
-        return [p.grad.clone() for p in model.trainable(adapted).values() if p.grad is not None]
+        return [p.grad.clone() for p in trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()
     config, generation = base.model.config.to_dict(), base.model.generation_config.to_dict()
@@ -196,7 +197,7 @@ def test_stop_is_obeyed_between_two_tokens(
 ) -> None:
     base, adapted = worn(llama, recipe_of(make_task(write_rows(quotes(3)))))
     asked = iter([False] * 5 + [True])
-    with pytest.raises(evaluate.Interrupted):
+    with pytest.raises(Interrupted):
         samples.compare(base, adapted, encode(quotes(4)), encoder, layout=LAYOUT, stopping=lambda: next(asked))
     assert next(asked, None) is None
     assert adapted.training
@@ -209,7 +210,7 @@ def test_run_stopped_at_its_samples_goes_on_to_the_same_adapter_and_report(
     whole = run(task, tmp_path / "whole").of(Done)[0].report
 
     def interrupted(*args: Any, **options: Any) -> NoReturn:
-        raise evaluate.Interrupted
+        raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(samples, "compare", interrupted)

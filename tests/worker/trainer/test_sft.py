@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from shared.schemas.requests import Quantization
-from worker.trainer import model, selftest
+from worker.trainer import selftest
 from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.likelihood import CHUNK_BYTES, Layout, likelihood
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import CHUNK_BYTES, likelihood
 from worker.trainer.methods import sft
-from worker.trainer.model import Base
+from worker.trainer.model.base import Base, attach, load_base, trainable
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of
 
@@ -38,7 +39,7 @@ from .conftest import MakeTask, WriteRows, quotes, recipe_of
 def base(request: pytest.FixtureRequest) -> Base:
     """In fp32, where equal means equal."""
     folder: str = request.getfixturevalue(request.param)
-    return model.load_base(folder, Quantization.NONE, compute_dtype=torch.float32)
+    return load_base(folder, Quantization.NONE, compute_dtype=torch.float32)
 
 
 @pytest.fixture
@@ -66,8 +67,8 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
 ) -> None:
     """Micro-batches of 1, 3 or all, packed or padded, the head in chunks of five tokens or whole."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
-    adapted = model.put_on(base, recipe_of(make_task(write_rows(quotes(9)))))
-    for name, parameter in model.trainable(adapted).items():
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(9)))))
+    for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     wanted, wanted_gradients = gradients(base, examples, layout(packing=False, chunked=False, micro_batch=1))

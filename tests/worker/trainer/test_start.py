@@ -14,13 +14,14 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Verdict
-from worker.trainer import checkpoint, evaluate, methods, model, start
+from worker.trainer import checkpoint, evaluate, methods
 from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
-from worker.trainer.model import Base
+from worker.trainer.model import adapter_weights, initial_adapter
+from worker.trainer.model.base import Base, PeftModel, attach, load_base, trainable
 from worker.trainer.verify import verify
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
@@ -90,10 +91,10 @@ def test_of_preferences_the_source_is_the_reference(
 ) -> None:
     """To the bit, although training has a forward of its own."""
     recipe = recipe_of(pairs, dropout=0.0, use_dora=use_dora)
-    base, rows = model.load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
+    base, rows = load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe, tmp_path)
-    origin = start.read(str(tmp_path), adapted)
-    start.put_on(adapted, origin)
+    origin = initial_adapter.load(str(tmp_path), adapted)
+    initial_adapter.apply(adapted, origin)
     [batch] = batches(rows[:8], packing=True, micro_batch=8, pad=2)
     tally = methods.Tally()
     with base.precision():
@@ -106,19 +107,19 @@ def test_of_preferences_the_source_is_the_reference(
     assert against_base.margins.abs().max() > 0
     with base.precision():
         methods.loss(adapted, batch, LAYOUT, recipe, start=origin).sums.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.trainable(adapted).values())
+    assert all(p.grad is not None and p.grad.any() for p in trainable(adapted).values())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_reference_has_no_dropout_and_draws_no_number(
     llama: str, pairs: Task, encoder: Encoder, tmp_path: Path, quantization: str
 ) -> None:
-    base, rows = model.load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
+    base, rows = load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe_of(pairs, dropout=0.5), tmp_path)
-    origin = start.read(str(tmp_path), adapted)
+    origin = initial_adapter.load(str(tmp_path), adapted)
     [batch] = batches(rows[:8], packing=True, micro_batch=8, pad=2)
     drawn = torch.get_rng_state()
-    with base.precision(), torch.no_grad(), start.worn(adapted, origin):
+    with base.precision(), torch.no_grad(), initial_adapter.applied(adapted, origin):
         first, second = (sft.loss(adapted.get_base_model(), batch, LAYOUT).sums for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(drawn, torch.get_rng_state())
@@ -127,15 +128,15 @@ def test_the_reference_has_no_dropout_and_draws_no_number(
 def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder, tmp_path: Path) -> None:
     """In train mode and in an evaluation of the base alone, which has the adapter off around it."""
     recipe = recipe_of(pairs)
-    base, rows = model.load_base(llama, Quantization.NONE), dataset.load(pairs, encoder).train
+    base, rows = load_base(llama, Quantization.NONE), dataset.load(pairs, encoder).train
     adapted = hatted(base, recipe, tmp_path)
-    origin = start.read(str(tmp_path), adapted)
-    start.put_on(adapted, origin)
+    origin = initial_adapter.load(str(tmp_path), adapted)
+    initial_adapter.apply(adapted, origin)
     with torch.no_grad():
-        for parameter in model.trainable(adapted).values():
+        for parameter in trainable(adapted).values():
             parameter.mul_(2)
-    own = checkpoint.adapter_tensors(adapted)
-    pointers = {name: p.data_ptr() for name, p in model.trainable(adapted).items()}
+    own = adapter_weights.adapter_tensors(adapted)
+    pointers = {name: p.data_ptr() for name, p in trainable(adapted).items()}
 
     def score(*, adapter: bool, **changes: object) -> float:
         return evaluate.score(
@@ -144,15 +145,15 @@ def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder,
 
     plain = {"method": "supervised", "beta": None}
     alone, tuned = score(adapter=False, **plain), score(adapter=True, **plain)
-    with start.worn(adapted, origin):
+    with initial_adapter.applied(adapted, origin):
         worn = score(adapter=True, **plain)
         assert score(adapter=True) == pytest.approx(math.log(2))
     assert len({alone, tuned, worn}) == 3
     assert score(adapter=False) != pytest.approx(math.log(2))
     assert (score(adapter=False, **plain), score(adapter=True, **plain)) == (alone, tuned)
-    found = checkpoint.adapter_tensors(adapted)
+    found = adapter_weights.adapter_tensors(adapted)
     assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
-    assert {name: p.data_ptr() for name, p in model.trainable(adapted).items()} == pointers
+    assert {name: p.data_ptr() for name, p in trainable(adapted).items()} == pointers
     assert all(module.training for module in adapted.modules())
 
 
@@ -186,11 +187,11 @@ def test_an_adapter_that_only_started_has_no_effect(pairs: Task, source: tuple[R
     assert failed.value.code == "adapter_no_effect"
 
 
-def hatted(base: Base, recipe: object, folder: Path) -> model.PeftModel:
+def hatted(base: Base, recipe: object, folder: Path) -> PeftModel:
     """With a fresh adapter on, and one in the folder that does something."""
     torch.manual_seed(0)
-    adapted = model.put_on(base, recipe)
-    tensors = checkpoint.adapter_tensors(adapted)
+    adapted = attach(base, recipe)
+    tensors = adapter_weights.adapter_tensors(adapted)
     torch.manual_seed(3)
     loud = {name: torch.randn_like(t) * 0.05 if ".lora_B" in name else t for name, t in tensors.items()}
     save_file(loud, folder / checkpoint.ADAPTER)

@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
 from shared.schemas.results import Report
-from worker.trainer import checkpoint, evaluate, model
+from worker.trainer import evaluate
 from worker.trainer import train as loop
+from worker.trainer.artifact import metrics_file
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
+from worker.trainer.model.base import attach, load_base
 from worker.trainer.train import train
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
@@ -78,7 +81,7 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
     def losses(name: str) -> list[tuple[int, float | None, float | None]]:
-        lines = checkpoint.read_metrics(tmp_path / name / "adapter" / "metrics.jsonl")
+        lines = metrics_file.read_metrics(tmp_path / name / "adapter" / "metrics.jsonl")
         return [(m.step, m.train_loss, m.valid_loss) for m in lines]
 
     assert losses("second") == losses("whole")
@@ -217,7 +220,7 @@ def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
         command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path / "first"))
         train(
             command,
-            lambda: model.load_base(task.base_dir, task.quantization),
+            lambda: load_base(task.base_dir, task.quantization),
             emit=observer.events.append,
             stopping=lambda: losses >= 3,
         )
@@ -269,7 +272,7 @@ def test_stop_before_the_first_step_leaves_no_checkpoint(
     command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path))
     train(
         command,
-        lambda: model.load_base(task.base_dir, task.quantization),
+        lambda: load_base(task.base_dir, task.quantization),
         emit=observer.events.append,
         stopping=lambda: True,
     )
@@ -292,7 +295,7 @@ def test_checkpoint_is_plain_data_and_of_its_recipe_only(
 
 def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
     task = make_task(write_rows(quotes(24)), quantization="nf4", trainer={"max_steps": 3})
-    base = model.load_base(task.base_dir, task.quantization)
+    base = load_base(task.base_dir, task.quantization)
     reports = []
     for name in ("one", "two"):
         observer = Observer()
@@ -305,10 +308,10 @@ def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: Writ
 
 def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     task = make_task(write_rows(quotes(4)))
-    base = model.load_base(llama, task.quantization)
+    base = load_base(llama, task.quantization)
     recipe, rows = recipe_of(task), dataset.load(task, encoder).train
-    adapted = model.put_on(base, recipe)
+    adapted = attach(base, recipe)
     layout = Layout(packing=True, chunked=True, micro_batch=1, pad=2)
-    with pytest.raises(evaluate.Interrupted):
+    with pytest.raises(Interrupted):
         evaluate.score(base, adapted, rows, recipe, adapter=True, layout=layout, stopping=lambda: True)
     assert adapted.training

@@ -19,15 +19,16 @@ from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import checkpoint, likelihood, model
+from worker.trainer import checkpoint, likelihood
 from worker.trainer.batches import IGNORED, batches, trained_tokens
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
+from worker.trainer.model.base import attach, detach, load_base, trainable
+from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.train import train
-from worker.trainer.whole import Whole
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 
@@ -63,13 +64,13 @@ def test_every_gradient_is_that_of_a_plain_forward(
     task = full(quotes(9), base_dir=str(tmp_path / "base"))
     rows = dataset.load(task, Encoder(task.base_dir)).train
     wanted = plain_gradients(task.base_dir, rows)
-    base = model.load_base(task.base_dir, Quantization.NONE, compute_dtype=torch.float32)
-    whole = model.put_on(base, recipe_of(task))
+    base = load_base(task.base_dir, Quantization.NONE, compute_dtype=torch.float32)
+    whole = attach(base, recipe_of(task))
     layout = Layout(packing=packing, chunked=True, micro_batch=2, pad=2)
     for batch in batches(rows, packing=packing, micro_batch=2, pad=2):
         (sft.loss(base.model, batch, layout).sums.sum() / trained_tokens(rows)).backward()
-    assert model.trainable(whole).keys() == wanted.keys()
-    for name, weight in model.trainable(whole).items():
+    assert trainable(whole).keys() == wanted.keys()
+    for name, weight in trainable(whole).items():
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-3, atol=2e-6, msg=name)
 
@@ -92,8 +93,8 @@ def test_a_document_weighs_what_backward_says(
     monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     task = full(quotes(3))
     rows = dataset.load(task, Encoder(llama)).train
-    base = model.load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
-    whole = model.put_on(base, recipe_of(task))
+    base = load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
+    whole = attach(base, recipe_of(task))
     found = {}
     for chunked in (True, False):
         (batch,) = batches(rows, packing=True, micro_batch=9, pad=2)
@@ -101,8 +102,8 @@ def test_a_document_weighs_what_backward_says(
             base.model, batch, Layout(packing=True, chunked=chunked, micro_batch=9, pad=2)
         ).nats
         weights = torch.tensor([1.0, -2.0, 0.5])
-        gradients = torch.autograd.grad((nats * weights).sum(), list(model.trainable(whole).values()))
-        found[chunked] = dict(zip(model.trainable(whole), gradients, strict=True))
+        gradients = torch.autograd.grad((nats * weights).sum(), list(trainable(whole).values()))
+        found[chunked] = dict(zip(trainable(whole), gradients, strict=True))
     for name, gradient in found[True].items():
         torch.testing.assert_close(gradient, found[False][name], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -111,11 +112,11 @@ def test_a_document_weighs_what_backward_says(
 
 
 def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., Task], llama: str) -> None:
-    base = model.load_base(llama, Quantization.NONE)
+    base = load_base(llama, Quantization.NONE)
     before = {name: parameter.clone() for name, parameter in base.model.state_dict().items()}
     objects = dict(base.model.named_parameters())
-    whole = model.put_on(base, recipe_of(full()))
-    assert isinstance(whole, Whole)
+    whole = attach(base, recipe_of(full()))
+    assert isinstance(whole, FullWeights)
     assert base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight
     assert all(p.dtype == torch.float32 and p.requires_grad for p in base.model.parameters())
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., T
             for name, tensor in base.model.state_dict().items():
                 assert torch.equal(tensor.to(before[name].dtype), before[name])
         assert not torch.equal(embedding.weight.to(base.compute_dtype), before["model.embed_tokens.weight"])
-    model.take_off(whole)
+    detach(whole)
     assert all(base.model.get_parameter(name) is parameter for name, parameter in objects.items())
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     for name, tensor in base.model.state_dict().items():
@@ -139,7 +140,7 @@ def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., T
 def test_the_base_serves_the_next_job_as_a_fresh_one_would(
     full: Callable[..., Task], make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    base = model.load_base(full().base_dir, Quantization.NONE)
+    base = load_base(full().base_dir, Quantization.NONE)
     config = base.model.config.to_dict()
     lora = make_task(write_rows(quotes(24)), trainer={"max_steps": 3})
     for name, task in (("full", full(trainer={"max_steps": 3})), ("second", lora)):
@@ -244,10 +245,10 @@ def model_bytes(work: Path) -> bytes:
 
 
 def test_a_base_that_comes_quantized_is_refused_and_left_alone(full: Callable[..., Task], llama: str) -> None:
-    base = model.load_base(llama, Quantization.NF4)
+    base = load_base(llama, Quantization.NF4)
     before = dict(base.model.named_parameters())
     with pytest.raises(TrainingFailed, match="quantized weights cannot be trained") as failed:
-        model.put_on(base, recipe_of(full()))
+        attach(base, recipe_of(full()))
     assert failed.value.param == "trainer.full_finetuning"
     assert all(base.model.get_parameter(name) is parameter for name, parameter in before.items())
 

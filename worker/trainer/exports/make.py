@@ -18,17 +18,18 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint, model, published, selftest
+from worker.trainer import checkpoint, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.evaluate import Interrupted
 from worker.trainer.exports import gguf_files, merged, vocabulary
 from worker.trainer.exports.likeness import Unlike, check_tensors, fingerprint
-from worker.trainer.likelihood import Layout, own_logits
+from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import own_logits
 from worker.trainer.methods import Tally, sft
-from worker.trainer.model import Base
+from worker.trainer.model.base import Base, load_adapter, load_base
 from worker.trainer.system import free_memory
 
 TRIED_ROWS = 2
@@ -89,7 +90,7 @@ def _adapter(command: MakeExport, folder: Path) -> Export:
 def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick: Callable[[], None]) -> Export:
     """One model is held at a time, beside the quantized base while its values are taken over."""
     task, adapter = command.task, Path(command.adapter_dir)
-    base = model.load_base(task.base_dir, command.recipe.quantization)
+    base = load_base(task.base_dir, command.recipe.quantization)
     wanted, stored = _wanted(command, base, stopping, tick), base.stored_dtype
     wanted.go_on()
     size = base.model.num_parameters() * merged.kept_type(stored).itemsize
@@ -134,7 +135,7 @@ def _wanted(command: MakeExport, base: Base, stopping: Callable[[], bool], tick:
     encoder = Encoder(task.base_dir)
     rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tried = [row.documents[0].cut(TRIED_TOKENS) for row in rows.heldout[:TRIED_ROWS]]
-    adapted = model.load_adapter(base.model, Path(command.adapter_dir))
+    adapted = load_adapter(base.model, Path(command.adapter_dir))
     logits = _logits(base, tried)
     adapted.unload()
     return Wanted(command, encoder, rows, tried, logits, base.device, base.compute_dtype, go_on)

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shared.protocol import Task
-from worker.trainer import model
 from worker.trainer.exports.likeness import Unlike, differing, fingerprint
-from worker.trainer.model import Base
+from worker.trainer.model.base import Base, load_adapter
 
 #: Under the 4 GiB that go up in one put, which the lease epoch fences.
 SHARD = "4GB"
@@ -105,7 +104,7 @@ def _plain(task: Task, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
 def _merge(plain: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """By stock PEFT, which knows rsLoRA, DoRA and Conv1D. Raises Unlike where no weight was changed by it."""
     before = fingerprint(plain, plain.dtype)
-    found: PreTrainedModel = model.load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
+    found: PreTrainedModel = load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
     if not differing(found, before):
         raise Unlike("merged, it is the base")
     return found

@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from shared.schemas.results import Recipe
 from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.data.encoding import Row
-from worker.trainer.likelihood import Layout
+from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import classify, dpo, sft
 from worker.trainer.methods.loss import Loss, Tally
-from worker.trainer.start import Start
-from worker.trainer.whole import Adapted
+from worker.trainer.model.full_weights import Adapted
+from worker.trainer.model.initial_adapter import InitialAdapter
 
 __all__ = ["Loss", "Tally", "loss", "weight"]
 
 
-def loss(adapted: Adapted, batch: Batch, layout: Layout, recipe: Recipe, *, start: Start | None = None) -> Loss:
+def loss(
+    adapted: Adapted, batch: Batch, layout: Layout, recipe: Recipe, *, start: InitialAdapter | None = None
+) -> Loss:
     """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean.
 
     `start` is the adapter that training began with, if it did with one.

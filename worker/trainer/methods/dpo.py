@@ -12,19 +12,20 @@ import torch
 from torch.nn import functional
 
 from worker.trainer.batches import Batch
-from worker.trainer.likelihood import Layout, likelihood
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import likelihood
 from worker.trainer.methods.loss import Loss
-from worker.trainer.start import Start, worn
-from worker.trainer.whole import Adapted
+from worker.trainer.model.full_weights import Adapted
+from worker.trainer.model.initial_adapter import InitialAdapter, applied
 
 
-def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float, start: Start | None = None) -> Loss:
+def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float, start: InitialAdapter | None = None) -> Loss:
     """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the
     reference.
 
     Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
     """
-    with torch.no_grad(), adapted.disable_adapter() if start is None else worn(adapted, start):
+    with torch.no_grad(), adapted.disable_adapter() if start is None else applied(adapted, start):
         reference = likelihood(adapted.get_base_model(), batch, layout).nats
     tuned = likelihood(adapted.get_base_model(), batch, layout)
     gains = reference - tuned.nats

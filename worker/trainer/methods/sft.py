@@ -8,7 +8,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from worker.trainer.batches import Batch
-from worker.trainer.likelihood import Layout, likelihood
+from worker.trainer.forward.layout import Layout
+from worker.trainer.likelihood import likelihood
 from worker.trainer.methods.loss import Loss
 
 

@@ -16,11 +16,13 @@ from shared.schemas.requests import ExportName, Method, MethodName, Quantization
 from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, evaluate, model, selftest, serving, verify
+from worker.trainer import adapter, checkpoint, evaluate, selftest, serving, verify
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports.make import export
+from worker.trainer.model import adapter_weights
+from worker.trainer.model.base import attach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
 
 #: With what llama.cpp takes for granted.
@@ -75,16 +77,16 @@ def made(command: MakeExport, name: ExportName) -> Export:
 def _command(task: Task, work_dir: Path) -> MakeExport:
     recipe, encoder = prepare(task).recipe, Encoder(task.base_dir)
     rows = split(dataset.load(task, encoder), recipe.max_length, seed=recipe.seed)
-    base = model.load_base(task.base_dir, recipe.quantization)
+    base = load_base(task.base_dir, recipe.quantization)
     layout, _ = selftest.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
     torch.manual_seed(1)
-    adapted = model.put_on(base, recipe)
-    for name, parameter in model.trainable(adapted).items():
+    adapted = attach(base, recipe)
+    for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     folder = work_dir / "adapter"
     folder.mkdir()
-    save_file(checkpoint.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
+    save_file(adapter_weights.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
     (folder / "adapter_config.json").write_text(json.dumps(adapter.adapter_config(adapted, task, recipe)))
     off, on = (
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean

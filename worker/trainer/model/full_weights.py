@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Whole:
+class FullWeights:
     """A base, and the weights that are trained in its stead. Tied ones are one, under the first of their names.
 
     Parameters change places, and no data: nothing is written to the base's own, and autograd and autocast know them
@@ -126,4 +126,4 @@ class Whole:
 
 
 #: A base with what is trained of it: a LoRA, or all of its weights. Off, it is the base.
-Adapted = PeftModel | Whole
+Adapted = PeftModel | FullWeights

@@ -16,24 +16,25 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from worker.trainer import checkpoint
+from worker.trainer.model import adapter_weights
 
 #: By the names of the model's parameters, and where those are.
-Start = dict[str, torch.Tensor]
+InitialAdapter = dict[str, torch.Tensor]
 
 
-def read(folder: str, adapted: PeftModel) -> Start:
+def load(folder: str, adapted: PeftModel) -> InitialAdapter:
     """The adapter in this folder, fitted to `adapted`, which is left as it was.
 
     Raises ValueError unless the two have the same tensors.
     """
-    own = checkpoint.adapter_tensors(adapted)
-    checkpoint.set_adapter(adapted, load_file(Path(folder) / checkpoint.ADAPTER))
+    own = adapter_weights.adapter_tensors(adapted)
+    adapter_weights.set_adapter(adapted, load_file(Path(folder) / checkpoint.ADAPTER))
     found = {name: parameter.detach().clone() for name, parameter in _parameters(adapted).items()}
-    checkpoint.set_adapter(adapted, own)
+    adapter_weights.set_adapter(adapted, own)
     return found
 
 
-def put_on(adapted: PeftModel, start: Start) -> None:
+def apply(adapted: PeftModel, start: InitialAdapter) -> None:
     """Let the adapter be a copy of it."""
     with torch.no_grad():
         for name, parameter in _parameters(adapted).items():
@@ -41,7 +42,7 @@ def put_on(adapted: PeftModel, start: Start) -> None:
 
 
 @contextmanager
-def worn(adapted: PeftModel, start: Start) -> Iterator[None]:
+def applied(adapted: PeftModel, start: InitialAdapter) -> Iterator[None]:
     """The model with `start` for its adapter, also where that is off just now, and without the adapter's dropout.
 
     For what needs no gradient. In train mode the rest stays so: LLM.int8() computes otherwise in evaluation.
@@ -69,7 +70,7 @@ def _parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in adapted.named_parameters() if ".lora_" in name}
 
 
-def _point(adapted: PeftModel, tensors: Start) -> None:
+def _point(adapted: PeftModel, tensors: InitialAdapter) -> None:
     """Autocast keeps casts by parameter, and would go on with those of the other memory."""
     torch.clear_autocast_cache()
     for name, parameter in _parameters(adapted).items():

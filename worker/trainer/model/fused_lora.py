@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-from worker.trainer.whole import Adapted
+from worker.trainer.model.full_weights import Adapted
 
 ADAPTER = "default"
 
@@ -41,7 +41,7 @@ def fuse(adapted: PeftModel) -> None:
             module.forward = partial(forward, module, resident)
 
 
-def let_go(adapted: Adapted) -> None:
+def drop_resident_weights(adapted: Adapted) -> None:
     """Keep no matrix dequantized any longer: memory is short, and the result the same to the bit."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer) and "forward" in vars(module):

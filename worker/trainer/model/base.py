@@ -30,10 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
-from worker.trainer import attention, classifier, lora
+from worker.trainer.model import classification_head, fused_lora, short_attention
+from worker.trainer.model.full_weights import Adapted, FullWeights
 from worker.trainer.system import free_memory
 from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
-from worker.trainer.whole import Adapted, Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def load_base(
             # Another classifier's head may have another width, which is drawn anew; any other misfit is refused below.
             **({"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}),
             quantization_config=_quantization_config(
-                quantization, dtype, skipped=classifier.unquantized(base_dir) if labels else None
+                quantization, dtype, skipped=classification_head.unquantized(base_dir) if labels else None
             ),
             dtype=dtype,
             device_map={"": device},
@@ -102,11 +102,11 @@ def load_base(
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
     blank = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    head = classifier.head(model, blank) if labels else ()
-    if labels is not None and classifier.means_other(model.config, labels):
+    head = classification_head.head(model, blank) if labels else ()
+    if labels is not None and classification_head.means_other(model.config, labels):
         outputs = {name for name, parameter in model.named_parameters() if len(parameter) == len(labels)}
-        blank |= {name for name in outputs if classifier.is_of(name, head)}
-    if absent := sorted(name for name in blank if not classifier.is_of(name, head)):
+        blank |= {name for name in outputs if classification_head.is_of(name, head)}
+    if absent := sorted(name for name in blank if not classification_head.is_of(name, head)):
         # transformers fills what is not there with random numbers, and goes on.
         raise TrainingFailed(
             f"the base model's files lack {len(absent)} of its weights, such as {absent[0]}",
@@ -117,11 +117,11 @@ def load_base(
     for path in head:
         model.get_submodule(path).float()
     close_nf4_trap(model)
-    attention.use(model)
+    short_attention.use(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if device.type == "cpu" and quantization is not Quantization.NONE:
-        let_go_of_files(model)
+        release_mapped_files(model)
     free_memory.free()  # of SmolLM2-135M's matrices as they were, it has kept half a gigabyte
     return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
 
@@ -137,7 +137,7 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def let_go_of_files(model: torch.nn.Module) -> None:
+def release_mapped_files(model: torch.nn.Module) -> None:
     """Copy what still lies in the mapped files: one embedding would keep all of them mapped.
 
     And the pages of the matrices that are quantized by now would count as ours: 212 MB of SmolLM2-135M's.
@@ -147,7 +147,7 @@ def let_go_of_files(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def put_on(base: Base, recipe: Recipe) -> Adapted:
+def attach(base: Base, recipe: Recipe) -> Adapted:
     """What the recipe trains, in train mode. Raises TrainingFailed, with the base untouched, if it cannot be put on."""
     muted = own_dropouts(base.model) if recipe.method == "dpo" else []
     model = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
@@ -159,7 +159,7 @@ def put_on(base: Base, recipe: Recipe) -> Adapted:
     return model
 
 
-def _whole(base: Base) -> Whole:
+def _whole(base: Base) -> FullWeights:
     if getattr(base.model, "hf_quantizer", None) is not None:
         raise TrainingFailed(
             "the base model's own files are quantized, and quantized weights cannot be trained",
@@ -167,7 +167,7 @@ def _whole(base: Base) -> Whole:
             param="trainer.full_finetuning",
             hint="leave it out and train a LoRA, or choose a base whose files are not quantized",
         )
-    return Whole(base.model, stored=base.stored_dtype)
+    return FullWeights(base.model, stored=base.stored_dtype)
 
 
 def _lora(base: Base, recipe: Recipe) -> PeftModel:
@@ -187,7 +187,7 @@ def _lora(base: Base, recipe: Recipe) -> PeftModel:
     model.heads = heads
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
-        lora.fuse(model)
+        fused_lora.fuse(model)
     return model
 
 
@@ -199,7 +199,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, folder)
 
 
-def take_off(adapted: Adapted) -> None:
+def detach(adapted: Adapted) -> None:
     """Leave the base exactly as it was before `put_on`."""
     keep_activations(adapted, kept=True)
     base = adapted.unload()
@@ -248,7 +248,7 @@ def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
         path
         for path, module in base.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and not classifier.is_of(f"{path}.", base.head)
+        and not classification_head.is_of(f"{path}.", base.head)
         and (names is None or any(f".{path}".endswith(f".{name}") for name in names))
     ]
     if not found:
