@@ -28,8 +28,8 @@ from shared.schemas.memory import Kind
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from worker.trainer import methods
-from worker.trainer.batches import Batch, collate
 from worker.trainer.data.encoding import Encoded
+from worker.trainer.forward.batches import Batch, collate
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base, attach, keep_activations, load_base, trainable
 

@@ -17,9 +17,9 @@ from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
 from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
-from worker.trainer.batches import Batch
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import CHUNK_BYTES
+from worker.trainer.forward.log_likelihood import CHUNK_BYTES
 from worker.trainer.methods import sft
 from worker.trainer.model import fused_lora, short_attention
 

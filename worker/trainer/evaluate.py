@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from shared.schemas.results import Recipe, Score
-from worker.trainer import lanes, methods
-from worker.trainer.batches import Batch
+from worker.trainer import methods
 from worker.trainer.data.encoding import Row
+from worker.trainer.forward import threads
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, Tally
@@ -64,7 +65,7 @@ def score(
             return methods.loss(adapted, batch.to(base.device), layout, recipe, start=start)
 
     with forward_only(base, adapted, adapter=adapter):
-        for loss in lanes.run(loss_of, layout.split(rows), layout.lanes, before=go_on):
+        for loss in threads.run_in_order(loss_of, layout.split(rows), layout.lanes, before=go_on):
             tally.add(loss)
             # A batch has its rows in an order of its own.
             places = [place[line] for line in loss.lines]

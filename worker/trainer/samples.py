@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from shared.schemas.results import Continuation, Sample
-from worker.trainer.batches import collate
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.evaluate import forward_only
+from worker.trainer.forward.batches import collate
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import head
+from worker.trainer.forward.log_likelihood import head
 from worker.trainer.methods import classify
 from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import Adapted

@@ -31,8 +31,6 @@ from worker.trainer import (
     checkpoint,
     decisions,
     evaluate,
-    ladder,
-    lanes,
     memory,
     methods,
     optimizer,
@@ -40,14 +38,14 @@ from worker.trainer import (
     rehearsal,
     report,
     samples,
-    selftest,
 )
-from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.checkpoint import RunState
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.evaluate import RowScores
+from worker.trainer.forward import fallback, layout_probe, threads
+from worker.trainer.forward.batches import Batch, trained_tokens
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, Tally
@@ -132,7 +130,7 @@ def train(
     base = load_base()
     if recipe.labels is not None:
         classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
-    layout, warnings = selftest.layout_of(recipe, base, rows.train, encoder)
+    layout, warnings = layout_probe.layout_of(recipe, base, rows.train, encoder)
     for warning in warnings:
         _say(emit, job, warning, "warn")
     random.seed(recipe.seed)
@@ -167,7 +165,7 @@ def _start(
         state, best = checkpoint.load(Path(command.resume_from), adapted, opt, recipe)
         layout = replace(layout, lanes=state.lanes)  # another machine's cores would split a step into other sums
     state.lanes = layout.lanes
-    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
+    rungs = fallback.rungs(layout, base, longest=max(map(len, rows.train)))
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         fused_lora.drop_resident_weights(adapted)
@@ -180,7 +178,7 @@ def _start(
     for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
         run.say(decision)
     if state.memory_halvings:
-        run.say(f"memory ran out before: {ladder.difference(rungs[0], run.layout)}, the same mathematically")
+        run.say(f"memory ran out before: {fallback.difference(rungs[0], run.layout)}, the same mathematically")
     if state.step:
         run.say(f"going on from the checkpoint of step {state.step}")
     return run
@@ -309,7 +307,9 @@ def _accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Ta
     random_before = random_state.torch_random()
     try:
         # In the order of the micro-batches, whichever was done first: a sum of rounded numbers depends on it.
-        for loss, found in lanes.run(gradients, layout.split(examples, turn), layout.lanes, before=run.go_on):
+        for loss, found in threads.run_in_order(
+            gradients, layout.split(examples, turn), layout.lanes, before=run.go_on
+        ):
             for parameter, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -336,7 +336,7 @@ def _narrowing(run: Run, act: Callable[[], T], *, when: str) -> T:
         run.state.memory_halvings += 1
         fused_lora.drop_resident_weights(run.adapted)
         keep_activations(run.adapted, kept=not run.layout.checkpointing)
-        change = ladder.difference(wider, run.layout)
+        change = fallback.difference(wider, run.layout)
         run.say(f"out of memory {when}: {change}, the result is the same mathematically", "warn")
 
 

@@ -22,12 +22,13 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Proof, Report, Score
-from worker.trainer import evaluate, ladder, published, published_model, selftest, serving
-from worker.trainer.batches import collate
+from worker.trainer import evaluate, published, published_model, serving
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder, Row
-from worker.trainer.likelihood import own_logits
+from worker.trainer.forward import fallback, layout_probe
+from worker.trainer.forward.batches import collate
+from worker.trainer.forward.log_likelihood import own_logits
 from worker.trainer.methods import classify
 from worker.trainer.model import adapter_weights, classification_head, initial_adapter
 from worker.trainer.model.base import Base, load_adapter, load_base
@@ -69,8 +70,8 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         raise published.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:
         classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
-    layout, _ = selftest.layout_of(recipe, base, rows.train, encoder)
-    rungs = ladder.rungs(layout, base, longest=max(map(len, rows.train)))
+    layout, _ = layout_probe.layout_of(recipe, base, rows.train, encoder)
+    rungs = fallback.rungs(layout, base, longest=max(map(len, rows.train)))
     layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
     architecture = type(base.model).__name__
     adapted: Adapted

@@ -22,7 +22,7 @@ from shared.schemas.results import Recipe
 from tests.tiny import tiny_encoder, tiny_gpt2
 from worker.trainer import samples
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.model.base import load_base
+from worker.trainer.model import base as base_module
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.train import train
 
@@ -172,8 +172,8 @@ def run(
         seen(event)
 
     classes = {"labels": command.recipe.labels} if command.recipe.labels else {}
-    loading = partial(load_base, task.base_dir, task.quantization, **classes)
-    train(command, loading, emit=emit, stopping=observer.stopping)
+    load_base = partial(base_module.load_base, task.base_dir, task.quantization, **classes)
+    train(command, load_base, emit=emit, stopping=observer.stopping)
     return observer
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.estimation.defaults import PACK_LENGTH
-from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.data.encoding import Encoded
+from worker.trainer.forward.batches import IGNORED, batches, collate, trained_tokens
 
 lengths = st.lists(st.integers(2, 2 * PACK_LENGTH), min_size=1, max_size=40)
 

@@ -18,10 +18,10 @@ from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
 from worker.trainer import evaluate
-from worker.trainer.batches import collate
 from worker.trainer.data import dataset
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.forward.batches import collate
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import classify
 from worker.trainer.model import classification_head

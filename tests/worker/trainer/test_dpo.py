@@ -16,10 +16,11 @@ from shared.protocol import CheckpointSaved, Done, Measured
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_base
-from worker.trainer import methods, selftest
-from worker.trainer.batches import batches
+from worker.trainer import methods
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder, Pair, Row
+from worker.trainer.forward import layout_probe
+from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base, attach, detach, load_base, trainable
 
@@ -174,7 +175,7 @@ def test_pairs_stay_together_and_every_document_is_there_once(rows: list[Row]) -
 
 
 def test_packing_is_tried_on_documents(base: Base, rows: list[Row]) -> None:
-    assert selftest.layout(base, rows, packing=True, micro_batch=1, pad=2)[0].packing
+    assert layout_probe.layout(base, rows, packing=True, micro_batch=1, pad=2)[0].packing
 
 
 @pytest.mark.parametrize("stop_at", [2, 5])

@@ -17,9 +17,10 @@ from shared.estimation.defaults import PACK_LENGTH
 from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_tokenizer
-from worker.trainer import checkpoint, ladder
+from worker.trainer import checkpoint
 from worker.trainer.artifact import metrics_file
-from worker.trainer.batches import Batch
+from worker.trainer.forward import fallback
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.model import base as base_module
@@ -46,10 +47,10 @@ def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llam
     narrow = [replace(WIDEST, micro_batch=rows) for rows in (5, 2, 1)]
     anew = replace(WIDEST, micro_batch=1, checkpointing=True)
     unpacked = replace(anew, packing=False)
-    assert ladder.rungs(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
-    assert ladder.rungs(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
-    assert ladder.rungs(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
-    assert ladder.rungs(replace(anew, packing=False), base, longest=9) == [unpacked]
+    assert fallback.rungs(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
+    assert fallback.rungs(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
+    assert fallback.rungs(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
+    assert fallback.rungs(replace(anew, packing=False), base, longest=9) == [unpacked]
 
 
 def test_narrower_run_comes_to_the_same_but_for_rounding(

@@ -13,10 +13,11 @@ import torch
 from shared.protocol import CheckpointSaved
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import lanes, methods
-from worker.trainer.batches import Batch
+from worker.trainer import methods
 from worker.trainer.data.dataset import load, split
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.forward import threads
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import attach, load_base, trainable
 
@@ -55,7 +56,7 @@ def test_each_micro_batch_has_the_gradient_that_it_has_alone(
     assert len(batches) > 4
     alone = [gradients(batch) for batch in batches]
     for _ in range(3):
-        together = list(lanes.run(gradients, batches, 2, before=lambda: None))
+        together = list(threads.run_in_order(gradients, batches, 2, before=lambda: None))
         for found, wanted in zip(together, alone, strict=True):
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
@@ -84,7 +85,7 @@ def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
         return int(batch)
 
     slow = threading.Event()
-    found = lanes.run(act, iter([0, 1, 2, 3, 4, 5]), 2, before=lambda: rounds.append(None))  # type: ignore[arg-type]  # any batch will do
+    found = threads.run_in_order(act, iter([0, 1, 2, 3, 4, 5]), 2, before=lambda: rounds.append(None))  # type: ignore[arg-type]  # any batch will do
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(MemoryError):
         next(found)
@@ -131,4 +132,4 @@ def test_lanes_only_where_they_share_nothing_that_changes(
     )
     recipe = recipe_of(make_task(write_rows(rows), method=method)).model_copy(update=changes)
     base = load_base(str(tmp_path / "base"), Quantization.NONE)
-    assert lanes.most(base, recipe) == expected
+    assert threads.thread_limit(base, recipe) == expected

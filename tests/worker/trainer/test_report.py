@@ -15,13 +15,13 @@ from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
 from worker.trainer import checkpoint, evaluate, report
-from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import HeldoutSource
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.evaluate import RowScores
+from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import likelihood
+from worker.trainer.forward.log_likelihood import log_likelihood
 from worker.trainer.model.base import attach, load_base
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run
@@ -89,7 +89,7 @@ def test_rows_are_scored_in_their_own_order(
     found = evaluate.score(base, adapted, rows, recipe, adapter=False, layout=layout)
     for row, nats, weight in zip(rows, found.nats, found.weights, strict=True):
         (batch,) = batches([row], packing=False, micro_batch=1, pad=2)
-        assert likelihood(base.model, batch, layout).nats.item() == pytest.approx(float(nats), rel=1e-4)
+        assert log_likelihood(base.model, batch, layout).nats.item() == pytest.approx(float(nats), rel=1e-4)
         assert row.trained_tokens == weight
     assert found.mean.loss == pytest.approx(float(found.nats.sum()) / int(found.weights.sum()), rel=1e-6)
 

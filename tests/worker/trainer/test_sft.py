@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from shared.schemas.requests import Quantization
-from worker.trainer import selftest
-from worker.trainer.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.forward import layout_probe
+from worker.trainer.forward.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import CHUNK_BYTES, likelihood
+from worker.trainer.forward.log_likelihood import CHUNK_BYTES, log_likelihood
 from worker.trainer.methods import sft
 from worker.trainer.model.base import Base, attach, load_base, trainable
 
@@ -110,12 +110,12 @@ def by_line(base: Base, examples: list[Encoded], found: Layout) -> list[tuple[in
     base.model.eval()
     with torch.no_grad():
         [batch] = batches(examples, packing=found.packing, micro_batch=99, pad=found.pad)
-        each = likelihood(base.model, batch, found)
+        each = log_likelihood(base.model, batch, found)
     return list(zip(batch.lines, each.nats.tolist(), each.hits.tolist(), strict=True))
 
 
 def test_packed_is_solo(base: Base, examples: list[Encoded]) -> None:
-    found, warnings = selftest.layout(base, examples, packing=True, micro_batch=1, pad=2)
+    found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     assert (found.packing, found.chunked, warnings) == (True, True, [])
 
 
@@ -154,7 +154,7 @@ def test_even_a_small_leak_is_found(
     odd = Base(AutoModelForCausalLM.from_config(config, dtype=dtype), torch.device("cpu"), dtype)
     odd.model.config.use_cache = False
     for rows in (examples, examples[:1]):
-        assert selftest.layout(odd, rows, packing=True, micro_batch=1, pad=2)[0].packing == exact
+        assert layout_probe.layout(odd, rows, packing=True, micro_batch=1, pad=2)[0].packing == exact
 
 
 def test_leaking_attention_is_found_and_packing_given_up(base: Base, examples: list[Encoded]) -> None:
@@ -164,7 +164,7 @@ def test_leaking_attention_is_found_and_packing_given_up(base: Base, examples: l
         return args, kwargs | {"use_cache": True}
 
     handle = base.model.get_decoder().register_forward_pre_hook(with_cache, with_kwargs=True)
-    found, warnings = selftest.layout(base, examples, packing=True, micro_batch=1, pad=2)
+    found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     handle.remove()
     assert not found.packing
     assert "padded instead" in warnings[0]
@@ -182,7 +182,7 @@ def odd_heads() -> list[PreTrainedModel]:
 @pytest.mark.parametrize("odd", odd_heads(), ids=lambda m: type(m).__name__)
 def test_capped_and_scaled_heads_are_followed(odd: PreTrainedModel, examples: list[Encoded]) -> None:
     base = Base(odd, torch.device("cpu"), torch.float32)
-    found, warnings = selftest.layout(base, examples, packing=True, micro_batch=1, pad=2)
+    found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     assert (found.chunked, warnings) == (True, [])
 
 
@@ -204,7 +204,7 @@ def test_gradients_go_through_capped_and_scaled_heads(
 
 def test_unknown_head_falls_back_to_the_models_own(base: Base, examples: list[Encoded]) -> None:
     handle = base.model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits**3))
-    found, warnings = selftest.layout(base, examples, packing=True, micro_batch=1, pad=2)
+    found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     handle.remove()
     assert not found.chunked
     assert "logits are taken whole" in warnings[0]

@@ -15,9 +15,9 @@ from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Verdict
 from worker.trainer import checkpoint, evaluate, methods
-from worker.trainer.batches import batches
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import adapter_weights, initial_adapter

@@ -19,10 +19,11 @@ from shared.estimation.memory_model import FULL_BYTES
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import checkpoint, likelihood
-from worker.trainer.batches import IGNORED, batches, trained_tokens
+from worker.trainer import checkpoint
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.forward import log_likelihood
+from worker.trainer.forward.batches import IGNORED, batches, trained_tokens
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model.base import attach, detach, load_base, trainable
@@ -59,7 +60,7 @@ def test_every_gradient_is_that_of_a_plain_forward(
     kind: str, packing: bool, full: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row alone through transformers' own model; ours in micro-batches, the head in chunks of five tokens."""
-    monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
+    monkeypatch.setattr(log_likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     tiny_base(tmp_path / "base", kind, **KINDS[kind])
     task = full(quotes(9), base_dir=str(tmp_path / "base"))
     rows = dataset.load(task, Encoder(task.base_dir)).train
@@ -90,7 +91,7 @@ def test_a_document_weighs_what_backward_says(
     full: Callable[..., Task], llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in DPO, where answers have signs: the head's gradient too is of the weighted sum."""
-    monkeypatch.setattr(likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
+    monkeypatch.setattr(log_likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     task = full(quotes(3))
     rows = dataset.load(task, Encoder(llama)).train
     base = load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
@@ -98,7 +99,7 @@ def test_a_document_weighs_what_backward_says(
     found = {}
     for chunked in (True, False):
         (batch,) = batches(rows, packing=True, micro_batch=9, pad=2)
-        nats = likelihood.likelihood(
+        nats = log_likelihood.log_likelihood(
             base.model, batch, Layout(packing=True, chunked=chunked, micro_batch=9, pad=2)
         ).nats
         weights = torch.tensor([1.0, -2.0, 0.5])

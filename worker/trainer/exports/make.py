@@ -18,16 +18,17 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint, published, selftest
-from worker.trainer.batches import batches, collate
+from worker.trainer import checkpoint, published
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.exports import gguf_files, merged, vocabulary
 from worker.trainer.exports.likeness import Unlike, check_tensors, fingerprint
+from worker.trainer.forward import layout_probe
+from worker.trainer.forward.batches import batches, collate
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import own_logits
+from worker.trainer.forward.log_likelihood import own_logits
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model.base import Base, load_adapter, load_base
 from worker.trainer.system import free_memory
@@ -147,7 +148,7 @@ def _measured(wanted: Wanted, again: PreTrainedModel) -> Export:
     pairs = zip(_logits(found, wanted.tried), wanted.logits, strict=True)
     largest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     narrow = max(1, command.recipe.micro_batch >> command.memory_halvings)
-    layout, _ = selftest.layout(found, wanted.rows.train, packing=False, micro_batch=narrow, pad=wanted.encoder.eos)
+    layout, _ = layout_probe.layout(found, wanted.rows.train, packing=False, micro_batch=narrow, pad=wanted.encoder.eos)
     loss = _loss(found, [row.documents[0] for row in wanted.rows.heldout], layout, wanted.go_on)
     tuned = command.proof.tuned
     # Of preferences, the chosen answers': a merged model has no base left that it could gain on.

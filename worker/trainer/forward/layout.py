@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from shared.estimation.defaults import PACK_LENGTH
-from worker.trainer.batches import Batch, batches
 from worker.trainer.data.encoding import Row
+from worker.trainer.forward.batches import Batch, batches
 
 
 @dataclass(frozen=True, slots=True)

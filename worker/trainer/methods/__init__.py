@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.schemas.results import Recipe
-from worker.trainer.batches import Batch, trained_tokens
 from worker.trainer.data.encoding import Row
+from worker.trainer.forward.batches import Batch, trained_tokens
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import classify, dpo, sft
 from worker.trainer.methods.loss import Loss, Tally

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from worker.trainer.batches import Batch
+from worker.trainer.forward.batches import Batch
 from worker.trainer.methods.loss import Loss
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from worker.trainer.batches import Batch
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import likelihood
+from worker.trainer.forward.log_likelihood import log_likelihood
 from worker.trainer.methods.loss import Loss
 from worker.trainer.model.full_weights import Adapted
 from worker.trainer.model.initial_adapter import InitialAdapter, applied
@@ -26,8 +26,8 @@ def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float, start: 
     Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
     """
     with torch.no_grad(), adapted.disable_adapter() if start is None else applied(adapted, start):
-        reference = likelihood(adapted.get_base_model(), batch, layout).nats
-    tuned = likelihood(adapted.get_base_model(), batch, layout)
+        reference = log_likelihood(adapted.get_base_model(), batch, layout).nats
+    tuned = log_likelihood(adapted.get_base_model(), batch, layout)
     gains = reference - tuned.nats
     margins = beta * (gains[0::2] - gains[1::2])
     return Loss(

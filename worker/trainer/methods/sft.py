@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from worker.trainer.batches import Batch
+from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import likelihood
+from worker.trainer.forward.log_likelihood import log_likelihood
 from worker.trainer.methods.loss import Loss
 
 
 def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
     """An example is one document, and weighs as much as it has trained tokens."""
-    found = likelihood(model, batch, layout)
+    found = log_likelihood(model, batch, layout)
     return Loss(lines=batch.lines, sums=found.nats, counts=batch.lengths, hits=found.hits, tokens=batch.lengths)

@@ -16,11 +16,12 @@ from shared.schemas.requests import ExportName, Method, MethodName, Quantization
 from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, evaluate, selftest, serving, verify
+from worker.trainer import adapter, checkpoint, evaluate, serving, verify
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports.make import export
+from worker.trainer.forward import layout_probe
 from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import attach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
@@ -78,7 +79,7 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
     recipe, encoder = prepare(task).recipe, Encoder(task.base_dir)
     rows = split(dataset.load(task, encoder), recipe.max_length, seed=recipe.seed)
     base = load_base(task.base_dir, recipe.quantization)
-    layout, _ = selftest.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
+    layout, _ = layout_probe.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
     torch.manual_seed(1)
     adapted = attach(base, recipe)
     for name, parameter in trainable(adapted).items():

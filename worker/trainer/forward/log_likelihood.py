@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from worker.trainer.batches import IGNORED, Batch
+from worker.trainer.forward.batches import IGNORED, Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model import fused_lora
 
@@ -32,7 +32,7 @@ LEARNED_CHUNK_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
-class Likelihood:
+class LogLikelihood:
     """Of each document of a batch, over its trained tokens: `nats`, the summed negative log-likelihood (documents,),
     fp32 and differentiable; and `hits`, how many were argmax (documents,), int64.
     """
@@ -70,7 +70,7 @@ class Head:
         return (scores.copy_(excess) @ fused_lora.weight(self.projection).to(scores.dtype)).mul_(self.scale)
 
 
-def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likelihood:
+def log_likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> LogLikelihood:
     """One forward pass over the batch."""
     wanted = batch.targets != IGNORED
     states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
@@ -82,7 +82,7 @@ def likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> Likeliho
     pair = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
         states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model)
     )
-    return Likelihood(*pair)
+    return LogLikelihood(*pair)
 
 
 def own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _learns(projection: torch.nn.Module) -> bool:
 
 def _by_autograd(
     hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head, vocabulary: int
-) -> Likelihood:
+) -> LogLikelihood:
     """As `_ChunkedCrossEntropy`, and differentiable in whatever the head is made of."""
     size = max(1, LEARNED_CHUNK_BYTES // (4 * vocabulary))
     pairs = [
@@ -135,7 +135,7 @@ def _by_autograd(
         for piece in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
     nats, hits = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return Likelihood(_by_document(nats, lengths), _by_document(hits.float(), lengths).long())
+    return LogLikelihood(_by_document(nats, lengths), _by_document(hits.float(), lengths).long())
 
 
 def _cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from shared.schemas.results import Recipe
-from worker.trainer import lanes
-from worker.trainer.batches import Batch, collate
 from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.data.packing import row_of
+from worker.trainer.forward import threads
+from worker.trainer.forward.batches import Batch, collate
 from worker.trainer.forward.layout import Layout
-from worker.trainer.likelihood import backbone, head, own_logits
+from worker.trainer.forward.log_likelihood import backbone, head, own_logits
 from worker.trainer.model.base import Base
 
 #: Relative error of the head's logits, over all tokens.
@@ -38,7 +38,7 @@ def layout_of(recipe: Recipe, base: Base, rows: Sequence[Row], encoder: Encoder)
         packing=recipe.packing,
         micro_batch=recipe.micro_batch,
         pad=encoder.eos if recipe.labels is None else encoder.pad,
-        lanes=lanes.most(base, recipe),
+        lanes=threads.thread_limit(base, recipe),
         checkpointing=recipe.gradient_checkpointing,
     )
 

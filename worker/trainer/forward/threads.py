@@ -18,7 +18,7 @@ import torch
 
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
-from worker.trainer.batches import Batch
+from worker.trainer.forward.batches import Batch
 from worker.trainer.model.base import Base, own_dropouts
 
 #: Python's lock admits one thread at a time to what lies between the operators. Tried with two cores.
@@ -27,7 +27,7 @@ MOST = 4
 T = TypeVar("T")
 
 
-def most(base: Base, recipe: Recipe) -> int:
+def thread_limit(base: Base, recipe: Recipe) -> int:
     """How many lanes this base can bear with this recipe; 1 on a GPU, which one stream keeps busy."""
     shares_state = (
         recipe.quantization is Quantization.INT8  # bitsandbytes keeps a product's outliers in the layer
@@ -41,7 +41,9 @@ def most(base: Base, recipe: Recipe) -> int:
     return min(MOST, torch.get_num_threads(), recipe.micro_batch)
 
 
-def run(act: Callable[[Batch], T], batches: Iterable[Batch], lanes: int, *, before: Callable[[], None]) -> Iterator[T]:
+def run_in_order(
+    act: Callable[[Batch], T], batches: Iterable[Batch], lanes: int, *, before: Callable[[], None]
+) -> Iterator[T]:
     """What `act` makes of each, in order. `before` is called by this thread ahead of every `lanes` of them.
 
     All of a round have ended before an error of one of them is raised: nothing runs on behind the caller's back.
