@@ -73,7 +73,7 @@ MUTANTS = {
         "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
     ),
     "a proof that compares nothing": Mutant(
-        "worker/trainer/verify.py",
+        "worker/trainer/artifact/verify.py",
         "    check(proof, command.report)\n",
         "",
         "tests/worker/trainer/test_verify.py",

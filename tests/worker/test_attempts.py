@@ -118,7 +118,7 @@ def test_the_kernels_kills_are_counted_where_they_are_told(tmp_path: Path, where
 def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_worker: None) -> None:
     hung = """
         import time
-        from worker.lease import Lease, boottime
+        from worker.attempt.lease import Lease, boottime
         with Lease("ftjob-none", 1, boottime()):
             time.sleep(60)
     """
@@ -136,9 +136,9 @@ def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_w
 def test_a_job_lives_on_where_no_log_can_be_written(as_worker: None, attempt: Attempt) -> None:
     """The worker's stderr is a full disk, for good."""
     script = """
-        from shared.queue import Queue
+        from shared.broker.queues import Queue
         from shared.telemetry import configure, log
-        from worker.runner import run_next
+        from worker.attempt.runner import run_next
         configure("worker")
         log.info("disk.fills")
         assert run_next(Queue.TRAIN, owner="here", slot=0, draining=lambda: False)

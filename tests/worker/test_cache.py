@@ -296,6 +296,6 @@ def on(folder: Path) -> list[str]:
 
 def other_slot(script: str) -> subprocess.CompletedProcess[str]:
     """Run it in a process of this worker."""
-    head = "import fcntl, os, signal, sys\nfrom shared.models import BaseModel\nfrom worker import cache\n"
+    head = "import fcntl, os, signal, sys\nfrom shared.database.tables import BaseModelRow\nfrom worker import cache\n"
     command = [sys.executable, "-c", head + textwrap.dedent(script)]
     return subprocess.run(command, env=os.environ, timeout=60, check=False, capture_output=True, text=True)

@@ -243,7 +243,7 @@ class Session:
         self._give_back()
 
     def _verify(self, command: Verify) -> None:
-        from worker.trainer.verify import verify  # noqa: PLC0415 (import cost)
+        from worker.trainer.artifact.verify import verify  # noqa: PLC0415 (import cost)
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(verify(command, stopping=stopping, tick=tick))

@@ -26,24 +26,14 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas.requests import Phase
 from shared.schemas.results import Metrics, Recipe, Report, Sample
-from worker.trainer import (
-    adapter,
-    checkpoint,
-    decisions,
-    evaluate,
-    memory,
-    methods,
-    optimizer,
-    random_state,
-    rehearsal,
-    report,
-    samples,
-)
+from worker.trainer import checkpoint, decisions, memory, methods, optimizer, random_state, rehearsal
+from worker.trainer.artifact.write import write_artifact
 from worker.trainer.checkpoint import RunState
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoder, Row
-from worker.trainer.evaluate import RowScores
+from worker.trainer.evaluation import evaluate, report, samples
+from worker.trainer.evaluation.evaluate import RowScores
 from worker.trainer.forward import fallback, layout_probe, threads
 from worker.trainer.forward.batches import Batch, trained_tokens
 from worker.trainer.forward.interrupted import Interrupted
@@ -189,7 +179,7 @@ def _finish(run: Run, encoder: Encoder) -> None:
     job, folder = run.command.job, Path(run.command.work_dir) / "adapter"
     try:
         found = _report(run, encoder, _loop(run))
-        adapter.write(
+        write_artifact(
             folder,
             run.adapted,
             encoder,

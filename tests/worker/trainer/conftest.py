@@ -20,8 +20,8 @@ from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, Train
 from shared.schemas.requests import Method, MethodName
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_encoder, tiny_gpt2
-from worker.trainer import samples
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import samples
 from worker.trainer.model import base as base_module
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.train import train

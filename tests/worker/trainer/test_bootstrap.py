@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from worker.trainer import bootstrap
+from worker.trainer.evaluation import bootstrap
 
 
 def test_interval_of_normal_differences_is_the_textbooks() -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from shared.protocol import Done
 from shared.schemas.results import Metrics
-from worker.trainer import card
+from worker.trainer.artifact import model_card
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run
 
@@ -42,18 +42,18 @@ def test_a_card_without_a_licence_and_with_other_data_says_so(
 ) -> None:
     first = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
     report = run(first, tmp_path).of(Done)[0].report
-    ours = card.text(first, recipe_of(first), report, [])
+    ours = model_card.text(first, recipe_of(first), report, [])
     assert "license:" not in ours
     assert "## Loss" not in ours
     assert "the training rows themselves" in ours
     other = make_task(write_rows(quotes(5)), trainer={"max_steps": 1})
-    assert card.text(other, recipe_of(first), report, []) != ours
+    assert model_card.text(other, recipe_of(first), report, []) != ours
 
 
 def test_a_long_curve_stays_one_line() -> None:
-    assert card.sparkline([3.0, 2.0, 1.0]) == "█▅▁"
-    assert card.sparkline([1.0, 1.0]) == "▁▁"
-    assert len(card.sparkline([float(i) for i in range(10_000)])) <= card.POINTS
+    assert model_card.sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert model_card.sparkline([1.0, 1.0]) == "▁▁"
+    assert len(model_card.sparkline([float(i) for i in range(10_000)])) <= model_card.POINTS
 
 
 def test_the_table_of_evaluations_ends_with_the_last(
@@ -63,9 +63,11 @@ def test_the_table_of_evaluations_ends_with_the_last(
     report = run(task, tmp_path).of(Done)[0].report
     metrics = [Metrics(step=i, total_steps=99, train_loss=1.0, full_valid_loss=2.0) for i in range(1, 100)]
     shown = [
-        line for line in card.text(task, recipe_of(task), report, metrics).splitlines() if line.endswith("| 2.0000 |")
+        line
+        for line in model_card.text(task, recipe_of(task), report, metrics).splitlines()
+        if line.endswith("| 2.0000 |")
     ]
-    assert len(shown) <= card.MOST_EVALUATIONS + 1
+    assert len(shown) <= model_card.MOST_EVALUATIONS + 1
     assert shown[-1] == "| 99 | 2.0000 |"
 
 

@@ -17,17 +17,17 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
-from worker.trainer import evaluate
+from worker.trainer.artifact.verify import verify
 from worker.trainer.data import dataset
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import evaluate
 from worker.trainer.forward.batches import collate
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import classify
 from worker.trainer.model import classification_head
 from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
-from worker.trainer.verify import verify
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, recipe_of, run
 

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from shared.schemas.results import Metrics
-from worker.trainer import eventfile
+from worker.trainer.artifact import tensorboard
 
 STEPS = [
     Metrics(step=1, total_steps=300, train_loss=2.5, learning_rate=1e-4, trained_tokens=100, tokens_per_second=50),
@@ -21,8 +21,8 @@ STEPS = [
 
 
 def test_every_number_comes_back_under_a_group(tmp_path: Path) -> None:
-    eventfile.write(tmp_path / "runs" / "j", STEPS, ended=1000.0)
-    first, *events = read(tmp_path / "runs" / "j" / eventfile.NAME)
+    tensorboard.write(tmp_path / "runs" / "j", STEPS, ended=1000.0)
+    first, *events = read(tmp_path / "runs" / "j" / tensorboard.NAME)
     assert first.file_version == "brain.Event:2"
     found = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in events]
     assert found == [
@@ -35,13 +35,13 @@ def test_every_number_comes_back_under_a_group(tmp_path: Path) -> None:
 
 
 def test_time_is_that_of_optimizer_steps_counted_back_from_the_end(tmp_path: Path) -> None:
-    eventfile.write(tmp_path / "r", STEPS, ended=1000.0)
-    assert [event.wall_time for event in read(tmp_path / "r" / eventfile.NAME)] == [996.0, 998.0, 998.0, 1000.0]
+    tensorboard.write(tmp_path / "r", STEPS, ended=1000.0)
+    assert [event.wall_time for event in read(tmp_path / "r" / tensorboard.NAME)] == [996.0, 998.0, 998.0, 1000.0]
 
 
 def test_a_run_that_measured_nothing_has_an_empty_file(tmp_path: Path) -> None:
-    eventfile.write(tmp_path / "r", [], ended=1000.0)
-    assert [event.file_version for event in read(tmp_path / "r" / eventfile.NAME)] == ["brain.Event:2"]
+    tensorboard.write(tmp_path / "r", [], ended=1000.0)
+    assert [event.file_version for event in read(tmp_path / "r" / tensorboard.NAME)] == ["brain.Event:2"]
 
 
 def read(path: Path) -> Iterator[Event]:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.schemas.requests import Quantization
-from worker.trainer import evaluate
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import evaluate
 from worker.trainer.forward.batches import batches, trained_tokens
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft

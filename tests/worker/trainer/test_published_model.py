@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.protocol import Done, Failed, Task, Verified, Verify
-from worker.trainer import serving
+from worker.trainer.artifact.vllm import model_support
 
 from .conftest import Child, quotes, recipe_of, run
 
@@ -118,5 +118,5 @@ def test_a_planted_fault_fails_with_its_own_code(child: Child, sound: Verify, tm
 
 
 def test_what_vllm_may_not_run_is_told() -> None:
-    assert serving.vllm_model("LlamaForCausalLM").servable
-    assert "implement OddForCausalLM" in serving.vllm_model("OddForCausalLM").reasons[0]
+    assert model_support("LlamaForCausalLM").servable
+    assert "implement OddForCausalLM" in model_support("OddForCausalLM").reasons[0]

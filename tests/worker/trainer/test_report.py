@@ -14,11 +14,12 @@ from shared.estimation import architecture, memory_model
 from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
-from worker.trainer import checkpoint, evaluate, report
+from worker.trainer import checkpoint
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import HeldoutSource
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.evaluate import RowScores
+from worker.trainer.evaluation import evaluate, report
+from worker.trainer.evaluation.evaluate import RowScores
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import log_likelihood

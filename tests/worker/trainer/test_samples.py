@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 
 from shared.protocol import Done, Notice, Stopped
 from shared.schemas.requests import Quantization
-from worker.trainer import evaluate, samples
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.evaluation import evaluate, samples
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout

@@ -14,15 +14,16 @@ from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Verdict
-from worker.trainer import checkpoint, evaluate, methods
+from worker.trainer import checkpoint, methods
+from worker.trainer.artifact.verify import verify
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import evaluate
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import adapter_weights, initial_adapter
 from worker.trainer.model.base import Base, PeftModel, attach, load_base, trainable
-from worker.trainer.verify import verify
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 from .test_dpo import preferences

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from shared.errors import TrainingFailed
 from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
 from shared.schemas.results import Report
-from worker.trainer import evaluate
 from worker.trainer import train as loop
 from worker.trainer.artifact import metrics_file
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import evaluate
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft

@@ -17,7 +17,8 @@ from shared.errors import TrainingFailed
 from shared.protocol import Done, Failed, Task, Verified, Verify
 from shared.schemas.results import Proof
 from tests.tiny import tiny_llama
-from worker.trainer import published, serving, verify
+from worker.trainer.artifact import read, verify
+from worker.trainer.artifact.vllm import lora_support
 from worker.trainer.data.encoding import Encoder
 
 from .conftest import Child, quotes, recipe_of, run
@@ -198,7 +199,7 @@ def test_a_loss_that_is_no_number_agrees_with_nothing(sound: Verify) -> None:
     nan = sound.report.tuned.model_copy(update={"loss": float("nan")})
     proof = Proof(
         base=sound.report.base, tuned=nan, base_deviation=0, tuned_deviation=0, tolerance=1, max_logit_difference=1,
-        tensors=1, tokenizer_sha256="", vllm=serving.vllm({"r": 1}, "LlamaForCausalLM"),
+        tensors=1, tokenizer_sha256="", vllm=lora_support({"r": 1}, "LlamaForCausalLM"),
     )  # fmt: skip
     with pytest.raises(TrainingFailed, match="does not score as the report says: loss nan"):
         verify.check(proof, sound.report)
@@ -220,7 +221,7 @@ def test_a_loss_that_is_no_number_agrees_with_nothing(sound: Verify) -> None:
 def test_what_vllm_would_refuse_is_told(
     config: dict[str, Any], architecture: str, rank: int | None, said: str | None
 ) -> None:
-    found = serving.vllm(config, architecture)
+    found = lora_support(config, architecture)
     assert (found.servable, found.max_lora_rank) == (said is None, rank)
     assert len(found.reasons) == (said is not None)
     assert said is None or said in found.reasons[0]
@@ -252,4 +253,4 @@ def test_a_base_whose_stop_is_told_elsewhere_has_a_fingerprint(llama: str, tmp_p
     stopless.save_pretrained(folder)
     encoder = Encoder(str(base))
     assert encoder.tokenizer.eos_token_id is None
-    assert published.tokenizer_sha256(folder, encoder)
+    assert read.tokenizer_sha256(folder, encoder)

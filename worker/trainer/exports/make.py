@@ -18,7 +18,8 @@ from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint, published
+from worker.trainer import checkpoint
+from worker.trainer.artifact import read
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoded, Encoder
@@ -81,7 +82,7 @@ def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Callable[
 def _adapter(command: MakeExport, folder: Path) -> Export:
     """Read back to the bit, so that there is nothing to score."""
     config = AutoConfig.from_pretrained(command.task.base_dir, local_files_only=True)
-    tensors = published.tensors(Path(command.adapter_dir))
+    tensors = read.tensors(Path(command.adapter_dir))
     path = folder / gguf_files.ADAPTER
     gguf_files.write_adapter(path, tensors, config, command.task, command.recipe)
     gguf_files.check_adapter(path, tensors, config, command.recipe)

@@ -16,10 +16,14 @@ from shared.schemas.requests import ExportName, Method, MethodName, Quantization
 from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import adapter, checkpoint, evaluate, serving, verify
+from worker.trainer import checkpoint
+from worker.trainer.artifact import verify
+from worker.trainer.artifact.vllm import lora_support
+from worker.trainer.artifact.write import adapter_config
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.evaluation import evaluate
 from worker.trainer.exports.make import export
 from worker.trainer.forward import layout_probe
 from worker.trainer.model import adapter_weights
@@ -88,7 +92,7 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
     folder = work_dir / "adapter"
     folder.mkdir()
     save_file(adapter_weights.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
-    (folder / "adapter_config.json").write_text(json.dumps(adapter.adapter_config(adapted, task, recipe)))
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(adapted, task, recipe)))
     off, on = (
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean
         for which in (False, True)
@@ -96,7 +100,7 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
     tolerance = verify.TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else verify.TOLERANCE
     proof = Proof(
         base=off, tuned=on, base_deviation=0, tuned_deviation=0, tolerance=tolerance, max_logit_difference=1, tensors=1,
-        tokenizer_sha256="", vllm=serving.vllm({"r": recipe.r}, "LlamaForCausalLM"),
+        tokenizer_sha256="", vllm=lora_support({"r": recipe.r}, "LlamaForCausalLM"),
     )  # fmt: skip
     return MakeExport(
         job="j", task=task, recipe=recipe, name=ExportName.MERGED, adapter_dir=str(folder), work_dir=str(work_dir),

@@ -19,10 +19,10 @@ from shared.errors import TrainingFailed
 from shared.protocol import MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
+from worker.trainer.artifact.verify import TOLERANCE, TOLERANCE_INT8
 from worker.trainer.exports import gguf_files, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.forward.interrupted import Interrupted
-from worker.trainer.verify import TOLERANCE, TOLERANCE_INT8
 
 from .conftest import KINDS, MakeCommand, made
 

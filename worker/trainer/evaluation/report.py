@@ -14,10 +14,10 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from shared.estimation.memory_model import ADAPTER_BYTES
 from shared.schemas.memory import MeasuredFit
 from shared.schemas.results import FullFineTuning, LossChange, Majority, Recipe, Report, Sample, Score, Verdict
-from worker.trainer import bootstrap
 from worker.trainer.data import labels
 from worker.trainer.data.dataset import HeldoutSource, Split
-from worker.trainer.evaluate import RowScores
+from worker.trainer.evaluation import bootstrap
+from worker.trainer.evaluation.evaluate import RowScores
 from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import Adapted

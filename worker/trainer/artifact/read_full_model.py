@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
 from shared.protocol import Task
-from worker.trainer import published
+from worker.trainer.artifact import read
 from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
@@ -32,7 +32,7 @@ def check_config(folder: Path, task: Task) -> None:
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise published.unreadable(CONFIG, error) from error
+        raise read.unreadable(CONFIG, error) from error
     wanted = base_config(task.base_dir)
     if found != wanted:
         keys = {*found, *wanted} if isinstance(found, dict) else {*wanted}
@@ -50,16 +50,16 @@ def base_config(base_dir: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != ORIGIN}
 
 
-def put_on(base: Base, folder: Path) -> FullWeights:
+def attach_full_model(base: Base, folder: Path) -> FullWeights:
     """The published weights in place of the base's: all of them, finite, and no others. Raises TrainingFailed."""
     weights = _load(base, folder)
     if broken := sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())):
-        raise published.not_finite(broken, len(weights))
+        raise read.not_finite(broken, len(weights))
     whole = FullWeights(base.model, stored=base.stored_dtype)
     try:
         whole.set(weights)
     except ValueError as error:
-        raise published.unreadable(WEIGHTS, error) from error
+        raise read.unreadable(WEIGHTS, error) from error
     return whole
 
 
@@ -79,10 +79,10 @@ def _load(base: Base, folder: Path) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if is_out_of_memory(error) or is_the_kernels(error):
             raise
-        raise published.unreadable("model", error) from error
+        raise read.unreadable("model", error) from error
     mismatched = [str(found[0] if isinstance(found, tuple) else found) for found in loading["mismatched_keys"]]
     if foreign := sorted([*loading["unexpected_keys"], *mismatched]):
-        raise published.foreign_keys(foreign)
+        raise read.foreign_keys(foreign)
     if missing := sorted(loading["missing_keys"]):
-        raise published.unreadable(WEIGHTS, ValueError(f"{len(missing)} tensors are missing: {missing[0]}"))
+        raise read.unreadable(WEIGHTS, ValueError(f"{len(missing)} tensors are missing: {missing[0]}"))
     return dict(model.named_parameters())

@@ -30,7 +30,7 @@ def max_lora_rank(r: int) -> int | None:
     return next((allowed for allowed in RANKS if allowed >= r), None)
 
 
-def vllm(config: dict[str, Any], architecture: str) -> Servable:
+def lora_support(config: dict[str, Any], architecture: str) -> Servable:
     """Its verdict on an `adapter_config.json`, for a base of this class."""
     rank = max_lora_rank(config["r"])
     objections = {
@@ -44,7 +44,7 @@ def vllm(config: dict[str, Any], architecture: str) -> Servable:
     return Servable(servable=not reasons, max_lora_rank=rank, reasons=reasons)
 
 
-def vllm_model(architecture: str) -> Servable:
+def model_support(architecture: str) -> Servable:
     """Its verdict on a whole model of this class, which it serves without a LoRA."""
     reasons = [] if architecture in ARCHITECTURES else [f"vLLM is not known to implement {architecture}"]
     return Servable(servable=not reasons, max_lora_rank=None, reasons=reasons)

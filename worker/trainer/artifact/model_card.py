@@ -15,7 +15,8 @@ from pathlib import Path
 from shared.protocol import Task
 from shared.schemas.requests import ExportName
 from shared.schemas.results import Metrics, Recipe, Report
-from worker.trainer import checkpoint, serving
+from worker.trainer import checkpoint
+from worker.trainer.artifact.vllm import max_lora_rank
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
@@ -186,7 +187,7 @@ model = PeftModel.from_pretrained(base, "DIR")
 With [vLLM](https://docs.vllm.ai) (whether it takes this adapter is in `manifest.json`, under `proof.vllm`):
 
 ```bash
-vllm serve {task.base_name} --enable-lora --max-lora-rank {serving.max_lora_rank(recipe.r)} --lora-modules hat=DIR
+vllm serve {task.base_name} --enable-lora --max-lora-rank {max_lora_rank(recipe.r)} --lora-modules hat=DIR
 ```
 
 With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:

@@ -22,10 +22,12 @@ from shared.errors import TrainingFailed
 from shared.protocol import Verified, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Proof, Report, Score
-from worker.trainer import evaluate, published, published_model, serving
+from worker.trainer.artifact import read, read_full_model
+from worker.trainer.artifact.vllm import lora_support, model_support
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import split
 from worker.trainer.data.encoding import Encoder, Row
+from worker.trainer.evaluation import evaluate
 from worker.trainer.forward import fallback, layout_probe
 from worker.trainer.forward.batches import collate
 from worker.trainer.forward.log_likelihood import own_logits
@@ -57,17 +59,17 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         torch.set_num_threads(task.torch_threads)
     config: dict[str, Any] = {}
     if recipe.full_finetuning:
-        published_model.check_config(folder, task)
+        read_full_model.check_config(folder, task)
     else:
-        config = published.config(folder, task, recipe.labels)
-        tensors = published.tensors(folder, head=config.get("modules_to_save") or ())
+        config = read.config(folder, task, recipe.labels)
+        tensors = read.tensors(folder, head=config.get("modules_to_save") or ())
     encoder = Encoder(task.base_dir)
-    fingerprint = published.tokenizer_sha256(folder, encoder)
+    fingerprint = read.tokenizer_sha256(folder, encoder)
     rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
     tick()
     base = load_base(task.base_dir, recipe.quantization, labels=recipe.labels)
     if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
-        raise published.foreign_keys(sorted(misnamed))
+        raise read.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:
         classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, _ = layout_probe.layout_of(recipe, base, rows.train, encoder)
@@ -76,11 +78,11 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     architecture = type(base.model).__name__
     adapted: Adapted
     if recipe.full_finetuning:
-        adapted = published_model.put_on(base, folder)
-        count, vllm = len(adapted.weights), serving.vllm_model(architecture)
+        adapted = read_full_model.attach_full_model(base, folder)
+        count, vllm = len(adapted.weights), model_support(architecture)
     else:
         adapted = _put_on(base, folder, tensors)
-        count, vllm = len(tensors), serving.vllm(config, architecture)
+        count, vllm = len(tensors), lora_support(config, architecture)
     tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
     difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
     if task.start_from is not None and isinstance(adapted, PeftModel):
@@ -118,9 +120,9 @@ def check(proof: Proof, report: Report) -> None:
             retryable=True,
         )
     if proof.max_logit_difference == 0:
-        raise published.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
+        raise read.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
     if proof.start_logit_difference == 0:
-        raise published.no_effect(
+        raise read.no_effect(
             f"logits on {TRIED_ROWS} held-out rows are those of the adapter that it started from, bit for bit"
         )
     if not _agree(proof.base, report.base, proof.tolerance):
@@ -139,7 +141,7 @@ def check(proof: Proof, report: Report) -> None:
         )
 
 
-def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
+def _put_on(base: Base, folder: Path, tensors: read.Tensors) -> PeftModel:
     """As any user would; then look whether it took all of the file, and nothing but the file."""
     try:
         adapted = load_adapter(base.model, folder)
@@ -147,14 +149,14 @@ def _put_on(base: Base, folder: Path, tensors: published.Tensors) -> PeftModel:
         if "size mismatch for " not in str(error):
             raise
         names = [line.split()[3].rstrip(":") for line in str(error).splitlines() if "size mismatch for " in line]
-        raise published.foreign_keys(names) from error
+        raise read.foreign_keys(names) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise published.unreadable("adapter", error) from error
+        raise read.unreadable("adapter", error) from error
     wanted = adapter_weights.adapter_tensors(adapted).keys()
     if foreign := sorted(tensors.keys() - wanted):
-        raise published.foreign_keys(foreign)
+        raise read.foreign_keys(foreign)
     if missing := sorted(wanted - tensors.keys()):
-        raise published.unreadable(published.TENSORS, ValueError(f"{len(missing)} tensors are missing: {missing[0]}"))
+        raise read.unreadable(read.TENSORS, ValueError(f"{len(missing)} tensors are missing: {missing[0]}"))
     return adapted
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from shared.schemas.results import Continuation, Sample
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.evaluate import forward_only
+from worker.trainer.evaluation.evaluate import forward_only
 from worker.trainer.forward.batches import collate
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout

@@ -21,8 +21,8 @@ from transformers import GenerationConfig
 
 from shared.protocol import Task
 from shared.schemas.results import Metrics, Recipe, Report
-from worker.trainer import card, checkpoint, eventfile
-from worker.trainer.artifact import metrics_file
+from worker.trainer import checkpoint
+from worker.trainer.artifact import metrics_file, model_card, tensorboard
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.model import adapter_weights, classification_head
 from worker.trainer.model.full_weights import Adapted, FullWeights
@@ -30,7 +30,7 @@ from worker.trainer.model.full_weights import Adapted, FullWeights
 GENERATION = "generation_config.json"
 
 
-def write(
+def write_artifact(
     folder: Path,
     adapted: Adapted,
     encoder: Encoder,
@@ -53,9 +53,9 @@ def write(
         if recipe.labels is not None:
             classification_head.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         metrics_file.write_metrics(partial / checkpoint.METRICS, metrics)
-        eventfile.write(partial / "runs" / job, metrics, ended=time.time())
+        tensorboard.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card.text(task, recipe, report, metrics), encoding="utf-8")
+        (partial / "README.md").write_text(model_card.text(task, recipe, report, metrics), encoding="utf-8")
 
 
 def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, Any]:
