@@ -20,10 +20,10 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.train import ROOT, bundled, run_ours
 from shared.estimation.correction import corrected
-from shared.protocol import Task
 from shared.schemas.memory import MeasuredFit, Weighing
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from shared.schemas.results import Report
+from worker.trainer.protocol import Task
 
 #: Rows and steps of a run, rows that are scored; all but the words are drawn once.
 BATCH, STEPS, HELDOUT, RANK, SEED = 32, 3, 2, 16, 7

@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.train import ROOT, SEED, bundled, quote_rows, run_ours
-from shared.protocol import Task
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from shared.schemas.results import Report
+from worker.trainer.protocol import Task
 
 STEPS, BATCH, HELDOUT = 60, 16, 200
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")

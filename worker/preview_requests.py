@@ -19,7 +19,6 @@ from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, File
 from shared.database.tables import Preview as PreviewRow
 from shared.errors import Unavailable
-from shared.protocol import Failed, Preview, Previewed
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 from shared.schemas.requests import JobCreate
 from shared.telemetry import bind, log, unbind
@@ -28,6 +27,7 @@ from worker.attempt.staging import task_of
 from worker.attempt.waiting import TICK
 from worker.child import trainer_pool
 from worker.child.trainer_process import Ended
+from worker.trainer.protocol import Failed, Preview, Previewed
 
 #: How often others hear that somebody is at it.
 KEEP_EVERY = 2.0

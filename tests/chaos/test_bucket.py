@@ -33,7 +33,9 @@ KINDS = {"checkpoints", "adapters"}
 STEPS = 30
 # Collectors that come of themselves would spend the faults that are meant for jobs.
 SETTINGS = {"MILLINER_PURGE_SECONDS": "1e9"}
-COLLECT = "from shared.settings import get_settings; from worker.background.garbage import collect; collect(get_settings())"
+COLLECT = (
+    "from shared.settings import get_settings; from worker.background.garbage import collect; collect(get_settings())"
+)
 
 
 def error(status: str, code: str) -> bytes:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.protocol import Failed, PhaseEntered, Prepare, Task
 from worker.child.trainer_process import Died, TrainerProcess
+from worker.trainer.protocol import Failed, PhaseEntered, Prepare, Task
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.protocol import Failed, Prepare
 from shared.settings import get_settings
 from worker.child import trainer_pool
 from worker.child.trainer_pool import Purpose
 from worker.child.trainer_process import TrainerProcess
+from worker.trainer.protocol import Failed, Prepare
 
 from .test_session import task
 

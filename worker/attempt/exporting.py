@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared import storage
-from shared.protocol import Done, Exported, Failed, MakeExport, Train, Verified
 from shared.schemas.results import Export
 from shared.storage import Entry
 from worker.attempt.waiting import Patience
+from worker.trainer.protocol import Done, Exported, Failed, MakeExport, Train, Verified
 
 FOLDER = "exports/"
 

@@ -18,7 +18,6 @@ from shared import signing, storage
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, File, Job, JobMetric
 from shared.ids import new_id
-from shared.protocol import Verified
 from shared.schemas import manifest
 from shared.schemas.manifest import SIGNATURE, HashedFile, Manifest
 from shared.schemas.results import Plan
@@ -27,6 +26,7 @@ from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
 from worker.attempt.exporting import Published
 from worker.attempt.waiting import Patience
+from worker.trainer.protocol import Verified
 
 COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 

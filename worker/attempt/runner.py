@@ -25,7 +25,20 @@ from shared.database.tables import Adapter, Job, Tenant
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
 from shared.ids import fine_tuned_name
-from shared.protocol import (
+from shared.schemas.requests import Desired, JobCreate, Phase, State
+from shared.schemas.results import JobError, Plan, Report
+from shared.settings import get_settings
+from shared.telemetry import bind, log, unbind
+from worker import cache
+from worker.attempt import exporting, publishing
+from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.leased_job import LeasedJob, Outcome
+from worker.attempt.staging import stage
+from worker.attempt.waiting import TICK, Leave
+from worker.child import trainer_pool
+from worker.child.trainer_process import Died, Ended, TrainerProcess
+from worker.trackers.supervisor import Tracking
+from worker.trainer.protocol import (
     CheckpointSaved,
     Done,
     Exported,
@@ -43,19 +56,6 @@ from shared.protocol import (
     Verify,
     Working,
 )
-from shared.schemas.requests import Desired, JobCreate, Phase, State
-from shared.schemas.results import JobError, Plan, Report
-from shared.settings import get_settings
-from shared.telemetry import bind, log, unbind
-from worker import cache
-from worker.attempt import exporting, publishing
-from worker.attempt.lease import Lease, Lost, boottime
-from worker.attempt.leased_job import LeasedJob, Outcome
-from worker.attempt.staging import stage
-from worker.attempt.waiting import TICK, Leave
-from worker.child import trainer_pool
-from worker.child.trainer_process import Died, Ended, TrainerProcess
-from worker.trackers.supervisor import Tracking
 from worker.trainer.system.resource_errors import is_disk_full
 
 RECORD_EVERY = 1.0

@@ -16,13 +16,13 @@ from shared.database import checkpoints, devices
 from shared.database.adapters import WEIGHTS
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, Checkpoint, File, Job
-from shared.protocol import Prepare, Task, Train
 from shared.schemas.memory import KnownDevice
 from shared.schemas.requests import JobCreate
 from shared.schemas.results import Plan, Recipe
 from shared.settings import get_settings
 from worker import cache
 from worker.attempt.waiting import Patience
+from worker.trainer.protocol import Prepare, Task, Train
 
 Tell = Callable[[str, str], None]
 

@@ -20,9 +20,9 @@ from threading import Lock, Thread
 
 from pydantic import ValidationError
 
-from shared.protocol import EVENT, Alive, Command, TrainerEvent
 from shared.settings import get_settings, inherited
 from shared.telemetry import log
+from worker.trainer.protocol import EVENT, Alive, Command, TrainerEvent
 
 PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),

@@ -29,7 +29,9 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from pydantic import ValidationError
 
 from shared.errors import TrainingFailed
-from shared.protocol import (
+from shared.schemas.requests import Phase, Quantization
+from shared.streams import protect_standard_streams
+from worker.trainer.protocol import (
     COMMAND,
     Alive,
     Failed,
@@ -46,8 +48,6 @@ from shared.protocol import (
     Verify,
     Working,
 )
-from shared.schemas.requests import Phase, Quantization
-from shared.streams import protect_standard_streams
 from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ WORKING_EVERY = 5.0
 def main(argv: list[str]) -> int:
     """Serve commands until stdin ends."""
     die_with_parent(int(argv[0]) if argv else os.getppid())
-    session = Session(claim_stdout())
+    session = CommandLoop(claim_stdout())
     threading.Thread(target=session.read, name="commands", daemon=True).start()
     while (command := session.commands.get()) is not None:
         session.serve(command)
@@ -100,7 +100,7 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Session:
+class CommandLoop:
     """The pipe's two ends and the base that is resident."""
 
     def __init__(self, pipe: BinaryIO) -> None:
@@ -226,7 +226,7 @@ class Session:
 
     def _train(self, command: Train) -> None:
         # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
-        from worker.trainer.train import train  # noqa: PLC0415 (import cost)
+        from worker.trainer.training.loop import train  # noqa: PLC0415 (import cost)
 
         labels = command.recipe.labels
         key = (command.task.base_dir, command.recipe.quantization, tuple(labels) if labels else None)

@@ -16,7 +16,6 @@ from typing import IO, Any, Self, TypeVar
 
 import pytest
 
-from shared.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
 from shared.schemas.requests import Method, MethodName
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_encoder, tiny_gpt2
@@ -24,7 +23,8 @@ from worker.trainer.data.encoding import Encoder
 from worker.trainer.evaluation import samples
 from worker.trainer.model import base as base_module
 from worker.trainer.planning.prepare import prepare
-from worker.trainer.train import train
+from worker.trainer.protocol import EVENT, Command, Failed, Measured, Task, Train, TrainerEvent
+from worker.trainer.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, "-m", "worker.trainer.main"]

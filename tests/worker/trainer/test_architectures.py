@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.protocol import CheckpointSaved, Done
 from tests.tiny import tiny_base
+from worker.trainer.protocol import CheckpointSaved, Done
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.protocol import Done
 from shared.schemas.results import Metrics
 from worker.trainer.artifact import model_card
+from worker.trainer.protocol import Done
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Stopped, Train, TrainerEvent
-from worker.trainer import checkpoint
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
+from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Stopped, Train, TrainerEvent
+from worker.trainer.training import checkpoint
 
 from .conftest import Child, MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 

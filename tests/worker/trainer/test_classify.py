@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Notice, Task, Verify
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base, tiny_encoder
 from worker.trainer.artifact.verify import verify
@@ -28,6 +27,7 @@ from worker.trainer.methods import classify
 from worker.trainer.model import classification_head
 from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
+from worker.trainer.protocol import CheckpointSaved, Done, Notice, Task, Verify
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, recipe_of, run
 

@@ -77,7 +77,7 @@ def rotated(name: str, weight: np.ndarray) -> np.ndarray:
 
 
 def convert(gguf: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "worker.trainer.convert", str(gguf), str(out)]
+    command = [sys.executable, "-m", "worker.trainer.gguf_import", str(gguf), str(out)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 

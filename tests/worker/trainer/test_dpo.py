@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Measured
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Recipe
 from tests.tiny import tiny_base
@@ -23,6 +22,7 @@ from worker.trainer.forward import layout_probe
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base, attach, detach, load_base, trainable
+from worker.trainer.protocol import CheckpointSaved, Done, Measured
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
 

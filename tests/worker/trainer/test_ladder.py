@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.estimation.defaults import PACK_LENGTH
-from shared.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_tokenizer
-from worker.trainer import checkpoint
 from worker.trainer.artifact import metrics_file
 from worker.trainer.forward import fallback
 from worker.trainer.forward.batches import Batch
@@ -25,6 +23,8 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
+from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
+from worker.trainer.training import checkpoint
 
 from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from shared.protocol import CheckpointSaved
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
 from worker.trainer import methods
@@ -20,6 +19,7 @@ from worker.trainer.forward import threads
 from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import attach, load_base, trainable
+from worker.trainer.protocol import CheckpointSaved
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 

@@ -18,7 +18,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from shared.protocol import (
+from shared.schemas.requests import Phase
+from worker.trainer import main as child_main
+from worker.trainer.main import CommandLoop, boottime
+from worker.trainer.model import base as base_module
+from worker.trainer.model.base import Base, load_base
+from worker.trainer.protocol import (
     EVENT,
     Alive,
     CheckpointSaved,
@@ -35,11 +40,6 @@ from shared.protocol import (
     TrainerEvent,
     Working,
 )
-from shared.schemas.requests import Phase
-from worker.trainer import main as child_main
-from worker.trainer.main import Session, boottime
-from worker.trainer.model import base as base_module
-from worker.trainer.model.base import Base, load_base
 
 from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
@@ -98,7 +98,7 @@ def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
     other = shutil.copytree(llama, tmp_path / "other")
     rows = write_rows(quotes(2))
     with Path("/dev/null").open("wb") as pipe:
-        session = Session(pipe)
+        session = CommandLoop(pipe)
         for i, base_dir in enumerate((llama, str(other))):
             task = make_task(rows, base_dir=base_dir, quantization="nf4", trainer={"max_steps": 1})
             session.serve(Train(job="g", task=task, recipe=recipe_of(task), work_dir=str(tmp_path / str(i))))
@@ -258,7 +258,7 @@ def test_whoever_gets_somewhere_is_heard(
     )
     reading, writing = os.pipe()
     with open(reading, "rb") as pipe, open(writing, "wb") as ours:
-        session = Session(ours)
+        session = CommandLoop(ours)
         session.serve(Prepare(job="i", task=task))
         *heard, prepared = events(pipe, Prepared)
         assert heard == [PhaseEntered(job="i", phase=Phase.TOKENIZING), *[Working(job="i")] * (7 if said else 0)]
@@ -287,7 +287,7 @@ def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> 
     """A pipe holds 64 KiB; a write that waits for room is cut short by a stop and a thaw."""
     notice = Notice(job="k", level="info", message="x" * 300_000)
     script = (
-        "from shared.protocol import Notice; from worker.trainer.main import Session, claim_stdout;"
+        "from worker.trainer.protocol import Notice; from worker.trainer.main import CommandLoop, claim_stdout;"
         "Session(claim_stdout()).emit(Notice(job='k', level='info', message='x' * 300_000))"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.protocol import Done
 from shared.schemas.memory import Device, Weighing
+from worker.trainer.protocol import Done
 from worker.trainer.system import device, peak_memory
 
 from .conftest import ROOT, MakeTask, WriteRows, quotes, run

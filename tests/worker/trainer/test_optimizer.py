@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
-from worker.trainer import optimizer
 from worker.trainer.model.base import attach, load_base, trainable
+from worker.trainer.protocol import CheckpointSaved, Done
+from worker.trainer.training import optimizer
 
 from .conftest import MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.protocol import Preview
 from shared.schemas.preview import PreviewOut, PreviewRow
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.planning.preview import preview
+from worker.trainer.protocol import Preview
 
 from .conftest import MakeTask, Rows, WriteRows, quotes
 

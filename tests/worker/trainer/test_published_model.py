@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.protocol import Done, Failed, Task, Verified, Verify
 from worker.trainer.artifact.vllm import model_support
+from worker.trainer.protocol import Done, Failed, Task, Verified, Verify
 
 from .conftest import Child, quotes, recipe_of, run
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
-from worker.trainer import checkpoint, rehearsal
 from worker.trainer.artifact import metrics_file
 from worker.trainer.model.base import load_base
-from worker.trainer.train import train
+from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
+from worker.trainer.training import checkpoint, memory_trial
+from worker.trainer.training.loop import train
 
 from .conftest import Child, MakeTask, Observer, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
 from .test_ladder import Failing, limit_data, warnings_of, wide_base
@@ -42,7 +42,7 @@ def test_trial_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.M
     tried = run(task, tmp_path / "tried")
     (message,) = said(tried)
     assert message.startswith("the longest rows went through as a trial: 2 x ")
-    monkeypatch.setattr(rehearsal, "FEWEST_STEPS", 10**9)
+    monkeypatch.setattr(memory_trial, "FEWEST_STEPS", 10**9)
     untried = run(task, tmp_path / "untried")
     assert said(untried) == []
     assert adapter_bytes(tmp_path / "tried") == adapter_bytes(tmp_path / "untried")
@@ -63,7 +63,7 @@ def test_resumed_run_tries_what_is_left_and_ends_with_the_same_bytes(task: Task,
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("changes", [{"total_steps": rehearsal.FEWEST_STEPS - 1}, {"batch_size": 48}])
+@pytest.mark.parametrize("changes", [{"total_steps": memory_trial.FEWEST_STEPS - 1}, {"batch_size": 48}])
 def test_no_trial_where_it_would_cost_more_than_it_saves(task: Task, tmp_path: Path, changes: dict[str, Any]) -> None:
     """In a short run; or where each step has the longest rows, the first one too."""
     changes |= {"total_steps": 24} if "batch_size" in changes else {}
@@ -88,14 +88,14 @@ def test_memory_that_is_short_is_met_before_the_first_step(
 
 def test_stop_during_the_trial_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     observer, tried = Observer(), 0
-    ordinary = rehearsal.as_after_steps
+    ordinary = memory_trial.as_after_steps
 
     def counted(*args: Any) -> Any:
         nonlocal tried
         tried += 1
         return ordinary(*args)
 
-    monkeypatch.setattr(rehearsal, "as_after_steps", counted)
+    monkeypatch.setattr(memory_trial, "as_after_steps", counted)
     command = Train(job="j", task=task, recipe=recipe_of(task), work_dir=str(tmp_path))
     train(
         command,

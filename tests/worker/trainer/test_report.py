@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from shared.estimation import architecture, memory_model
-from shared.protocol import CheckpointSaved, Done
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Score, Verdict
-from worker.trainer import checkpoint
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import HeldoutSource
 from worker.trainer.data.encoding import Encoder
@@ -24,6 +22,8 @@ from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import log_likelihood
 from worker.trainer.model.base import attach, load_base
+from worker.trainer.protocol import CheckpointSaved, Done
+from worker.trainer.training import checkpoint
 
 from .conftest import MakeTask, WriteRows, quotes, recipe_of, run
 

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from shared.protocol import Done, Notice, Stopped
 from shared.schemas.requests import Quantization
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
@@ -22,6 +21,7 @@ from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model.base import Base, attach, load_base, trainable
+from worker.trainer.protocol import Done, Notice, Stopped
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
 

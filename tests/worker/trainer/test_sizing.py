@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.protocol import Task
 from shared.schemas.memory import Kind, KnownDevice, Weighing
 from shared.schemas.results import Recipe
 from tests.shared.test_architecture import REAL
@@ -18,6 +17,7 @@ from tests.shared.test_jobs import RECIPE
 from worker.trainer.data.encoding import Encoded
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.planning.sizing import Sized, size
+from worker.trainer.protocol import Task
 
 from .conftest import MakeTask, WriteRows, quotes
 

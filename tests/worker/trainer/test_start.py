@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Measured, Task, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Report, Verdict
-from worker.trainer import checkpoint, methods
+from worker.trainer import methods
 from worker.trainer.artifact.verify import verify
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
@@ -24,6 +23,8 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import adapter_weights, initial_adapter
 from worker.trainer.model.base import Base, PeftModel, attach, load_base, trainable
+from worker.trainer.protocol import CheckpointSaved, Done, Measured, Task, Verify
+from worker.trainer.training import checkpoint
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 from .test_dpo import preferences

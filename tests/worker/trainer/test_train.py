@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
 from shared.schemas.results import Report
-from worker.trainer import train as loop
 from worker.trainer.artifact import metrics_file
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoder
@@ -27,7 +25,9 @@ from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.model.base import attach, load_base
-from worker.trainer.train import train
+from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
+from worker.trainer.training import loop as loop
+from worker.trainer.training.loop import train
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 

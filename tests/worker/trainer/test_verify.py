@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from shared.errors import TrainingFailed
-from shared.protocol import Done, Failed, Task, Verified, Verify
 from shared.schemas.results import Proof
 from tests.tiny import tiny_llama
 from worker.trainer.artifact import read, verify
 from worker.trainer.artifact.vllm import lora_support
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.protocol import Done, Failed, Task, Verified, Verify
 
 from .conftest import Child, quotes, recipe_of, run
 

@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.errors import TrainingFailed
 from shared.estimation.memory_model import FULL_BYTES
-from shared.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
-from worker.trainer import checkpoint
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.forward import log_likelihood
@@ -29,7 +27,9 @@ from worker.trainer.methods import sft
 from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.planning.prepare import prepare
-from worker.trainer.train import train
+from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
+from worker.trainer.training import checkpoint
+from worker.trainer.training.loop import train
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.protocol import Task
 from shared.schemas.requests import ExportName
 from shared.schemas.results import Metrics, Recipe, Report
-from worker.trainer import checkpoint
 from worker.trainer.artifact.vllm import max_lora_rank
+from worker.trainer.protocol import Task
+from worker.trainer.training import checkpoint
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60

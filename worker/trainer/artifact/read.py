@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.errors import TrainingFailed
-from shared.protocol import Task
 from worker.trainer.data.encoding import Encoder
+from worker.trainer.protocol import Task
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
-from shared.protocol import Task
 from worker.trainer.artifact import read
 from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import FullWeights
+from worker.trainer.protocol import Task
 from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
 
 CONFIG = "config.json"

@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel
 
 from shared.errors import TrainingFailed
-from shared.protocol import Verified, Verify
 from shared.schemas.requests import Quantization
 from shared.schemas.results import Proof, Report, Score
 from worker.trainer.artifact import read, read_full_model
@@ -35,6 +34,7 @@ from worker.trainer.methods import classify
 from worker.trainer.model import adapter_weights, classification_head, initial_adapter
 from worker.trainer.model.base import Base, load_adapter, load_base
 from worker.trainer.model.full_weights import Adapted
+from worker.trainer.protocol import Verified, Verify
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 

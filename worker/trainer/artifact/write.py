@@ -19,13 +19,13 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from shared.protocol import Task
 from shared.schemas.results import Metrics, Recipe, Report
-from worker.trainer import checkpoint
 from worker.trainer.artifact import metrics_file, model_card, tensorboard
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.model import adapter_weights, classification_head
 from worker.trainer.model.full_weights import Adapted, FullWeights
+from worker.trainer.protocol import Task
+from worker.trainer.training import checkpoint
 
 GENERATION = "generation_config.json"
 

@@ -17,10 +17,10 @@ import numpy as np
 from shared.datasets import formats
 from shared.datasets.formats import Example, LabelledExample, RowError
 from shared.errors import TrainingFailed
-from shared.protocol import Task
 from shared.schemas.results import FileReport
 from worker.trainer.data import classification
 from worker.trainer.data.encoding import CannotEncode, Encoder, Row, longest_document
+from worker.trainer.protocol import Task
 
 HELDOUT_SHARE = 0.05
 HELDOUT_MOST = 200

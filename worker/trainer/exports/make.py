@@ -15,16 +15,14 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from shared.errors import TrainingFailed
-from shared.protocol import Exported, MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
-from worker.trainer import checkpoint
 from worker.trainer.artifact import read
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.exports import gguf_files, merged, vocabulary
-from worker.trainer.exports.likeness import Unlike, check_tensors, fingerprint
+from worker.trainer.exports import gguf, merged, vocabulary
+from worker.trainer.exports.fingerprint import Unlike, check_tensors, fingerprint
 from worker.trainer.forward import layout_probe
 from worker.trainer.forward.batches import batches, collate
 from worker.trainer.forward.interrupted import Interrupted
@@ -32,7 +30,9 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import own_logits
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model.base import Base, load_adapter, load_base
+from worker.trainer.protocol import Exported, MakeExport
 from worker.trainer.system import free_memory
+from worker.trainer.training import checkpoint
 
 TRIED_ROWS = 2
 TRIED_TOKENS = 256
@@ -83,9 +83,9 @@ def _adapter(command: MakeExport, folder: Path) -> Export:
     """Read back to the bit, so that there is nothing to score."""
     config = AutoConfig.from_pretrained(command.task.base_dir, local_files_only=True)
     tensors = read.tensors(Path(command.adapter_dir))
-    path = folder / gguf_files.ADAPTER
-    gguf_files.write_adapter(path, tensors, config, command.task, command.recipe)
-    gguf_files.check_adapter(path, tensors, config, command.recipe)
+    path = folder / gguf.ADAPTER
+    gguf.write_adapter(path, tensors, config, command.task, command.recipe)
+    gguf.check_adapter(path, tensors, config, command.recipe)
     return Export(name=command.name)
 
 
@@ -106,7 +106,7 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
     wanted.go_on()
     config, kept = made.config, fingerprint(made, wanted.dtype)
     if command.name is ExportName.GGUF_MERGED:
-        gguf_files.write_model(folder / gguf_files.MODEL, made, task, wanted.encoder)
+        gguf.write_model(folder / gguf.MODEL, made, task, wanted.encoder)
     else:
         merged.write(folder, made, wanted.encoder.tokenizer, task)
     del made
@@ -121,9 +121,9 @@ def _model(command: MakeExport, folder: Path, stopping: Callable[[], bool], tick
 def _read(folder: Path, wanted: Wanted, config: PretrainedConfig) -> PreTrainedModel:
     if wanted.command.name is not ExportName.GGUF_MERGED:
         return merged.read(folder, wanted.dtype, wanted.device)
-    path = folder / gguf_files.MODEL
+    path = folder / gguf.MODEL
     _check_tokenizer(path, wanted, config.vocab_size)
-    return gguf_files.read_model(path, config, wanted.dtype, wanted.device)
+    return gguf.read_model(path, config, wanted.dtype, wanted.device)
 
 
 def _wanted(command: MakeExport, base: Base, stopping: Callable[[], bool], tick: Callable[[], None]) -> Wanted:
@@ -185,4 +185,4 @@ def _check_tokenizer(path: Path, wanted: Wanted, size: int) -> None:
     rows = wanted.rows.heldout[:READ_TEXTS]
     texts = [wanted.encoder.text(row.documents[0].ids.tolist()) for row in rows]
     words = vocabulary.of(wanted.encoder.tokenizer, size)
-    gguf_files.check_tokenizer(path, words, wanted.encoder, [*texts, *TEXTS])
+    gguf.check_tokenizer(path, words, wanted.encoder, [*texts, *TEXTS])

@@ -15,9 +15,9 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from shared.protocol import Task
-from worker.trainer.exports.likeness import Unlike, differing, fingerprint
+from worker.trainer.exports.fingerprint import Unlike, differing, fingerprint
 from worker.trainer.model.base import Base, load_adapter
+from worker.trainer.protocol import Task
 
 #: Under the 4 GiB that go up in one put, which the lease epoch fences.
 SHARD = "4GB"

@@ -15,8 +15,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from worker.trainer import checkpoint
 from worker.trainer.model import adapter_weights
+from worker.trainer.training import checkpoint
 
 #: By the names of the model's parameters, and where those are.
 InitialAdapter = dict[str, torch.Tensor]

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from transformers import AutoConfig
 
 from shared.errors import TrainingFailed
-from shared.protocol import Task
 from shared.schemas.requests import ExportName, Quantization
 from worker.trainer.data.encoding import Encoder
 from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.protocol import Task
 
 
 def check(task: Task, encoder: Encoder) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from shared.errors import TrainingFailed
 from shared.estimation.memory_model import FULL_BYTES
-from shared.protocol import Task
 from shared.schemas.results import Plan
 from worker.trainer.data import labels
 from worker.trainer.data.dataset import CARVE_FROM_ROWS, Split, load, split
 from worker.trainer.data.encoding import Encoder, longest_document
 from worker.trainer.data.statistics import doubts, statistics
 from worker.trainer.planning import exports, recipe, sizing
+from worker.trainer.protocol import Task
 
 
 def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:

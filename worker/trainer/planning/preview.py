@@ -11,13 +11,13 @@ from itertools import groupby, islice, takewhile
 from shared.datasets import formats
 from shared.datasets.formats import Example, RowError
 from shared.errors import TrainingFailed
-from shared.protocol import Preview
 from shared.schemas.preview import Answer, PreviewOut, PreviewRow, Segment
 from shared.schemas.results import FileReport, RowProblem
 from worker.trainer.data import dataset
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.planning import recipe
+from worker.trainer.protocol import Preview
 
 Read = Iterator[tuple[int, Example | RowError]]
 

@@ -14,11 +14,11 @@ from shared.errors import InvalidRequest, TrainingFailed
 from shared.estimation import architecture, memory_model
 from shared.estimation.architecture import Architecture
 from shared.estimation.memory_model import Setup
-from shared.protocol import Task
 from shared.schemas.memory import Kind, KnownDevice, PlannedFit, PredictedPeak
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Row
 from worker.trainer.data.packing import Heaviest, heaviest
+from worker.trainer.protocol import Task
 
 #: "auto" leaves a tenth of a device alone: an uncorrected prediction is up to 5 % off, and memory has gaps.
 SHARE = 0.9

@@ -11,12 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.protocol import MakeExport, Task
 from shared.schemas.requests import ExportName, Method, MethodName, Quantization
 from shared.schemas.results import Export, Proof
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import quotes
-from worker.trainer import checkpoint
 from worker.trainer.artifact import verify
 from worker.trainer.artifact.vllm import lora_support
 from worker.trainer.artifact.write import adapter_config
@@ -29,6 +27,8 @@ from worker.trainer.forward import layout_probe
 from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import attach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
+from worker.trainer.protocol import MakeExport, Task
+from worker.trainer.training import checkpoint
 
 #: With what llama.cpp takes for granted.
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import TrainingFailed
-from shared.protocol import MakeExport
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
 from worker.trainer.artifact.verify import TOLERANCE, TOLERANCE_INT8
-from worker.trainer.exports import gguf_files, llama_cpp, merged, vocabulary
+from worker.trainer.exports import gguf, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.protocol import MakeExport
 
 from .conftest import KINDS, MakeCommand, made
 
@@ -64,7 +64,7 @@ def test_weights_stay_in_the_type_of_the_bases_files(
     reader = GGUFReader(tmp_path / "exports" / "gguf_merged" / "model.gguf")
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("ffn_down.weight")}
     assert kinds == {in_gguf}
-    assert reader.fields["general.file_type"].contents() == gguf_files.FILE_TYPES[dtype]
+    assert reader.fields["general.file_type"].contents() == gguf.FILE_TYPES[dtype]
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from shared.protocol import Task
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.exports import llama_cpp, spm, vocabulary
-from worker.trainer.exports.likeness import Unlike
+from worker.trainer.exports import llama_cpp, sentencepiece, vocabulary
+from worker.trainer.exports.fingerprint import Unlike
+from worker.trainer.protocol import Task
 
 ADAPTER = "adapter.gguf"
 MODEL = "model.gguf"
@@ -161,7 +161,7 @@ def check_scores(path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str
     added = sorted((token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True)
     between = re.compile("|".join([*map(re.escape, added), r"\s+"]))
     for word in sorted({f"{vocabulary.SPACE}{word[:LONGEST_WORD]}" for text in texts for word in between.split(text)}):
-        wanted, read = [token.id for token in backend.model.tokenize(word)], spm.read(word, ids, scores)
+        wanted, read = [token.id for token in backend.model.tokenize(word)], sentencepiece.read(word, ids, scores)
         if wanted != read:
             raise Unlike(f"by its scores {word!r} is read as {read}, the base reads {wanted}")
 

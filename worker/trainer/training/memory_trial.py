@@ -14,17 +14,17 @@ import torch
 from peft import PeftModel
 
 from shared.schemas.results import Recipe
-from worker.trainer import random_state
 from worker.trainer.data import dataset, packing
 from worker.trainer.data.encoding import Row
 from worker.trainer.data.packing import Heaviest
 from worker.trainer.forward.layout import Layout
-from worker.trainer.memory import Account
 from worker.trainer.model.base import trainable
 from worker.trainer.system import peak_memory
+from worker.trainer.training import random_state
+from worker.trainer.training.memory_account import Account
 
 if TYPE_CHECKING:
-    from worker.trainer.train import Run
+    from worker.trainer.training.loop import Run
 
 #: In fewer steps than these a trial would cost a twentieth of the run, and the heaviest rows come soon anyway.
 FEWEST_STEPS = 20
@@ -32,7 +32,7 @@ FEWEST_STEPS = 20
 MOMENTS = 2
 
 
-def rehearse(run: Run, accumulate: Callable[..., object], narrowing: Callable[..., Heaviest | None]) -> None:
+def try_heaviest_rows(run: Run, accumulate: Callable[..., object], narrowing: Callable[..., Heaviest | None]) -> None:
     """The heaviest micro-batch before all others: memory that is short is short now, not in hours.
 
     Left out where it is not worth its time. Raises Interrupted when a stop is asked for, and what the lowest rung of

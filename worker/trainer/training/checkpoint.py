@@ -25,7 +25,7 @@ from worker.trainer.artifact.metrics_file import read_metrics, write_metrics
 from worker.trainer.model.adapter_weights import Tensors, exact_tensors, set_adapter
 from worker.trainer.model.base import trainable
 from worker.trainer.model.full_weights import Adapted
-from worker.trainer.random_state import set_torch_random, torch_random
+from worker.trainer.training.random_state import set_torch_random, torch_random
 
 ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"

@@ -14,7 +14,6 @@ from shared.errors import InvalidRequest
 from shared.estimation import memory_model
 from shared.estimation.architecture import Architecture
 from shared.estimation.correction import corrected
-from shared.protocol import Task
 from shared.schemas.memory import Device, MeasuredFit, Weighing
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Row
@@ -22,6 +21,7 @@ from worker.trainer.data.packing import heaviest
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base
 from worker.trainer.planning.sizing import known_architecture, setup
+from worker.trainer.protocol import Task
 from worker.trainer.system.device import describe
 from worker.trainer.system.peak_memory import peak
 

@@ -67,7 +67,7 @@ def stop_tokens(gguf: Path) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="worker.trainer.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="worker.trainer.gguf_import", description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args(argv)

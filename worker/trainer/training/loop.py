@@ -23,12 +23,10 @@ import torch
 from safetensors import SafetensorError
 
 from shared.errors import TrainingFailed
-from shared.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from shared.schemas.requests import Phase
 from shared.schemas.results import Metrics, Recipe, Report, Sample
-from worker.trainer import checkpoint, decisions, memory, methods, optimizer, random_state, rehearsal
+from worker.trainer import methods
 from worker.trainer.artifact.write import write_artifact
-from worker.trainer.checkpoint import RunState
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoder, Row
@@ -45,8 +43,12 @@ from worker.trainer.model.base import Base, attach, detach, keep_activations, tr
 from worker.trainer.model.full_weights import Adapted
 from worker.trainer.model.initial_adapter import InitialAdapter
 from worker.trainer.planning.recipe import learning_rate_at
+from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, PhaseEntered, Stopped, Train, TrainerEvent
 from worker.trainer.system import free_memory, peak_memory
 from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
+from worker.trainer.training import checkpoint, memory_trial, optimizer, random_state, summary
+from worker.trainer.training.checkpoint import RunState
+from worker.trainer.training.memory_account import Account, measured, open_account
 
 Emit = Callable[[TrainerEvent], None]
 LoadBase = Callable[[], Base]
@@ -73,7 +75,7 @@ class Run:
     rungs: list[Layout]
     state: RunState
     start: InitialAdapter | None
-    account: memory.Account
+    account: Account
     best: Tensors | None
     saved_step: int
     save_tried_at: float
@@ -159,13 +161,13 @@ def _start(
     state.memory_halvings = min(max(state.memory_halvings, command.memory_halvings), len(rungs) - 1)
     if state.memory_halvings:
         fused_lora.drop_resident_weights(adapted)
-    account = memory.open_account(base, command.task, recipe, from_step=state.step)
+    account = open_account(base, command.task, recipe, from_step=state.step)
     now = time.monotonic()
     run = Run(command, emit, stopping, rows, base, adapted, opt, rungs, state, origin, account, best, state.step, now)
     keep_activations(adapted, kept=not run.layout.checkpointing)
     if run.start is not None:
         run.say(f"it starts as {command.task.start_name}")
-    for decision in decisions.lines(recipe, rows, base, adapted, run.layout):
+    for decision in summary.lines(recipe, rows, base, adapted, run.layout):
         run.say(decision)
     if state.memory_halvings:
         run.say(f"memory ran out before: {fallback.difference(rungs[0], run.layout)}, the same mathematically")
@@ -201,7 +203,7 @@ def _loop(run: Run) -> RowScores:
     _score_outset(run)
     free_memory.free()  # rows of other shapes left gaps, to which training would add its own
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
-    rehearsal.rehearse(run, _accumulate, _narrowing)
+    memory_trial.try_heaviest_rows(run, _accumulate, _narrowing)
     while True:
         if run.state.evaluation_due:
             _evaluate(run)
@@ -453,7 +455,7 @@ def _report(run: Run, encoder: Encoder, after: RowScores) -> Report:
         kept_step=state.step if kept is None else kept,
         trained_tokens=state.trained_tokens,
         seconds=state.seconds,
-        fit=memory.measured(run.account, run.base.device, run.rows.train, run.recipe, run.layout),
+        fit=measured(run.account, run.base.device, run.rows.train, run.recipe, run.layout),
     )
     run.say(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
     if found.start is not None and found.start_change is not None:
