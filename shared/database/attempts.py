@@ -162,7 +162,7 @@ def shrunk(session: Session, job_id: str, epoch: int) -> bool:
     job = lock_held_job(session, job_id, epoch)
     if job is None:
         return False
-    less = {"memory_halvings": Job.memory_halvings + 1}
+    less = {"fallback_level": Job.fallback_level + 1}
     return transition(session, job_id, _wish(job) or Reason.OUT_OF_MEMORY, epoch=epoch, values=less)
 
 

@@ -100,7 +100,7 @@ def transition(
     if move.target in TERMINAL:
         values["finished_at"] = func.clock_timestamp()
     if reason is not Reason.CLAIMED:
-        values |= {"lease_owner": None, "lease_expires_at": None, "phase": None, "published_at": None, "ring_count": 0}
+        values |= {"lease_owner": None, "lease_expires_at": None, "phase": None, "rung_at": None, "ring_count": 0}
     guard = [Job.id == job_id, Job.state.in_(move.source)]
     if epoch is not None:
         guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]
@@ -321,7 +321,7 @@ def to_ring_for(session: Session, queue: Queue, *, backoff: float, limit: int) -
 
     They count as told from here on: a worker that is woken must not find their rows locked.
     """
-    waited = func.clock_timestamp() - Job.published_at
+    waited = func.clock_timestamp() - Job.rung_at
     doublings = func.least(func.greatest(Job.ring_count - 1, 0), 5)
     patience = func.power(2, doublings) * text(f"interval '{backoff:f}s'")
     due = (
@@ -329,21 +329,21 @@ def to_ring_for(session: Session, queue: Queue, *, backoff: float, limit: int) -
         .where(
             *claimable(queue),
             Job.not_before <= func.clock_timestamp(),
-            Job.published_at.is_(None) | (waited > patience),
+            Job.rung_at.is_(None) | (waited > patience),
         )
         .order_by(Job.priority.desc(), Job.created_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
     told = update(Job).where(Job.id.in_(due.scalar_subquery()))
-    marked = told.values(published_at=func.clock_timestamp(), ring_count=Job.ring_count + 1).returning(Job.id)
+    marked = told.values(rung_at=func.clock_timestamp(), ring_count=Job.ring_count + 1).returning(Job.id)
     return session.scalars(marked.execution_options(synchronize_session=False)).all()
 
 
 def not_rung(session: Session, job_ids: Sequence[str]) -> None:
     """The broker was not told of these after all."""
     waiting = update(Job).where(Job.id.in_(job_ids), Job.lease_owner.is_(None))
-    session.execute(waiting.values(published_at=None))
+    session.execute(waiting.values(rung_at=None))
 
 
 def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModelRow, AdapterSource | None]:

@@ -150,9 +150,9 @@ class Job(Table):
     attempt: Mapped[int] = mapped_column(server_default=text("0"))
     crash_count: Mapped[int] = mapped_column(server_default=text("0"))
     preempt_count: Mapped[int] = mapped_column(server_default=text("0"))
-    memory_halvings: Mapped[int] = mapped_column(server_default=text("0"))
+    fallback_level: Mapped[int] = mapped_column(server_default=text("0"))
     event_seq: Mapped[int] = mapped_column(server_default=text("0"))
-    published_at: Mapped[datetime | None]
+    rung_at: Mapped[datetime | None]
     ring_count: Mapped[int] = mapped_column(server_default=text("0"))
 
     plan: Mapped[dict[str, Any] | None]

@@ -138,6 +138,7 @@ class Plan(Wire):
     recipe: Recipe
     data: DataReport | None = None
     fit: PlannedFit | None = None
+    fallback_levels: int = 1
 
 
 class Score(Wire):

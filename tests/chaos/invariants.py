@@ -161,7 +161,7 @@ def _over(one: Told) -> Iterator[str]:
         yield f"is still {job['state']} (desired: {job['desired_state']})"
     if job["lease_owner"] is not None or job["lease_expires_at"] is not None:
         yield f"is still leased to {job['lease_owner']} until {job['lease_expires_at']}"
-    if job["state"] in {"queued", "validating_files"} and job["due"] and job["published_at"] is None:
+    if job["state"] in {"queued", "validating_files"} and job["due"] and job["rung_at"] is None:
         yield "waits, and nobody was rung for it"
 
 
@@ -225,7 +225,7 @@ def _attempts(one: Told, max_crashes: int) -> Iterator[str]:
     pauses = sum(_says(event, PAUSED) for event in one.events)
     if job["attempt"] != started:
         yield f"has counted {job['attempt']} attempts, and {started} were started"
-    counted = crashes + job["preempt_count"] + job["memory_halvings"] + pauses
+    counted = crashes + job["preempt_count"] + job["fallback_level"] + pauses
     if job["attempt"] > counted + 1:
         yield f"was started {job['attempt']} times, with {counted} reasons to start it again"
     if crashes > max_crashes:

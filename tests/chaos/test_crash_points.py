@@ -90,7 +90,7 @@ def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None
     lapse(ours)
     if point is Failpoint.AFTER_RERING:
         run(ours, "sweep")
-        ours.sql("UPDATE jobs SET published_at = NULL WHERE lease_owner IS NULL RETURNING id")
+        ours.sql("UPDATE jobs SET rung_at = NULL WHERE lease_owner IS NULL RETURNING id")
     assert ended(start(ours, "sweep", point, Action.KILL)) == -signal.SIGKILL
     succeed(ours, job)
 

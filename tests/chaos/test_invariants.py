@@ -103,7 +103,7 @@ def test_what_was_deleted_need_not_be_there(world: World, where: str, table: str
     assert world.found() == []
 
 
-@pytest.mark.parametrize("told", ["published_at = now()", "not_before = now() + interval '1h'"])
+@pytest.mark.parametrize("told", ["rung_at = now()", "not_before = now() + interval '1h'"])
 def test_whoever_was_rung_for_or_backs_off_is_not_unrung(world: World, told: str) -> None:
     world.sql(f"UPDATE jobs SET state = 'queued', {told} WHERE id = %(paused)s")
     assert not any("rung" in sentence for sentence in world.found())

@@ -292,7 +292,7 @@ def test_rings_back_off(database: Engine, tenant: Tenant, dataset: str) -> None:
     for rings, seconds, due in [(1, 31, True), (2, 31, False), (2, 61, True), (9, 999, True), (5000, 900, False)]:
         with session_scope(database) as session:
             ago = func.clock_timestamp() - text(f"interval '{seconds}s'")
-            session.execute(update(Job).where(Job.id == job.id).values(ring_count=rings, published_at=ago))
+            session.execute(update(Job).where(Job.id == job.id).values(ring_count=rings, rung_at=ago))
             assert bool(jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9)) is due, (rings, seconds)
 
 

@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
             model = self.models[row.id]
             found = (row.state, row.desired_state, row.lease_epoch, row.lease_owner is not None)
             assert found == (model.state, model.desired, model.epoch, model.leased)
-            found_counts = (row.attempt, row.crash_count, row.memory_halvings)
+            found_counts = (row.attempt, row.crash_count, row.fallback_level)
             assert found_counts == (model.attempts, model.crashes, model.halvings)
             assert model.ends == (row.state in TERMINAL)
             assert (row.finished_at is not None) == (row.state in TERMINAL)

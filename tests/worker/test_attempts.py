@@ -95,7 +95,7 @@ def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrow
     # Rows 4 → 2 → 1, then without kept activations, then unpacked.
     for narrower in (1, 2, 3, 4):
         job = attempt(**told)
-        assert (job.reason, job.memory_halvings, job.crash_count) == (jobs.Reason.OUT_OF_MEMORY, narrower, 0)
+        assert (job.reason, job.fallback_level, job.crash_count) == (jobs.Reason.OUT_OF_MEMORY, narrower, 0)
     last = attempt(**told)
     assert (last.state, last.reason) == (State.FAILED, jobs.Reason.POISON)
     assert last.error is not None

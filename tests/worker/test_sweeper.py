@@ -36,7 +36,7 @@ def test_it_rings_for_what_nobody_was_told_of_and_not_again_at_once(job: str) ->
         broker.flushdb()
     assert row(job).ring_count == 1
     with session_scope() as session:
-        session.execute(update(Job).values(published_at=func.clock_timestamp() - text("interval '1h'")))
+        session.execute(update(Job).values(rung_at=func.clock_timestamp() - text("interval '1h'")))
     sweep(settings, watched=0)
     assert row(job).ring_count == 2
 

@@ -43,7 +43,7 @@ def commands(trained: Train, done: Done, verified: Verified, adapter: Path) -> l
             adapter_dir=str(adapter),
             work_dir=trained.work_dir,
             proof=verified.proof,
-            memory_halvings=done.memory_halvings,
+            fallback_level=done.fallback_level,
         )
         for name in trained.task.trainer.exports
     ]

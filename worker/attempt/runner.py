@@ -356,7 +356,7 @@ class Attempt(LeasedJob):
             recipe=trained.recipe,
             adapter_dir=str(folder),
             report=done.report,
-            memory_halvings=done.memory_halvings,
+            fallback_level=done.fallback_level,
         )
         said = self.talk(command, slot)
         return said if isinstance(said, Verified) else None
@@ -372,12 +372,10 @@ class Attempt(LeasedJob):
         return exporting.publish(commands, prefix, make=make, tell=self.tell, epoch=epoch, patience=self.patience)
 
     def can_shrink(self) -> bool:
-        """Is there still a rung below on the trainer's ladder, by what the recipe tells of it?"""
+        """Whether the plan has a fallback level below the job's, which needs less memory."""
         if not self.job.plan:
             return False
-        recipe = Plan.model_validate(self.job.plan).recipe
-        rungs = recipe.micro_batch.bit_length() + (recipe.gradient_checkpointing is not True) + recipe.packing
-        return self.job.memory_halvings < rungs - 1
+        return self.job.fallback_level < Plan.model_validate(self.job.plan).fallback_levels - 1
 
     def _name(self) -> str:
         with session_scope() as session:

@@ -57,7 +57,7 @@ def stage(
         recipe=recipe,
         work_dir=str(work_dir),
         resume_from=str(resume) if resume else None,
-        memory_halvings=job.memory_halvings,
+        fallback_level=job.fallback_level,
     )
 
 

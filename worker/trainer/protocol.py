@@ -67,7 +67,7 @@ class Train(BaseModel):
     """Train, evaluate, leave an adapter under `work_dir`; answer `done`, `stopped` or `failed`.
 
     `resume_from` is the folder of a checkpoint that an earlier attempt left; the run goes on bit for bit from there.
-    `memory_halvings` is how often the kernel killed an attempt for its memory: the micro-batch is halved as often.
+    `fallback_level` is how often the kernel killed an attempt for its memory: the micro-batch is halved as often.
     """
 
     op: Literal["train"] = "train"
@@ -76,13 +76,13 @@ class Train(BaseModel):
     recipe: Recipe
     work_dir: str
     resume_from: str | None = None
-    memory_halvings: int = 0
+    fallback_level: int = 0
 
 
 class Verify(BaseModel):
     """Prove the adapter that was fetched back into `adapter_dir`; answer `verified` or `failed`.
 
-    For a process that has trained nothing. The adapter must reproduce `report`, which was made at `memory_halvings`.
+    For a process that has trained nothing. The adapter must reproduce `report`, which was made at `fallback_level`.
     """
 
     op: Literal["verify"] = "verify"
@@ -91,7 +91,7 @@ class Verify(BaseModel):
     recipe: Recipe
     adapter_dir: str
     report: Report
-    memory_halvings: int = 0
+    fallback_level: int = 0
 
 
 class MakeExport(BaseModel):
@@ -108,7 +108,7 @@ class MakeExport(BaseModel):
     adapter_dir: str
     work_dir: str
     proof: Proof
-    memory_halvings: int = 0
+    fallback_level: int = 0
 
 
 class Alive(BaseModel):
@@ -181,14 +181,14 @@ class CheckpointSaved(BaseModel):
 class Done(BaseModel):
     """The adapter folder at `path` is complete, `report.json` and `metrics.jsonl` included.
 
-    `memory_halvings` is how narrow the micro-batch had become when the report was made.
+    `fallback_level` is how narrow the micro-batch had become when the report was made.
     """
 
     event: Literal["done"] = "done"
     job: str
     path: str
     report: Report
-    memory_halvings: int = 0
+    fallback_level: int = 0
 
 
 class Verified(BaseModel):

@@ -152,7 +152,7 @@ def run(
     *,
     stop_at: int | None = None,
     resume_from: str | None = None,
-    memory_halvings: int = 0,
+    fallback_level: int = 0,
     seen: Callable[[TrainerEvent], None] = lambda event: None,
     **changes: Any,
 ) -> Observer:
@@ -164,7 +164,7 @@ def run(
         recipe=recipe_of(task, **changes),
         work_dir=str(work),
         resume_from=resume_from,
-        memory_halvings=memory_halvings,
+        fallback_level=fallback_level,
     )
 
     def emit(event: TrainerEvent) -> None:

@@ -126,7 +126,7 @@ def base_head(base: str) -> list[str]:
 def proven(task: Task, done: Done, **changes: Any) -> Verify:
     return Verify(
         job="j", task=task, recipe=recipe_of(task, **changes), adapter_dir=done.path, report=done.report,
-        memory_halvings=done.memory_halvings,
+        fallback_level=done.fallback_level,
     )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_rows_score_the_same_alone_and_padded(
     encoder, recipe = Encoder(base_dir), recipe_of(task)
     base = load_base(base_dir, Quantization.NONE, labels=list("012"), compute_dtype=torch.float32)
     classification_head.draw(base.model, base.blank, seed=1, pad=encoder.pad)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     encoded = dataset.load(task, encoder).train
     found = [
         evaluate.score(
@@ -234,7 +234,8 @@ def test_a_head_is_fp32_and_bears_no_lora(
     task = classification(make_task, write_rows(hats(6)), make_base(kind), lora={"target_modules": ["dense"]})
     base = load_base(task.base_dir, quantization, labels=list("012"))
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    adapted = attach(base, recipe_of(task))
+    attached = attach(base, recipe_of(task))
+    adapted = attached.adapted
     trained = trainable(adapted)
     heads = {name: parameter for name, parameter in trained.items() if ".modules_to_save." in name}
     assert len(heads) == len(base.blank)
@@ -244,7 +245,7 @@ def test_a_head_is_fp32_and_bears_no_lora(
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(1)
-    detach(adapted)
+    detach(attached)
     after = base.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -58,7 +58,7 @@ def layout(**changes: Any) -> Layout:
 def hatted(base: Base, recipe: Recipe) -> Any:
     """With an adapter that does something."""
     torch.manual_seed(0)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -123,7 +123,7 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
 ) -> None:
     """To the bit, although training has a forward of its own."""
     base = load_base(llama, quantization)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     tally = methods.Tally()
     for batch in batches(rows, packing=True, micro_batch=8, pad=2):
         with base.precision():
@@ -136,7 +136,7 @@ def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: R
     """Or the reference, which is the same model, would be another one by chance."""
     tiny_base(tmp_path, "gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     base = load_base(str(tmp_path), Quantization.NONE)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
     with base.precision():
         margins = methods.loss(adapted, batch, layout(), recipe).margins
@@ -154,7 +154,7 @@ def test_pairs_longer_than_the_context_are_padded_within_it(
     long = {"prompt": "a ", "chosen": "b" * 200, "rejected": "c" * 190}
     task = make_task(write_rows([long, *preferences(5)]), method="dpo", base_dir=str(tmp_path))
     base, recipe = load_base(str(tmp_path), Quantization.NONE), recipe_of(task)
-    adapted, rows = attach(base, recipe), dataset.load(task, encoder).train
+    adapted, rows = attach(base, recipe).adapted, dataset.load(task, encoder).train
     [batch] = batches(rows, packing=True, micro_batch=9, pad=2)
     assert batch.input_ids.shape[1] > 256 > int(batch.position_ids.max())
     assert methods.loss(adapted, batch, layout(), recipe).sums.isfinite().all()

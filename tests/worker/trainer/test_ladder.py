@@ -47,10 +47,10 @@ def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llam
     narrow = [replace(WIDEST, micro_batch=rows) for rows in (5, 2, 1)]
     anew = replace(WIDEST, micro_batch=1, checkpointing=True)
     unpacked = replace(anew, packing=False)
-    assert fallback.rungs(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
-    assert fallback.rungs(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
-    assert fallback.rungs(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
-    assert fallback.rungs(replace(anew, packing=False), base, longest=9) == [unpacked]
+    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
+    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
+    assert fallback.levels(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
+    assert fallback.levels(replace(anew, packing=False), base, longest=9) == [unpacked]
 
 
 def test_narrower_run_comes_to_the_same_but_for_rounding(
@@ -58,7 +58,7 @@ def test_narrower_run_comes_to_the_same_but_for_rounding(
 ) -> None:
     """In fp32 and without dropout, where the same is the same."""
     monkeypatch.setattr(base_module, "_fast_bfloat16", lambda device: False)
-    runs = [run(task, tmp_path / str(n), memory_halvings=n, dropout=0.0, learning_rate=1e-4) for n in (0, 1, 2)]
+    runs = [run(task, tmp_path / str(n), fallback_level=n, dropout=0.0, learning_rate=1e-4) for n in (0, 1, 2)]
     whole, *narrower = [load_file(tmp_path / str(n) / "adapter" / checkpoint.ADAPTER) for n in (0, 1, 2)]
     assert len({adapter_bytes(tmp_path / str(n)) for n in (0, 1, 2)}) == 3
     for tensors in narrower:
@@ -69,8 +69,8 @@ def test_narrower_run_comes_to_the_same_but_for_rounding(
 
 
 def test_resumed_narrow_run_ends_with_the_same_bytes(task: Task, tmp_path: Path) -> None:
-    run(task, tmp_path / "whole", memory_halvings=1)
-    saved = run(task, tmp_path / "first", memory_halvings=1, stop_at=3).of(CheckpointSaved)[-1]
+    run(task, tmp_path / "whole", fallback_level=1)
+    saved = run(task, tmp_path / "first", fallback_level=1, stop_at=3).of(CheckpointSaved)[-1]
     second = run(task, tmp_path / "second", resume_from=saved.path)
     assert any("micro-batch 4 → 2" in notice.message for notice in second.of(Notice))
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
@@ -79,11 +79,11 @@ def test_resumed_narrow_run_ends_with_the_same_bytes(task: Task, tmp_path: Path)
 def test_failed_step_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory ends in the second micro-batch of step 4: gradients are there by then, and random numbers drawn."""
     saved = run(task, tmp_path / "first", stop_at=3).of(CheckpointSaved)[-1]
-    run(task, tmp_path / "told", resume_from=saved.path, memory_halvings=1)
+    run(task, tmp_path / "told", resume_from=saved.path, fallback_level=1)
     failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
     observer = run(task, tmp_path / "found", resume_from=saved.path)
     assert warnings_of(observer) == [
-        "out of memory at step 4: micro-batch 4 → 2, the result is the same mathematically"
+        "out of memory at step 4: micro-batch 4 → 2; the result is the same up to rounding"
     ]
     assert adapter_bytes(tmp_path / "found") == adapter_bytes(tmp_path / "told")
 
@@ -94,9 +94,9 @@ def test_last_resort_is_one_example_without_packing(
     Failing(monkeypatch, lambda batch: torch.is_grad_enabled() and batch.attention_mask is None)
     observer = run(task, tmp_path, packing=True, micro_batch=2)
     assert [message.partition(",")[0] for message in warnings_of(observer)] == [
-        "out of memory at step 1: micro-batch 2 → 1",
-        "out of memory at step 1: activations are computed anew in backward",
-        "out of memory at step 1: rows hold one example each",
+        "out of memory at step 1: micro-batch 2 → 1; the result is the same up to rounding",
+        "out of memory at step 1: activations are recomputed in the backward pass; the result is the same up to rounding",
+        "out of memory at step 1: one example a row",
     ]
     assert observer.of(Done)
 
@@ -108,7 +108,7 @@ def test_evaluation_goes_down_too(
     Failing(monkeypatch, lambda batch: not torch.is_grad_enabled() and len(batch.input_ids) > 2)
     observer = run(task, tmp_path)
     assert warnings_of(observer) == [
-        "out of memory in the evaluation after step 0: micro-batch 4 → 2, the result is the same mathematically"
+        "out of memory in the evaluation after step 0: micro-batch 4 → 2; the result is the same up to rounding"
     ]
     assert observer.of(Done)
 
@@ -130,10 +130,10 @@ def test_memory_of_older_checkpoints_and_higher_counts_is_in_bounds(task: Task, 
     saved = run(task, tmp_path / "first", stop_at=2).of(CheckpointSaved)[-1]
     state = Path(saved.path, checkpoint.STATE)
     stored = json.loads(state.read_text())
-    del stored["run"]["memory_halvings"]
+    del stored["run"]["fallback_level"]
     state.write_text(json.dumps(stored))
     assert run(task, tmp_path / "second", resume_from=saved.path).of(Done)
-    assert run(task, tmp_path / "third", resume_from=saved.path, memory_halvings=99).of(Done)
+    assert run(task, tmp_path / "third", resume_from=saved.path, fallback_level=99).of(Done)
 
 
 def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(

@@ -41,7 +41,7 @@ def test_each_micro_batch_has_the_gradient_that_it_has_alone(
     recipe = recipe_of(task)
     rows = split(load(task, Encoder(llama)), recipe.max_length, seed=7).train
     base = load_base(llama, quantization)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     parameters = list(trainable(adapted).values())
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)

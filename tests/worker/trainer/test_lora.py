@@ -25,7 +25,7 @@ def put_on(llama: str, make_task: MakeTask, write_rows: WriteRows) -> PutOn:
     def make(quantization: Quantization, dtype: torch.dtype, **settings: Any) -> tuple[Base, PeftModel]:
         torch.manual_seed(0)
         base = load_base(llama, quantization, compute_dtype=dtype)
-        adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora=settings)))
+        adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora=settings))).adapted
         for parameter in trainable(adapted).values():
             torch.nn.init.normal_(parameter, std=0.05)
         return base, adapted

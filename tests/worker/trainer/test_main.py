@@ -288,7 +288,7 @@ def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> 
     notice = Notice(job="k", level="info", message="x" * 300_000)
     script = (
         "from worker.trainer.protocol import Notice; from worker.trainer.main import CommandLoop, claim_stdout;"
-        "Session(claim_stdout()).emit(Notice(job='k', level='info', message='x' * 300_000))"
+        "CommandLoop(claim_stdout()).emit(Notice(job='k', level='info', message='x' * 300_000))"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

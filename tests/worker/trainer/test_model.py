@@ -63,7 +63,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
     rows = dataset.load(task, encoder).train
     base = load_base(request.getfixturevalue(folder), quantization)
     recipe = recipe_of(task)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
 
     def gradients() -> list[torch.Tensor]:
         adapted.zero_grad()
@@ -85,7 +85,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
 
 def test_adapter_is_fp32_on_every_linear_but_the_head(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     base = load_base(llama, Quantization.NF4)
-    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)))))
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3))))).adapted
     parameters = trainable(adapted)
     assert len(parameters) == 2 * 7 * 2
     assert all(p.dtype == torch.float32 for p in parameters.values())
@@ -132,7 +132,7 @@ def test_targets_that_bear_no_adapter_are_refused_and_the_base_untouched(
 def test_adapter_never_carries_an_embedding(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     """PEFT adds them by itself, for instance where the vocabulary is not that of the folder."""
     base = load_base(llama, Quantization.NONE)
-    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]})))
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]}))).adapted
     base.model.config.vocab_size += 1
     assert {name.split(".")[-2] for name in adapter_weights.adapter_tensors(adapted)} == {"lora_A", "lora_B"}
 

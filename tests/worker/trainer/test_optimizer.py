@@ -20,7 +20,7 @@ def test_b_learns_at_a_multiple_of_the_rate(
     llama: str, make_task: MakeTask, write_rows: WriteRows, ratio: float | None, rates: set[float]
 ) -> None:
     task = make_task(write_rows(quotes(4)), lora={"r": 4, "loraplus_lr_ratio": ratio})
-    adapted = attach(load_base(llama, Quantization.NONE), recipe_of(task))
+    adapted = attach(load_base(llama, Quantization.NONE), recipe_of(task)).adapted
     parameters = trainable(adapted)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     made = optimizer.make(adapted, recipe_of(task))

@@ -41,7 +41,7 @@ def said(observer: Observer) -> list[str]:
 def test_trial_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = run(task, tmp_path / "tried")
     (message,) = said(tried)
-    assert message.startswith("the longest rows went through as a trial: 2 x ")
+    assert message.startswith("tried the longest rows: 2 x ")
     monkeypatch.setattr(memory_trial, "FEWEST_STEPS", 10**9)
     untried = run(task, tmp_path / "untried")
     assert said(untried) == []
@@ -75,7 +75,7 @@ def test_memory_that_is_short_is_met_before_the_first_step(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And costs nothing but speed: the run is the one that began with the smaller micro-batch."""
-    run(task, tmp_path / "told", memory_halvings=1)
+    run(task, tmp_path / "told", fallback_level=1)
     Failing(monkeypatch, lambda batch: torch.is_grad_enabled() and batch.input_ids.numel() > 100)
     found = run(task, tmp_path / "found")
     (warning,) = warnings_of(found)
@@ -131,6 +131,6 @@ def test_child_whose_memory_is_limited_learns_it_from_the_trial(
         limit_data(child.process.pid, megabytes=None)
         done = child.until(Done)
     assert first.metrics.step == 1
-    assert done.memory_halvings == 1
+    assert done.fallback_level == 1
     lines = metrics_file.read_metrics(tmp_path / "limited" / "adapter" / checkpoint.METRICS)
     assert len(lines) == recipe.total_steps

@@ -85,7 +85,7 @@ def test_rows_are_scored_in_their_own_order(
     rows = dataset.load(task, encoder).train[::-1]
     base = load_base(llama, task.quantization, compute_dtype=torch.float32)
     recipe = recipe_of(task)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     layout = Layout(packing=packing, chunked=True, micro_batch=3, pad=2)
     found = evaluate.score(base, adapted, rows, recipe, adapter=False, layout=layout)
     for row, nats, weight in zip(rows, found.nats, found.weights, strict=True):

@@ -46,7 +46,7 @@ def worn(folder: str, recipe: Any, quantization: Quantization = Quantization.NON
     """A base in fp32, where equal means equal, and an adapter on it that does something."""
     base = load_base(folder, quantization, compute_dtype=torch.float32)
     torch.manual_seed(3)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

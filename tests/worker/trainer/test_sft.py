@@ -67,7 +67,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
 ) -> None:
     """Micro-batches of 1, 3 or all, packed or padded, the head in chunks of five tokens or whole."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
-    adapted = attach(base, recipe_of(make_task(write_rows(quotes(9)))))
+    adapted = attach(base, recipe_of(make_task(write_rows(quotes(9))))).adapted
     for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

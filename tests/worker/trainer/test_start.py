@@ -192,7 +192,7 @@ def test_an_adapter_that_only_started_has_no_effect(pairs: Task, source: tuple[R
 def hatted(base: Base, recipe: object, folder: Path) -> PeftModel:
     """With a fresh adapter on, and one in the folder that does something."""
     torch.manual_seed(0)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     tensors = adapter_weights.adapter_tensors(adapted)
     torch.manual_seed(3)
     loud = {name: torch.randn_like(t) * 0.05 if ".lora_B" in name else t for name, t in tensors.items()}

@@ -310,7 +310,7 @@ def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: W
     task = make_task(write_rows(quotes(4)))
     base = load_base(llama, task.quantization)
     recipe, rows = recipe_of(task), dataset.load(task, encoder).train
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     layout = Layout(packing=True, chunked=True, micro_batch=1, pad=2)
     with pytest.raises(Interrupted):
         evaluate.score(base, adapted, rows, recipe, adapter=True, layout=layout, stopping=lambda: True)

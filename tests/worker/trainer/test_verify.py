@@ -48,7 +48,7 @@ def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.T
     done = run(task, work).of(Done)[0]
     return Verify(
         job="j", task=task, recipe=recipe_of(task), adapter_dir=done.path, report=done.report,
-        memory_halvings=done.memory_halvings,
+        fallback_level=done.fallback_level,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_every_gradient_is_that_of_a_plain_forward(
     rows = dataset.load(task, Encoder(task.base_dir)).train
     wanted = plain_gradients(task.base_dir, rows)
     base = load_base(task.base_dir, Quantization.NONE, compute_dtype=torch.float32)
-    whole = attach(base, recipe_of(task))
+    whole = attach(base, recipe_of(task)).adapted
     layout = Layout(packing=packing, chunked=True, micro_batch=2, pad=2)
     for batch in batches(rows, packing=packing, micro_batch=2, pad=2):
         (sft.loss(base.model, batch, layout).sums.sum() / trained_tokens(rows)).backward()
@@ -95,7 +95,7 @@ def test_a_document_weighs_what_backward_says(
     task = full(quotes(3))
     rows = dataset.load(task, Encoder(llama)).train
     base = load_base(llama, Quantization.NONE, compute_dtype=torch.float32)
-    whole = attach(base, recipe_of(task))
+    whole = attach(base, recipe_of(task)).adapted
     found = {}
     for chunked in (True, False):
         (batch,) = batches(rows, packing=True, micro_batch=9, pad=2)
@@ -116,7 +116,8 @@ def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., T
     base = load_base(llama, Quantization.NONE)
     before = {name: parameter.clone() for name, parameter in base.model.state_dict().items()}
     objects = dict(base.model.named_parameters())
-    whole = attach(base, recipe_of(full()))
+    attached = attach(base, recipe_of(full()))
+    whole = attached.adapted
     assert isinstance(whole, FullWeights)
     assert base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight
     assert all(p.dtype == torch.float32 and p.requires_grad for p in base.model.parameters())
@@ -131,7 +132,7 @@ def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., T
             for name, tensor in base.model.state_dict().items():
                 assert torch.equal(tensor.to(before[name].dtype), before[name])
         assert not torch.equal(embedding.weight.to(base.compute_dtype), before["model.embed_tokens.weight"])
-    detach(whole)
+    detach(attached)
     assert all(base.model.get_parameter(name) is parameter for name, parameter in objects.items())
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     for name, tensor in base.model.state_dict().items():

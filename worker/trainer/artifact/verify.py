@@ -73,8 +73,8 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     if recipe.labels is not None:
         classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
     layout, _ = layout_probe.layout_of(recipe, base, rows.train, encoder)
-    rungs = fallback.rungs(layout, base, longest=max(map(len, rows.train)))
-    layout = rungs[min(command.memory_halvings, len(rungs) - 1)]
+    levels = fallback.levels(layout, base, longest=max(map(len, rows.train)))
+    layout = levels[min(command.fallback_level, len(levels) - 1)]
     architecture = type(base.model).__name__
     adapted: Adapted
     if recipe.full_finetuning:

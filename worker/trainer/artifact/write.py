@@ -12,6 +12,7 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def write_artifact(
     recipe: Recipe,
     report: Report,
     metrics: list[Metrics],
+    head: Sequence[str] = (),
 ) -> None:
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
     with checkpoint.whole(folder) as partial:
@@ -49,7 +51,7 @@ def write_artifact(
             _write_model(partial, adapted, Path(task.base_dir))
         else:
             save_file(adapter_weights.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
-            _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe))
+            _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe, head=head))
         if recipe.labels is not None:
             classification_head.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
         metrics_file.write_metrics(partial / checkpoint.METRICS, metrics)
@@ -58,7 +60,7 @@ def write_artifact(
         (partial / "README.md").write_text(model_card.text(task, recipe, report, metrics), encoding="utf-8")
 
 
-def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, Any]:
+def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe, *, head: Sequence[str] = ()) -> dict[str, Any]:
     """The keys that PEFT has had since LoRA was young, and vLLM reads; newer ones break older readers.
 
     `target_modules` is the list that "all-linear" came to: not every reader knows the word.
@@ -80,7 +82,7 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe) -> dict[str, 
         "fan_in_fan_out": lora.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": sorted(adapted.heads) or None,
+        "modules_to_save": sorted(head) or None,
     }
 
 

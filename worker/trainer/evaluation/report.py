@@ -39,12 +39,12 @@ def make(
     samples: list[Sample],
     steps: int,
     kept_step: int,
-    outset: RowScores | None = None,
+    start: RowScores | None = None,
     trained_tokens: int,
     seconds: float,
     fit: MeasuredFit | None = None,
 ) -> Report:
-    """`before` is the base's score, `outset` that of the adapter it started from, `after` the tuned model's, all on
+    """`before` is the base's score, `start` that of the adapter it started from, `after` the tuned model's, all on
     `rows.heldout`; `seconds` were spent in steps.
     """
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
@@ -59,8 +59,8 @@ def make(
         tuned=after.mean,
         change=measured,
         majority=most,
-        start=outset.mean if outset else None,
-        start_change=change(outset, after, seed=recipe.seed, source=rows.heldout_source) if outset else None,
+        start=start.mean if start else None,
+        start_change=change(start, after, seed=recipe.seed, source=rows.heldout_source) if start else None,
         samples=samples,
         heldout_source=rows.heldout_source,
         heldout_lines=[row.line for row in rows.heldout] if carved else [],

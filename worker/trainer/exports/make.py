@@ -148,7 +148,7 @@ def _measured(wanted: Wanted, again: PreTrainedModel) -> Export:
     command, found = wanted.command, Base(again, wanted.device, wanted.dtype)
     pairs = zip(_logits(found, wanted.tried), wanted.logits, strict=True)
     largest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-    narrow = max(1, command.recipe.micro_batch >> command.memory_halvings)
+    narrow = max(1, command.recipe.micro_batch >> command.fallback_level)
     layout, _ = layout_probe.layout(found, wanted.rows.train, packing=False, micro_batch=narrow, pad=wanted.encoder.eos)
     loss = _loss(found, [row.documents[0] for row in wanted.rows.heldout], layout, wanted.go_on)
     tuned = command.proof.tuned

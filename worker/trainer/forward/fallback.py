@@ -1,37 +1,37 @@
-"""The way down when memory runs out: fewer rows at a time, then activations computed anew, then no packing.
-
-Owns: the rungs. Every rung gives the same gradient but for rounding, because
-a loss is divided by the tokens of its whole optimizer step. Must not know about steps or checkpoints.
-"""
+"""The fallback levels as layouts of this base; `shared/estimation/fallback.py` defines the levels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from shared.estimation.defaults import PACK_LENGTH
+from shared.estimation.fallback import Level, fallback_levels
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base
 
 
-def rungs(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
-    """From the widest layout down: each halves a micro-batch. `longest` counts the tokens of an example.
-
-    Then, if the base knows how, activations are no longer kept. Packed, the narrowest holds up to PACK_LENGTH tokens;
-    where every example is shorter, one alone is the last resort.
-    """
-    sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
-    found = [replace(widest, micro_batch=size, lanes=min(widest.lanes, size)) for size in sizes]
-    if base.model.supports_gradient_checkpointing and not widest.checkpointing:
-        found.append(replace(found[-1], checkpointing=True))
-    if widest.packing and longest < PACK_LENGTH:
-        found.append(replace(found[-1], packing=False))
-    return found
+def levels(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
+    """The layouts from the widest down. `longest` is the longest example in tokens."""
+    found = fallback_levels(
+        Level(widest.micro_batch, widest.checkpointing, widest.packing),
+        longest=longest,
+        can_checkpoint=base.model.supports_gradient_checkpointing,
+    )
+    return [
+        replace(
+            widest,
+            micro_batch=level.micro_batch,
+            lanes=min(widest.lanes, level.micro_batch),
+            checkpointing=level.checkpointing,
+            packing=level.packing,
+        )
+        for level in found
+    ]
 
 
 def difference(wider: Layout, narrower: Layout) -> str:
-    """What a step down changes, in the words of an event."""
+    """What a step down changes, as part of an event's message."""
     if wider.packing and not narrower.packing:
-        return "rows hold one example each, unpacked"
+        return "one example a row, without packing"
     if wider.checkpointing != narrower.checkpointing:
-        return "activations are computed anew in backward"
+        return "activations are recomputed in the backward pass"
     return f"micro-batch {wider.micro_batch} → {narrower.micro_batch}"

@@ -147,16 +147,33 @@ def release_mapped_files(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def attach(base: Base, recipe: Recipe) -> Adapted:
-    """What the recipe trains, in train mode. Raises TrainingFailed, with the base untouched, if it cannot be put on."""
-    muted = own_dropouts(base.model) if recipe.method == "dpo" else []
-    model = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
-    # Base and tuned are compared with each other there: chance must not tell them apart.
-    for module, name, _ in muted:
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What `attach` put on a base, and what `detach` needs to restore it.
+
+    `heads` are the base's own head modules by path, which PEFT wraps; `dropouts` are (module, attribute, rate) of the
+    base's own dropouts that were set to 0.
+    """
+
+    adapted: Adapted
+    heads: dict[str, torch.nn.Module]
+    dropouts: list[tuple[torch.nn.Module, str, float]]
+
+
+def attach(base: Base, recipe: Recipe) -> Attachment:
+    """Put what the recipe trains on the base, in train mode; `detach` undoes it.
+
+    A LoRA's weights are drawn from torch's global generator, so seed it first. Raises TrainingFailed, with the base
+    untouched, if the recipe does not fit the base.
+    """
+    dropouts = own_dropouts(base.model) if recipe.method == "dpo" else []
+    heads = {path: base.model.get_submodule(path) for path in base.head}
+    adapted = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
+    # DPO compares tuned and reference likelihoods: dropout of the base would make them differ by chance.
+    for module, name, _ in dropouts:
         setattr(module, name, 0.0)
-    model.muted = muted
-    model.train()
-    return model
+    adapted.train()
+    return Attachment(adapted, {} if recipe.full_finetuning else heads, dropouts)
 
 
 def _whole(base: Base) -> FullWeights:
@@ -179,12 +196,10 @@ def _lora(base: Base, recipe: Recipe) -> PeftModel:
         with warnings.catch_warnings():
             # peft 0.21 still asks for a name that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            heads = {path: base.model.get_submodule(path) for path in base.head}
             model = get_peft_model(base.model, lora_config(base, recipe), autocast_adapter_dtype=True)
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
-    model.heads = heads
     if base.device.type == "cpu":
         # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
         fused_lora.fuse(model)
@@ -199,14 +214,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, folder)
 
 
-def detach(adapted: Adapted) -> None:
-    """Leave the base exactly as it was before `put_on`."""
-    keep_activations(adapted, kept=True)
-    base = adapted.unload()
-    for path, module in adapted.heads.items():
+def detach(attached: Attachment) -> None:
+    """Leave the base exactly as it was before `attach`."""
+    keep_activations(attached.adapted, kept=True)
+    base = attached.adapted.unload()
+    for path, module in attached.heads.items():
         base.set_submodule(path, module)
-    for module, name, value in adapted.muted:
-        setattr(module, name, value)
+    for module, name, rate in attached.dropouts:
+        setattr(module, name, rate)
 
 
 def keep_activations(adapted: PeftModel, *, kept: bool) -> None:

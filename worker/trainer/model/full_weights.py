@@ -29,8 +29,6 @@ class FullWeights:
     """
 
     def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
-        self.muted: list[tuple[torch.nn.Module, str, float]] = []
-        self.heads: dict[str, torch.nn.Module] = {}
         self.originals: dict[str, Parameter] = dict(model.named_parameters())
         self.weights = {
             name: Parameter(original.detach().to(torch.float32, copy=True)) for name, original in self.originals.items()

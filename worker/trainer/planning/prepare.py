@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shared.errors import TrainingFailed
+from shared.estimation.fallback import Level, fallback_levels
 from shared.estimation.memory_model import FULL_BYTES
-from shared.schemas.results import Plan
+from shared.schemas.results import Plan, Recipe
 from worker.trainer.data import labels
 from worker.trainer.data.dataset import CARVE_FROM_ROWS, Split, load, split
 from worker.trainer.data.encoding import Encoder, longest_document
@@ -63,7 +64,13 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         recipe=sized.recipe,
         data=found,
         fit=sized.fit,
+        fallback_levels=_fallback_levels(sized.recipe, longest=max(map(len, rows.train))),
     )
+
+
+def _fallback_levels(recipe: Recipe, *, longest: int) -> int:
+    widest = Level(recipe.micro_batch, bool(recipe.gradient_checkpointing), recipe.packing)
+    return len(fallback_levels(widest, longest=longest))
 
 
 def _check_size(task: Task) -> None:

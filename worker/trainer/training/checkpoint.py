@@ -41,7 +41,7 @@ NATS = {"nats": "base_nats", "start": "start_nats"}
 class RunState(BaseModel):
     """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
 
-    `memory_halvings` is the rung of `ladder.py` that the run has come down to, `lanes` how many it began with.
+    `fallback_level` is the rung of `ladder.py` that the run has come down to, `lanes` how many it began with.
     `base_nats` are each held-out row's loss by the base, which fp32 holds; with many rows they are too long for JSON.
     `start` and `start_nats` are the same of the adapter that the run began with.
     """
@@ -58,7 +58,7 @@ class RunState(BaseModel):
     best_loss: float | None = None
     best_step: int | None = None
     worse_evaluations: int = 0
-    memory_halvings: int = 0
+    fallback_level: int = 0
     lanes: int = 1
     metrics: list[Metrics] = []
 

@@ -27,7 +27,7 @@ from worker.trainer.system.peak_memory import peak
 
 
 @dataclass(slots=True)
-class Account:
+class MemoryAccount:
     """Of one attempt. `base` is None where fit.py does not know the architecture: then nothing is predicted.
 
     `from_step` is where the attempt began; `rehearsed_bytes` the peak after the heaviest micro-batch was tried.
@@ -40,14 +40,14 @@ class Account:
     rehearsed_bytes: int | None = None
 
 
-def open_account(base: Base, task: Task, recipe: Recipe, *, from_step: int) -> Account:
+def open_account(base: Base, task: Task, recipe: Recipe, *, from_step: int) -> MemoryAccount:
     device = describe(base.device, memory_bytes=task.device_memory_bytes)
     same = (known.weighings for known in task.devices if (known.kind, known.name) == (device.kind, device.name))
-    return Account(device, known_architecture(task.base_dir, recipe), next(same, []), from_step)
+    return MemoryAccount(device, known_architecture(task.base_dir, recipe), next(same, []), from_step)
 
 
 def measured(
-    account: Account, on: torch.device, examples: Sequence[Row], recipe: Recipe, layout: Layout
+    account: MemoryAccount, on: torch.device, examples: Sequence[Row], recipe: Recipe, layout: Layout
 ) -> MeasuredFit | None:
     """Predicted and measured, for the layout that the run ended with. None where nothing can be predicted."""
     if account.base is None:

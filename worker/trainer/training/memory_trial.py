@@ -1,14 +1,13 @@
-"""The longest rows first, as a trial: what is tried before step 1, when that is worth it, and what is said of it.
+"""Try the heaviest micro-batch before step 1: memory that is short is short now, not after hours.
 
-Owns: the choice, the memory that later steps have and the first lacks, and leaving no trace. Must not run the model:
-it is given what does.
+Owns: whether a trial is worth its time, and leaving no trace of it. A trial also allocates what later steps have and
+the first one lacks: gradients and AdamW's moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -21,10 +20,9 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import trainable
 from worker.trainer.system import peak_memory
 from worker.trainer.training import random_state
-from worker.trainer.training.memory_account import Account
-
-if TYPE_CHECKING:
-    from worker.trainer.training.loop import Run
+from worker.trainer.training.memory_account import MemoryAccount
+from worker.trainer.training.run import Run, with_fallback
+from worker.trainer.training.step import accumulate
 
 #: In fewer steps than these a trial would cost a twentieth of the run, and the heaviest rows come soon anyway.
 FEWEST_STEPS = 20
@@ -32,11 +30,10 @@ FEWEST_STEPS = 20
 MOMENTS = 2
 
 
-def try_heaviest_rows(run: Run, accumulate: Callable[..., object], narrowing: Callable[..., Heaviest | None]) -> None:
-    """The heaviest micro-batch before all others: memory that is short is short now, not in hours.
+def try_heaviest_rows(run: Run) -> None:
+    """Run the heaviest micro-batch of the run forward and backward, if that is worth its time.
 
-    Left out where it is not worth its time. Raises Interrupted when a stop is asked for, and what the lowest rung of
-    the ladder raised.
+    Raises Interrupted if a stop is requested, and what the lowest fallback level raised.
     """
     rows, recipe = run.rows.train, run.recipe
     if heaviest(rows, recipe, run.layout, step=run.state.step) is None:
@@ -51,15 +48,15 @@ def try_heaviest_rows(run: Run, accumulate: Callable[..., object], narrowing: Ca
                 accumulate(run, examples, turn=found.turn)
         return found
 
-    tried = narrowing(run, act, when="in the trial of the longest rows")
+    tried = with_fallback(run, act, when="in the trial of the longest rows")
     run.optimizer.zero_grad()
     random_state.set_torch_random(random_before)
     run.account.rehearsed_bytes = peak_memory.peak(run.base.device)
-    run.say(told(tried, run.account))
+    run.log(described(tried, run.account))
 
 
 def heaviest(rows: Sequence[Row], recipe: Recipe, layout: Layout, *, step: int) -> Heaviest | None:
-    """The heaviest micro-batch from `step` on; None in a short run, or where that very step has it."""
+    """The heaviest micro-batch from `step` on; None for a short run, or if it is part of that very step."""
     if recipe.total_steps - step < FEWEST_STEPS:
         return None
     found = packing.heaviest(
@@ -70,21 +67,21 @@ def heaviest(rows: Sequence[Row], recipe: Recipe, layout: Layout, *, step: int) 
 
 @contextmanager
 def as_after_steps(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Every parameter has a gradient, and the optimizer its moments, or as much memory as those will take."""
+    """Give every parameter a gradient, and allocate as much memory as the optimizer's moments will take."""
     held = []
     for parameter in trainable(adapted).values():
-        parameter.grad = torch.ones_like(parameter)  # written to, or a CPU would not give the pages
+        parameter.grad = torch.ones_like(parameter)  # written to: a CPU gives no pages for memory that is not
         if not optimizer.state.get(parameter):
             held += [torch.ones_like(parameter) for _ in range(MOMENTS)]
     yield
     del held
 
 
-def told(tried: Heaviest | None, account: Account) -> str:
-    """In the words of an event."""
+def described(tried: Heaviest | None, account: MemoryAccount) -> str:
+    """The outcome of the trial, as an event's message."""
     assert account.rehearsed_bytes is not None
     peak = f"peak memory so far {account.rehearsed_bytes / 1e9:.2f} GB"
     if tried is None:
         return f"the longest rows come first anyway; {peak}"
     shape = f"{tried.rows} x {tried.length:,} tokens of step {tried.step + 1}"
-    return f"the longest rows went through as a trial: {shape}; {peak}"
+    return f"tried the longest rows: {shape}; {peak}"

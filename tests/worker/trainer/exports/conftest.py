@@ -85,7 +85,7 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
     base = load_base(task.base_dir, recipe.quantization)
     layout, _ = layout_probe.layout(base, rows.train, packing=True, micro_batch=recipe.micro_batch, pad=encoder.eos)
     torch.manual_seed(1)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     for name, parameter in trainable(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
