@@ -19,9 +19,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from sqlalchemy import func, select
 
 from shared import storage
+from shared.database import base_models
 from shared.database.adapters import names_adapter
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow
@@ -119,7 +119,7 @@ def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, 
     listing = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in entries)
     digest = hashlib.sha256(listing.encode()).hexdigest()
     with session_scope() as session:
-        existing = session.get(BaseModelRow, name)
+        existing = base_models.find_base_model(session, name)
     if existing is not None:
         if existing.digest != digest:
             raise Conflict(
@@ -144,9 +144,7 @@ def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, 
         bytes=sum(entry["bytes"] for entry in entries),
     )
     with session_scope() as session:
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"milliner.models.{name}", 0))))
-        if session.get(BaseModelRow, name) is None:
-            session.add(base)
+        base_models.add_base_model(session, base)
     return base
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import redis
 from fastapi import APIRouter, Response
-from sqlalchemy import text
 
 from shared import storage
+from shared.database import jobs
 from shared.database.session import session_scope
 from shared.errors import Unavailable
 from shared.settings import get_settings
@@ -28,7 +28,7 @@ def readyz(response: Response) -> dict[str, Any]:
     postgres = "ok"
     try:
         with session_scope() as session:
-            session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
+            jobs.check_schema(session)
     except Unavailable as error:
         postgres = error.message
     bucket = "ok"

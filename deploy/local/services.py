@@ -15,13 +15,11 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sqlalchemy import select
-
 from deploy.local import servers
 from deploy.local.folder import S3, Folder, Ports
 from deploy.local.process import Program, open_files
+from shared.database import base_models
 from shared.database.session import engine, session_scope
-from shared.database.tables import BaseModelRow
 from shared.database.tenants import create_key, ensure_tenant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +124,7 @@ def make_key(url: str) -> str:
 def catalog(url: str) -> list[str]:
     """Names of the imported base models."""
     with session_scope(engine(url)) as session:
-        return sorted(session.scalars(select(BaseModelRow.name)))
+        return sorted(base.name for base in base_models.list_base_models(session))
 
 
 def _python(name: str, module: list[str], env: dict[str, str], *, grace: float = 10.0) -> Program:

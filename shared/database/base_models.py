@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shared.database.session import wait_for_lock
 from shared.database.tables import BaseModelRow
 from shared.errors import NotFound
 
@@ -28,3 +29,11 @@ def get_base_model(session: Session, name: str) -> BaseModelRow:
 def list_base_models(session: Session) -> Sequence[BaseModelRow]:
     """All base models, oldest first."""
     return session.scalars(select(BaseModelRow).order_by(BaseModelRow.created_at, BaseModelRow.name)).all()
+
+
+def add_base_model(session: Session, base: BaseModelRow) -> None:
+    """Add a base model to the catalog, unless its name is there already."""
+    wait_for_lock(session, f"milliner.models.{base.name}")
+    if find_base_model(session, base.name) is None:
+        session.add(base)
+        session.flush()

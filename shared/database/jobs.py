@@ -24,11 +24,12 @@ from shared.database.adapters import AdapterSource
 from shared.database.base_models import get_base_model
 from shared.database.files import get_usable_file
 from shared.database.paging import Rows, keyset_rows
-from shared.database.tables import BaseModelRow, Job, JobEvent
+from shared.database.session import wait_for_lock
+from shared.database.tables import BaseModelRow, File, Job, JobEvent, JobMetric, Tenant
 from shared.errors import Conflict, InvalidRequest, NotFound
-from shared.ids import new_id
+from shared.ids import fine_tuned_name, new_id
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, Phase, Quantization, State
-from shared.schemas.results import Plan
+from shared.schemas.results import Metrics, Plan
 
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
 LIVE = frozenset(State) - TERMINAL
@@ -142,7 +143,7 @@ def submit(
     body = request.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
     lock = f"{tenant_id} {idempotency_key or digest.hex()}"
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(lock, 0))))
+    wait_for_lock(session, lock)
     earlier = _earlier(session, tenant_id, digest, idempotency_key, retry_window)
     if earlier is not None:
         return earlier, False
@@ -296,6 +297,37 @@ def claim(session: Session, queue: Queue, *, owner: str, lease_seconds: float) -
     return job
 
 
+class Inputs(NamedTuple):
+    """The rows that a job trains from."""
+
+    base: BaseModelRow
+    training: File
+    validation: File | None
+
+
+def check_schema(session: Session) -> None:
+    """Read the table of jobs. Raises, on leaving the scope, if the server or the schema is not there."""
+    session.execute(select(Job.id).limit(1))
+
+
+def inputs_of(session: Session, job: Job) -> Inputs:
+    """The base model and the datasets of a job, deleted ones included: what a running job uses stays."""
+    validation = session.get_one(File, job.validation_file) if job.validation_file else None
+    return Inputs(session.get_one(BaseModelRow, job.base_model), session.get_one(File, job.training_file), validation)
+
+
+def metrics_of(session: Session, job_id: str, *, last: int | None = None) -> list[Metrics]:
+    """The recorded steps of a job in order; only the `last` ones if that is given."""
+    rows = select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step.desc()).limit(last)
+    return [Metrics.model_validate(row.values) for row in session.scalars(rows)][::-1]
+
+
+def published_name(session: Session, job: Job) -> str:
+    """The name that clients will use for the job's fine-tuned model."""
+    tenant = session.get_one(Tenant, job.tenant_id)
+    return fine_tuned_name(job.base_model, tenant.name, job.request.get("suffix"), job.id)
+
+
 def disown(session: Session, owner: str) -> None:
     """Give back what was claimed for a slot that knows nothing of it: the answer to its claim was lost."""
     for job in session.scalars(select(Job).where(Job.lease_owner == owner).with_for_update()).all():
@@ -314,6 +346,23 @@ def claimable(queue: Queue) -> list[ColumnElement[bool]]:
 def expired() -> ColumnElement[bool]:
     """The lease has run out by Postgres's clock."""
     return Job.lease_owner.is_not(None) & (Job.lease_expires_at < func.clock_timestamp())
+
+
+class Expired(NamedTuple):
+    """A lease that has run out."""
+
+    job_id: str
+    epoch: int
+    owner: str
+
+
+def lock_expired(session: Session, *, limit: int) -> list[Expired]:
+    """Lock jobs whose lease has run out. Rows that somebody else has locked are left for the next round."""
+    rows = select(Job.id, Job.lease_epoch, Job.lease_owner).where(expired()).limit(limit)
+    return [
+        Expired(job_id, epoch, str(owner))
+        for job_id, epoch, owner in session.execute(rows.with_for_update(skip_locked=True))
+    ]
 
 
 def to_ring_for(session: Session, queue: Queue, *, backoff: float, limit: int) -> Sequence[str]:

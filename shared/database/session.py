@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
 
@@ -76,6 +76,21 @@ def after_commit(session: Session, effect: Callable[[], object]) -> None:
     What is durable stays so: an effect that finds its server down is logged, and the caller still succeeds.
     """
     session.info.setdefault(_EFFECTS, []).append(effect)
+
+
+def ping(session: Session) -> None:
+    """Ask the server for an answer. Raises Unavailable, on leaving the scope, if there is none."""
+    session.execute(select(1))
+
+
+def try_lock(session: Session, name: str) -> bool:
+    """Take the advisory lock of that name until the transaction ends; False if somebody else holds it."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))))
+
+
+def wait_for_lock(session: Session, name: str) -> None:
+    """Take the advisory lock of that name until the transaction ends, once whoever holds it is done."""
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 _EFFECTS = "after_commit"

@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import select
-
 from shared import signing, storage
+from shared.database import jobs
 from shared.database.session import session_scope
-from shared.database.tables import BaseModelRow, File, Job, JobMetric
+from shared.database.tables import File, Job
 from shared.ids import new_id
 from shared.schemas import manifest
 from shared.schemas.manifest import SIGNATURE, HashedFile, Manifest
@@ -129,9 +128,7 @@ def _manifest(
     job: Job, files: list[Entry], name: str, verified: Verified, exported: Published, *, signed_by: str | None
 ) -> Manifest:
     with session_scope() as session:
-        base = session.get_one(BaseModelRow, job.base_model)
-        training = session.get_one(File, job.training_file)
-        validation = session.get_one(File, job.validation_file) if job.validation_file else None
+        base, training, validation = jobs.inputs_of(session, job)
     start = (
         manifest.Start(name=job.start_name, sha256=job.start_sha256) if job.start_name and job.start_sha256 else None
     )
@@ -159,9 +156,9 @@ def _manifest(
 
 def _result_csv(job_id: str) -> bytes:
     with session_scope() as session:
-        steps = session.scalars(select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)).all()
+        values = [row.model_dump(exclude_none=True) for row in jobs.metrics_of(session, job_id)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
-    writer.writerows([row.step, *(row.values.get(name, "") for name in COLUMNS)] for row in steps)
+    writer.writerows([row["step"], *(row.get(name, "") for name in COLUMNS)] for row in values)
     return out.getvalue().encode()

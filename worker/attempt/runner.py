@@ -21,10 +21,9 @@ from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, devices, jobs
 from shared.database.session import session_scope
-from shared.database.tables import Adapter, Job, Tenant
+from shared.database.tables import Adapter, Job
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
-from shared.ids import fine_tuned_name
 from shared.schemas.requests import Desired, JobCreate, Phase, State
 from shared.schemas.results import JobError, Plan, Report
 from shared.settings import get_settings
@@ -379,8 +378,7 @@ class Attempt(LeasedJob):
 
     def _name(self) -> str:
         with session_scope() as session:
-            tenant = session.get_one(Tenant, self.job.tenant_id)
-        return fine_tuned_name(self.job.base_model, tenant.name, self.request.suffix, self.job.id)
+            return jobs.published_name(session, self.job)
 
     def fail(self, event: Failed, session: TrainerProcess) -> None:
         """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shared import storage
 from shared.broker.queues import Queue
-from shared.database import checkpoints, devices
+from shared.database import checkpoints, devices, jobs
 from shared.database.adapters import WEIGHTS
 from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, Checkpoint, File, Job
@@ -100,12 +100,9 @@ def task_of(
     )
 
 
-def _inputs(job: Job) -> tuple[BaseModelRow, File, File | None]:
+def _inputs(job: Job) -> jobs.Inputs:
     with session_scope() as session:
-        base = session.get_one(BaseModelRow, job.base_model)
-        training = session.get_one(File, job.training_file)
-        validation = session.get_one(File, job.validation_file) if job.validation_file else None
-        return base, training, validation
+        return jobs.inputs_of(session, job)
 
 
 def _base(base: BaseModelRow, *, with_weights: bool, tick: Callable[[], None]) -> tuple[Path, ExitStack]:

@@ -21,38 +21,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from threading import Event, Thread
-from typing import NamedTuple
 
-from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from shared import storage
 from shared.database import adapters
-from shared.database.files import live_file
+from shared.database.garbage import Pile, kept_adapters, kept_checkpoints, kept_files, known_tenants
 from shared.database.session import session_scope
-from shared.database.tables import Adapter, Checkpoint, File, Job, Tenant
 from shared.errors import Unavailable
-from shared.schemas.requests import TERMINAL, Phase
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
 from worker import cache
 
 BATCH = 200
-
-
-class Pile(NamedTuple):
-    """The objects that stand and fall together: under one prefix, or a single file under its key."""
-
-    prefix: str
-    tenant: str
-    owner: str
-    epoch: int
-    keys: list[str]
-    bytes: int
-    age: float  # of the newest
 
 
 def start(stop: Event, *, head_start: float) -> Thread:
@@ -73,7 +57,7 @@ def collect(settings: Settings) -> Counter[str]:
         piles = _piles(f"{kind}/", key)
         while batch := list(islice(piles, BATCH)):
             with session_scope() as session:
-                known = _known(session, {pile.tenant for pile in batch})
+                known = known_tenants(session, {pile.tenant for pile in batch})
                 ours = [pile for pile in batch if pile.tenant in known]
                 kept = kept_of(session, ours, settings.orphan_seconds)
                 kept |= adapters.prefixes_in_use(session, [pile.prefix for pile in ours])
@@ -88,7 +72,7 @@ def collect(settings: Settings) -> Counter[str]:
             (match["tenant"], upload) for match, upload in matched if match and upload.age >= settings.orphan_seconds
         ]
         with session_scope() as session:
-            known = _known(session, {tenant for tenant, _ in aged})
+            known = known_tenants(session, {tenant for tenant, _ in aged})
         for upload in (upload for tenant, upload in aged if tenant in known):
             storage.abort(upload)
             log.info("garbage.aborted", key=upload.key, age=upload.age)
@@ -127,76 +111,7 @@ def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
         )
 
 
-def _known(session: Session, tenants: Collection[str]) -> set[str]:
-    """Those of the tenants that are this database's."""
-    return set(session.scalars(select(Tenant.id).where(Tenant.id.in_(tenants))))
-
-
 # ---------------------------------------------------------------- what the rows keep
-
-
-def _kept_checkpoints(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
-    """Leases are read before checkpoints: what a holder has committed before it let go is then seen.
-
-    An epoch that its job has yet to reach tells of a database that was set back; it may be reached again.
-    """
-    owners = {pile.owner for pile in piles}
-    leases = {
-        job_id: (epoch, holder is not None)
-        for job_id, epoch, holder in session.execute(
-            select(Job.id, Job.lease_epoch, Job.lease_owner).where(Job.id.in_(owners))
-        )
-    }
-    live = select(Checkpoint.prefix).where(Checkpoint.job_id.in_(owners), Checkpoint.deleted_at.is_(None))
-    kept = set(session.scalars(live))
-    for pile in piles:
-        if pile.owner not in leases:
-            unsure = pile.age < orphan_seconds
-        else:
-            epoch, held = leases[pile.owner]
-            unsure = pile.epoch > epoch or (pile.epoch == epoch and held)
-        if unsure:
-            kept.add(pile.prefix)
-    return kept
-
-
-def _kept_adapters(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
-    """States are read before adapters: the row of a job that has ended is then seen, if it has one."""
-    owners = {pile.owner for pile in piles}
-    states = dict(session.execute(select(Job.id, Job.state).where(Job.id.in_(owners))).all())
-    live = select(Adapter.prefix).where(Adapter.job_id.in_(owners), Adapter.deleted_at.is_(None))
-    kept = set(session.scalars(live))
-    for pile in piles:
-        unsure = states[pile.owner] not in TERMINAL if pile.owner in states else pile.age < orphan_seconds
-        if unsure:
-            kept.add(pile.prefix)
-    return kept
-
-
-def _kept_files(session: Session, piles: Sequence[Pile], orphan_seconds: float) -> set[str]:
-    """Who publishes is read first: the row of a result file is then seen, if its job has ended.
-
-    A submit holds a lock on its file from the moment it saw that it is live: what is locked is kept for this round, and
-    what we lock in the statement before we look for jobs can be wanted by none that we do not see.
-    """
-    publishing = set(
-        session.scalars(select(Job.tenant_id).where(Job.lease_owner.is_not(None), Job.phase == Phase.PUBLISHING))
-    )
-    named = File.key.in_([pile.prefix for pile in piles]) & File.id.in_([pile.owner for pile in piles])
-    dead = set(session.scalars(select(File.id).where(named, ~live_file()).with_for_update(skip_locked=True)))
-    rows = dict(session.execute(select(File.id, File.key).where(named)).all())
-    needing = Job.tenant_id.in_({pile.tenant for pile in piles if pile.owner in dead}) & Job.state.not_in(TERMINAL)
-    needed = set[str | None]()
-    for use in (Job.training_file, Job.validation_file):
-        needed |= set(session.scalars(select(use).where(needing, use.in_(dead))))
-    dead -= needed
-    gone = update(File).where(File.id.in_(dead), File.deleted_at.is_(None)).values(deleted_at=func.clock_timestamp())
-    session.execute(gone.execution_options(synchronize_session=False))
-    known, kept = set(rows.values()), {key for file_id, key in rows.items() if file_id not in dead}
-    for pile in piles:
-        if pile.prefix not in known and (pile.age < orphan_seconds or pile.tenant in publishing):
-            kept.add(pile.prefix)
-    return kept
 
 
 _TENANT = r"(?P<tenant>org-[0-9a-f]{30})"
@@ -206,7 +121,7 @@ Kept = Callable[[Session, Sequence[Pile], float], set[str]]
 
 # For each kind, how a key begins that is ours, and which prefixes of a batch must stay.
 KINDS: dict[str, tuple[re.Pattern[str], Kept]] = {
-    "checkpoints": (re.compile(rf"checkpoints/{_TENANT}/{_JOB}/(?P<epoch>[0-9]+)/[0-9]+/(?=.)"), _kept_checkpoints),
-    "adapters": (re.compile(rf"adapters/{_TENANT}/{_JOB}/(?=.)"), _kept_adapters),
-    "files": (re.compile(rf"files/{_TENANT}/(?P<owner>file-[0-9a-f]{{30}})\Z"), _kept_files),
+    "checkpoints": (re.compile(rf"checkpoints/{_TENANT}/{_JOB}/(?P<epoch>[0-9]+)/[0-9]+/(?=.)"), kept_checkpoints),
+    "adapters": (re.compile(rf"adapters/{_TENANT}/{_JOB}/(?=.)"), kept_adapters),
+    "files": (re.compile(rf"files/{_TENANT}/(?P<owner>file-[0-9a-f]{{30}})\Z"), kept_files),
 }

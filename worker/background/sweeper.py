@@ -10,14 +10,12 @@ from __future__ import annotations
 import time
 from threading import Event, Thread
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
 from shared.database import attempts, jobs, previews
-from shared.database.session import after_commit, session_scope
-from shared.database.tables import Job
+from shared.database.session import after_commit, ping, session_scope, try_lock
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
 from shared.schemas.results import JobError
@@ -63,7 +61,7 @@ def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
     in its hand.
     """
     with session_scope() as session:
-        if not session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended("milliner.sweep", 0)))):
+        if not try_lock(session, "milliner.sweep"):
             return False
         if watched >= settings.lease_seconds and reclaim(session, settings):
             failpoint(Failpoint.BEFORE_RECLAIM_COMMIT)
@@ -92,10 +90,8 @@ def ring_again(queue: Queue, *, backoff: float) -> bool:
 
 def reclaim(session: Session, settings: Settings) -> int:
     """Take back every job whose lease has run out; returns how many."""
-    lapsed = select(Job.id, Job.lease_epoch, Job.lease_owner).where(jobs.expired()).limit(100)
-    gone = session.execute(lapsed.with_for_update(skip_locked=True)).all()  # one locked row holds up none but itself
     reclaimed = 0
-    for job_id, epoch, owner in gone:
+    for job_id, epoch, owner in jobs.lock_expired(session, limit=100):
         error = JobError(
             code="worker_lost",
             message=f"worker {owner} stopped renewing its lease",
@@ -114,7 +110,7 @@ def _sweeping(stop: Event) -> None:
     while not stop.wait(settings.sweep_seconds):
         try:
             with session_scope() as session:
-                session.execute(select(1))
+                ping(session)
             watched = watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME))
             newborn = not sweep(settings, watched=watched, newborn=newborn) and newborn
         except Unavailable as error:

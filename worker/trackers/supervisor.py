@@ -21,10 +21,10 @@ from threading import Event, Lock, Thread
 from typing import IO, NamedTuple
 
 from pydantic import BaseModel, SecretStr, ValidationError
-from sqlalchemy import select
 
+from shared.database import jobs
 from shared.database.session import session_scope
-from shared.database.tables import Job, JobMetric
+from shared.database.tables import Job
 from shared.errors import Unavailable
 from shared.schemas.requests import Integration, State, TrackerKind
 from shared.schemas.results import Metrics, Plan
@@ -230,10 +230,9 @@ def _earlier(job: Job) -> list[Metrics]:
     """What attempts before this one have measured: the last of them may not have come to tell it all."""
     if job.attempt == 1:
         return []
-    rows = select(JobMetric).where(JobMetric.job_id == job.id).order_by(JobMetric.step.desc()).limit(STEPS)
     try:
         with session_scope() as session:
-            return [Metrics.model_validate(row.values) for row in session.scalars(rows)][::-1]
+            return jobs.metrics_of(session, job.id, last=STEPS)
     except Unavailable as error:
         log.warning("tracker.no_history", error=error.message)
         return []
