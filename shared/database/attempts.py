@@ -15,7 +15,8 @@ from sqlalchemy import ColumnElement, cast, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
-from shared.database.jobs import LEASABLE, MOVES, Reason, expired, transition
+from shared.database.claims import expired
+from shared.database.state_machine import LEASABLE, MOVES, Reason, transition
 from shared.database.tables import Adapter, Checkpoint, File, Job, JobEvent, JobMetric
 from shared.ids import new_id
 from shared.schemas.requests import Desired, Phase, State

@@ -1,8 +1,7 @@
-"""The state machine of a job: what its states are, what users do to it, how a worker gets it.
+"""Jobs as their users see them: submit, look up, list, cancel, pause and resume.
 
-Owns every change of state: `transition` is the only writer of `state`, one guarded UPDATE and one event row in the same
-transaction. What the holder of a lease writes is in shared/database/attempts.py. Postgres's clock only. Must not touch S3, nor
-ring.
+How states change is in `state_machine`, how a worker gets a job in `claims`, what the holder of a lease writes in
+`attempts`. Must not touch S3, nor ring.
 """
 
 from __future__ import annotations
@@ -10,119 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Select, case, func, select, text, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session, joinedload
 
-from shared.broker.queues import Queue
 from shared.database import adapters
 from shared.database.adapters import AdapterSource
 from shared.database.base_models import get_base_model
 from shared.database.files import get_usable_file
 from shared.database.paging import Rows, keyset_rows
 from shared.database.session import wait_for_lock
+from shared.database.state_machine import LIVE, Reason, transition
 from shared.database.tables import BaseModelRow, File, Job, JobEvent, JobMetric, Tenant
 from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.ids import fine_tuned_name, new_id
-from shared.schemas.requests import TERMINAL, Desired, JobCreate, Phase, Quantization, State
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, Quantization, State
 from shared.schemas.results import Metrics, Plan
-
-WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
-LIVE = frozenset(State) - TERMINAL
-LEASABLE = frozenset({State.VALIDATING, State.RUNNING})
-
-
-class Reason(StrEnum):
-    """Why a job is in its state. Stored; the state follows from it (see MOVES)."""
-
-    PLANNED = "planned"
-    CLAIMED = "claimed"
-    COMPLETED = "completed"
-    DRY_RUN = "dry_run"
-    INVALID = "invalid"
-    POISON = "poison"
-    CANCELLED = "cancelled"
-    PAUSED = "paused"
-    RESUMED = "resumed"
-    PREEMPTED = "preempted"
-    CRASHED = "crashed"
-    OUT_OF_MEMORY = "out_of_memory"
-    LEASE_EXPIRED = "lease_expired"
-
-
-class Move(NamedTuple):
-    """From which states, to which; None is back to wait: `running → queued`, `validating_files` stays."""
-
-    source: frozenset[State]
-    target: State | None
-    level: str
-    message: str
-
-
-MOVES = {
-    Reason.PLANNED: Move(frozenset({State.VALIDATING}), State.QUEUED, "info", "Files validated, job queued"),
-    Reason.DRY_RUN: Move(frozenset({State.VALIDATING}), State.CANCELLED, "info", "Dry run: planned, not trained"),
-    Reason.CLAIMED: Move(frozenset({State.QUEUED}), State.RUNNING, "info", "Fine-tuning job started"),
-    Reason.COMPLETED: Move(frozenset({State.RUNNING}), State.SUCCEEDED, "info", "The job has successfully completed"),
-    Reason.INVALID: Move(LEASABLE, State.FAILED, "error", "The job failed"),
-    Reason.POISON: Move(LEASABLE, State.FAILED, "error", "The job failed: it crashed too often"),
-    Reason.CANCELLED: Move(LIVE, State.CANCELLED, "warn", "The job was cancelled"),
-    Reason.PAUSED: Move(LIVE, State.PAUSED, "info", "The job was paused"),
-    Reason.RESUMED: Move(frozenset({State.PAUSED}), State.QUEUED, "info", "The job was resumed"),
-    Reason.PREEMPTED: Move(LEASABLE, None, "info", "The attempt was given back; the job waits for the next"),
-    Reason.CRASHED: Move(LEASABLE, None, "warn", "The attempt crashed; the job will be tried again"),
-    Reason.OUT_OF_MEMORY: Move(LEASABLE, None, "warn", "The attempt was killed for its memory; the next takes less"),
-    Reason.LEASE_EXPIRED: Move(LEASABLE, None, "warn", "The worker fell silent; the job will be tried again"),
-}
-
-
-def transition(
-    session: Session,
-    job_id: str,
-    reason: Reason,
-    *,
-    epoch: int | None,
-    message: str | None = None,
-    values: dict[str, Any] | None = None,
-) -> bool:
-    """Move a job as MOVES says and write the event; False if it was not in a state, or at an epoch, that allows it.
-
-    Every move but a claim gives up the lease. `epoch=None` is for moves that no worker makes; `values` are columns to
-    set beside the state.
-    """
-    move, values = MOVES[reason], dict(values or {})
-    target: Any = move.target
-    if target is None:
-        target = case((Job.state == State.RUNNING, State.QUEUED), else_=Job.state)
-    if move.target in TERMINAL:
-        values["finished_at"] = func.clock_timestamp()
-    if reason is not Reason.CLAIMED:
-        values |= {"lease_owner": None, "lease_expires_at": None, "phase": None, "rung_at": None, "ring_count": 0}
-    guard = [Job.id == job_id, Job.state.in_(move.source)]
-    if epoch is not None:
-        guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]
-    moved = update(Job).where(*guard).values(state=target, reason=reason, event_seq=Job.event_seq + 1, **values)
-    returning = moved.returning(Job.event_seq, Job.lease_epoch).execution_options(synchronize_session=False)
-    now = session.execute(returning).one_or_none()
-    if now is None:
-        return False
-    session.add(
-        JobEvent(
-            job_id=job_id,
-            seq=now.event_seq,
-            lease_epoch=now.lease_epoch,
-            level=move.level,
-            type="message",
-            message=message or move.message,
-        )
-    )
-    session.flush()
-    return True
-
 
 # ---------------------------------------------------------------- what users do
 
@@ -261,42 +166,6 @@ def queue_position(session: Session, job: Job) -> int | None:
 # ---------------------------------------------------------------- how a worker gets a job
 
 
-def claim(session: Session, queue: Queue, *, owner: str, lease_seconds: float) -> Job | None:
-    """Take the next job of a queue under a fresh lease: by priority, then the tenant with least running, then age."""
-    running = (
-        select(Job.tenant_id, func.count().label("n"))
-        .where(Job.lease_owner.is_not(None), Job.state == State.RUNNING)  # the lease, because it is what is indexed
-        .group_by(Job.tenant_id)
-        .cte()
-    )
-    job = session.scalar(
-        select(Job)
-        .outerjoin(running, running.c.tenant_id == Job.tenant_id)
-        .where(*claimable(queue), Job.not_before <= func.clock_timestamp())
-        .order_by(Job.priority.desc(), func.coalesce(running.c.n, 0), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(of=Job, skip_locked=True)
-    )
-    if job is None:
-        return None
-    lease: dict[str, Any] = {
-        "lease_epoch": Job.lease_epoch + 1,
-        "lease_owner": owner,
-        "lease_expires_at": func.clock_timestamp() + timedelta(seconds=lease_seconds),
-        "started_at": func.coalesce(Job.started_at, func.clock_timestamp()),
-    }
-    if queue is Queue.PREPARE:
-        session.execute(update(Job).where(Job.id == job.id).values(**lease, phase=Phase.TOKENIZING))
-    else:
-        attempt = job.attempt + 1
-        message = None if attempt == 1 else f"{MOVES[Reason.CLAIMED].message} (attempt {attempt})"
-        unpaced = Job.progress.op("||")(func.jsonb_build_object("seconds_per_step", None))
-        values = lease | {"attempt": attempt, "phase": Phase.STAGING, "progress": unpaced}
-        transition(session, job.id, Reason.CLAIMED, epoch=None, message=message, values=values)
-    session.refresh(job)
-    return job
-
-
 class Inputs(NamedTuple):
     """The rows that a job trains from."""
 
@@ -328,71 +197,7 @@ def published_name(session: Session, job: Job) -> str:
     return fine_tuned_name(job.base_model, tenant.name, job.request.get("suffix"), job.id)
 
 
-def disown(session: Session, owner: str) -> None:
-    """Give back what was claimed for a slot that knows nothing of it: the answer to its claim was lost."""
-    for job in session.scalars(select(Job).where(Job.lease_owner == owner).with_for_update()).all():
-        transition(session, job.id, Reason.PREEMPTED, epoch=job.lease_epoch)
-
-
 # ---------------------------------------------------------------- what the sweeper asks
-
-
-def claimable(queue: Queue) -> list[ColumnElement[bool]]:
-    """Which rows a worker of this queue could take, back-off aside. A paused dataset is still read, then it waits."""
-    wanted = Job.desired_state == Desired.RUN if queue is Queue.TRAIN else Job.desired_state != Desired.CANCEL
-    return [Job.state == WAITING[queue], Job.lease_owner.is_(None), wanted]
-
-
-def expired() -> ColumnElement[bool]:
-    """The lease has run out by Postgres's clock."""
-    return Job.lease_owner.is_not(None) & (Job.lease_expires_at < func.clock_timestamp())
-
-
-class Expired(NamedTuple):
-    """A lease that has run out."""
-
-    job_id: str
-    epoch: int
-    owner: str
-
-
-def lock_expired(session: Session, *, limit: int) -> list[Expired]:
-    """Lock jobs whose lease has run out. Rows that somebody else has locked are left for the next round."""
-    rows = select(Job.id, Job.lease_epoch, Job.lease_owner).where(expired()).limit(limit)
-    return [
-        Expired(job_id, epoch, str(owner))
-        for job_id, epoch, owner in session.execute(rows.with_for_update(skip_locked=True))
-    ]
-
-
-def to_ring_for(session: Session, queue: Queue, *, backoff: float, limit: int) -> Sequence[str]:
-    """Claimable jobs that nobody was told of, or was told too long ago (`backoff` seconds, doubled with each ring).
-
-    They count as told from here on: a worker that is woken must not find their rows locked.
-    """
-    waited = func.clock_timestamp() - Job.rung_at
-    doublings = func.least(func.greatest(Job.ring_count - 1, 0), 5)
-    patience = func.power(2, doublings) * text(f"interval '{backoff:f}s'")
-    due = (
-        select(Job.id)
-        .where(
-            *claimable(queue),
-            Job.not_before <= func.clock_timestamp(),
-            Job.rung_at.is_(None) | (waited > patience),
-        )
-        .order_by(Job.priority.desc(), Job.created_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    told = update(Job).where(Job.id.in_(due.scalar_subquery()))
-    marked = told.values(rung_at=func.clock_timestamp(), ring_count=Job.ring_count + 1).returning(Job.id)
-    return session.scalars(marked.execution_options(synchronize_session=False)).all()
-
-
-def not_rung(session: Session, job_ids: Sequence[str]) -> None:
-    """The broker was not told of these after all."""
-    waiting = update(Job).where(Job.id.in_(job_ids), Job.lease_owner.is_(None))
-    session.execute(waiting.values(rung_at=None))
 
 
 def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModelRow, AdapterSource | None]:

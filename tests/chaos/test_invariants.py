@@ -21,7 +21,7 @@ from deploy.local.folder import S3
 from deploy.local.servers import s3_client
 from shared import settings, storage
 from shared.broker.queues import Queue
-from shared.database import attempts, checkpoints, jobs
+from shared.database import attempts, checkpoints, claims, jobs, state_machine
 from shared.database.session import engine, session_scope
 from shared.database.tables import Adapter, BaseModelRow, File, Job
 from shared.database.tenants import ensure_tenant
@@ -89,10 +89,13 @@ def test_a_world_in_order_has_no_violation(good: World) -> None:
 
 def test_the_check_reads_the_words_that_the_product_writes() -> None:
     words = tuple(word for words in ENDS.values() for word in words)
-    for move in jobs.MOVES.values():
+    for move in state_machine.MOVES.values():
         assert move.message.startswith(ENDS.get(str(move.target), ())) == move.message.startswith(words)
-    assert {move.target for move in jobs.MOVES.values() if move.message.startswith(words)} == ENDS.keys()
-    assert (jobs.MOVES[jobs.Reason.CLAIMED].message, jobs.MOVES[jobs.Reason.PAUSED].message) == (STARTED, PAUSED)
+    assert {move.target for move in state_machine.MOVES.values() if move.message.startswith(words)} == ENDS.keys()
+    assert (
+        state_machine.MOVES[state_machine.Reason.CLAIMED].message,
+        state_machine.MOVES[state_machine.Reason.PAUSED].message,
+    ) == (STARTED, PAUSED)
 
 
 @pytest.mark.usefixtures("mended")
@@ -413,7 +416,7 @@ def publish(bind: Engine, last: Job, weights: Path) -> str:
 
 def claim(bind: Engine, queue: Queue) -> Job:
     with session_scope(bind) as session:
-        taken = jobs.claim(session, queue, owner="worker", lease_seconds=60)
+        taken = claims.claim(session, queue, owner="worker", lease_seconds=60)
     assert taken is not None
     return taken
 

@@ -9,9 +9,9 @@ from sqlalchemy import Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from shared.broker.queues import Queue
-from shared.database import attempts, checkpoints, jobs
-from shared.database.jobs import MOVES, Reason
+from shared.database import attempts, checkpoints, claims, jobs
 from shared.database.session import session_scope
+from shared.database.state_machine import MOVES, Reason
 from shared.database.tables import Adapter, File, Job, JobEvent, JobMetric, Tenant
 from shared.database.tenants import ensure_tenant
 from shared.errors import Conflict, NotFound
@@ -139,7 +139,7 @@ def test_two_workers_never_get_the_same_job(database: Engine, tenant: Tenant, da
 
     def take(_: int) -> str | None:
         with session_scope(database) as session:
-            job = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+            job = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
             return job.id if job else None
 
     with ThreadPoolExecutor(8) as pool:
@@ -210,7 +210,7 @@ def test_pause_and_resume(database: Engine, tenant: Tenant, dataset: str) -> Non
     job = queued(database, tenant, dataset)
     with session_scope(database) as session:
         assert jobs.set_desired_state(session, tenant.id, job.id, Desired.PAUSE).state == State.PAUSED
-        assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
+        assert claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
     with session_scope(database) as session:
         assert jobs.set_desired_state(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
     assert claim(database, Queue.TRAIN).id == job.id
@@ -237,8 +237,8 @@ def test_a_crash_waits_before_the_next_attempt(database: Engine, tenant: Tenant,
     with session_scope(database) as session:
         assert attempts.crashed(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
     with session_scope(database) as session:
-        assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
-        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=0, limit=9) == []
+        assert claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
+        assert claims.to_ring_for(session, Queue.TRAIN, backoff=0, limit=9) == []
 
 
 def test_a_slot_gives_back_what_it_does_not_know_of(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -246,8 +246,8 @@ def test_a_slot_gives_back_what_it_does_not_know_of(database: Engine, tenant: Te
     mine, other = queued(database, tenant, dataset), queued(database, tenant, dataset)
     with session_scope(database) as session:
         for owner in ("me", "you"):
-            jobs.claim(session, Queue.TRAIN, owner=owner, lease_seconds=60)
-        jobs.disown(session, "me")
+            claims.claim(session, Queue.TRAIN, owner=owner, lease_seconds=60)
+        claims.disown(session, "me")
     assert (read(database, mine.id).state, read(database, mine.id).crash_count) == (State.QUEUED, 0)
     assert read(database, other.id).state == State.RUNNING
 
@@ -283,17 +283,17 @@ def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Te
 def test_rings_back_off(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     with session_scope(database) as session:
-        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
+        assert claims.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
     with session_scope(database) as session:
-        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == []
-        jobs.not_rung(session, [job.id])
+        assert claims.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == []
+        claims.not_rung(session, [job.id])
     with session_scope(database) as session:
-        assert jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
+        assert claims.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9) == [job.id]
     for rings, seconds, due in [(1, 31, True), (2, 31, False), (2, 61, True), (9, 999, True), (5000, 900, False)]:
         with session_scope(database) as session:
             ago = func.clock_timestamp() - text(f"interval '{seconds}s'")
             session.execute(update(Job).where(Job.id == job.id).values(ring_count=rings, rung_at=ago))
-            assert bool(jobs.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9)) is due, (rings, seconds)
+            assert bool(claims.to_ring_for(session, Queue.TRAIN, backoff=30, limit=9)) is due, (rings, seconds)
 
 
 def test_the_same_idempotency_key_is_the_same_job(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -424,7 +424,7 @@ def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0)
 
 def claim(database: Engine, queue: Queue) -> Job:
     with session_scope(database) as session:
-        job = jobs.claim(session, queue, owner="worker", lease_seconds=60)
+        job = claims.claim(session, queue, owner="worker", lease_seconds=60)
     assert job is not None
     return job
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from sqlalchemy import Engine, func, select, text, update
 
 from shared.broker.queues import Queue
-from shared.database import attempts, jobs
+from shared.database import attempts, claims, jobs, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent, Tenant
 from shared.errors import Conflict
@@ -89,10 +89,10 @@ class Machine(RuleBasedStateMachine):
     @rule(target=leases, queue=st.sampled_from(Queue))
     def claim(self, queue: Queue) -> tuple[str, int]:
         with session_scope(self.database) as session:
-            job = jobs.claim(session, queue, owner="w", lease_seconds=60)
+            job = claims.claim(session, queue, owner="w", lease_seconds=60)
         free = [
             m for m in self.models.values()
-            if m.state is jobs.WAITING[queue] and not m.leased and m.desired in WANTED[queue]
+            if m.state is state_machine.WAITING[queue] and not m.leased and m.desired in WANTED[queue]
         ]  # fmt: skip
         assert (job is not None) == bool(free)
         if job is None:
@@ -280,4 +280,4 @@ def test_any_order_of_events_keeps_the_promise(database: Engine, tenant: Tenant,
 
 @pytest.mark.parametrize("state", TERMINAL)
 def test_no_move_leaves_a_terminal_state(state: State) -> None:
-    assert not any(state in move.source for move in jobs.MOVES.values())
+    assert not any(state in move.source for move in state_machine.MOVES.values())

@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from shared import settings, storage
 from shared.broker.queues import Queue
-from shared.database import attempts, jobs
+from shared.database import attempts, claims, jobs, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
 from shared.schemas.requests import State
@@ -46,9 +46,9 @@ def attempt(job: str, monkeypatch: pytest.MonkeyPatch) -> Attempt:
 def test_a_trainer_that_says_nothing_is_stuck_and_in_the_end_poison(attempt: Attempt) -> None:
     told = {"TRAINER_COMMAND": "sh -c 'echo loading >&2; sleep 600'", "STUCK_SECONDS": "0.3", "MAX_CRASHES": "2"}
     first = attempt(**told)
-    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, jobs.Reason.CRASHED, 1)
+    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, state_machine.Reason.CRASHED, 1)
     second = attempt(**told)
-    assert (second.state, second.reason) == (State.FAILED, jobs.Reason.POISON)
+    assert (second.state, second.reason) == (State.FAILED, state_machine.Reason.POISON)
     assert second.error is not None
     assert (second.error["code"], second.error["last_log_lines"]) == ("trainer_stuck", ["loading"])
 
@@ -56,7 +56,7 @@ def test_a_trainer_that_says_nothing_is_stuck_and_in_the_end_poison(attempt: Att
 def test_poison_names_the_last_signal_and_gives_advice(attempt: Attempt) -> None:
     job = attempt(TRAINER_COMMAND="sh -c 'echo so far >&2; kill -9 $$'", MAX_CRASHES="1")
     assert job.error is not None
-    assert (job.state, job.reason, job.error["code"]) == (State.FAILED, jobs.Reason.POISON, "trainer_crashed")
+    assert (job.state, job.reason, job.error["code"]) == (State.FAILED, state_machine.Reason.POISON, "trainer_crashed")
     assert "SIGKILL" in job.error["message"]
     assert "out of memory" in job.error["message"]
     assert "max_length" in job.error["hint"]
@@ -71,7 +71,7 @@ def test_a_full_disk_gives_the_job_back_and_counts_no_crash(attempt: Attempt, tm
     try:
         (disk / "ballast").write_bytes(bytes(64 * 1024))
         job = attempt(CACHE_DIR=str(disk))
-        assert (job.state, job.reason, job.crash_count) == (State.QUEUED, jobs.Reason.PREEMPTED, 0)
+        assert (job.state, job.reason, job.crash_count) == (State.QUEUED, state_machine.Reason.PREEMPTED, 0)
         assert "disk of the worker is full" in events(job)[-1]
         with session_scope() as session:
             assert session.scalar(select(Job.not_before > Job.created_at).where(Job.id == job.id))
@@ -95,9 +95,9 @@ def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrow
     # Rows 4 → 2 → 1, then without kept activations, then unpacked.
     for narrower in (1, 2, 3, 4):
         job = attempt(**told)
-        assert (job.reason, job.fallback_level, job.crash_count) == (jobs.Reason.OUT_OF_MEMORY, narrower, 0)
+        assert (job.reason, job.fallback_level, job.crash_count) == (state_machine.Reason.OUT_OF_MEMORY, narrower, 0)
     last = attempt(**told)
-    assert (last.state, last.reason) == (State.FAILED, jobs.Reason.POISON)
+    assert (last.state, last.reason) == (State.FAILED, state_machine.Reason.POISON)
     assert last.error is not None
     assert "out of memory" in last.error["message"]
 
@@ -150,13 +150,13 @@ def test_a_job_lives_on_where_no_log_can_be_written(as_worker: None, attempt: At
             stderr=full, stdout=full, timeout=60, check=True,
         )  # fmt: skip
     job = attempt(MIN_FREE_BYTES=str(2**62))
-    assert (job.attempt, job.crash_count, job.reason) == (1, 1, jobs.Reason.CRASHED)
+    assert (job.attempt, job.crash_count, job.reason) == (1, 1, state_machine.Reason.CRASHED)
 
 
 def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None:
     job = attempt(MIN_FREE_BYTES=str(2**62))
     with session_scope() as session:
-        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.id == job.id
         jobs.set_desired_state(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
@@ -168,7 +168,7 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
 def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_taken(attempt: Attempt, job: str, tmp_path: Path) -> None:
     """The newest lies in the bucket with other bytes than its row says. The trainer is `cat`, which makes no sense."""
     with session_scope() as session:
-        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
     for step in (20, 40):
         folder = tmp_path / str(step)

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from deploy.local.folder import Record
 from shared import settings, storage
-from shared.database import attempts, checkpoints, files, jobs
+from shared.database import attempts, checkpoints, files, jobs, state_machine
 from shared.database.session import engine, session_scope
 from shared.database.tables import Adapter, BaseModelRow, Checkpoint, File, Job, Table
 from shared.database.tenants import ensure_tenant
@@ -210,7 +210,7 @@ def test_a_result_that_is_committed_after_the_listing_stays(kind: str, tenant: s
     def commit(session: Session) -> None:
         session.add_all([an_adapter(tenant, job, base), file_row(tenant, result)])
         session.flush()
-        assert jobs.transition(session, job, jobs.Reason.COMPLETED, epoch=1)
+        assert state_machine.transition(session, job, state_machine.Reason.COMPLETED, epoch=1)
 
     assert meanwhile("jobs", commit) == {}
     assert everything() == [key]
@@ -250,7 +250,7 @@ def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_jo
     assert collect(orphan_seconds=0) == {}
     assert everything() == [key]
     with session_scope() as session:
-        jobs.transition(session, job.id, jobs.Reason.CANCELLED, epoch=None)
+        state_machine.transition(session, job.id, state_machine.Reason.CANCELLED, epoch=None)
     assert collect(orphan_seconds=0) == {"files": 1}
     with session_scope() as session:
         assert session.get_one(File, file_id).deleted_at is not None
@@ -273,7 +273,7 @@ def test_what_a_job_starts_from_stays_until_it_has_ended(tenant: str, dataset: s
     assert everything() == sorted(kept)
     with session_scope() as session:
         for job in starting:
-            jobs.transition(session, job, jobs.Reason.CANCELLED, epoch=None)
+            state_machine.transition(session, job, state_machine.Reason.CANCELLED, epoch=None)
     assert collect(orphan_seconds=0) == {"checkpoints": 2, "adapters": 2}
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import select
 from deploy.local.folder import Folder
 from shared import settings, storage
 from shared.broker.queues import Queue
-from shared.database import jobs
+from shared.database import jobs, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job, JobEvent
 from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
@@ -147,11 +147,11 @@ def test_an_adapter_that_does_not_stand_fails_the_job_by_its_code(attempt: Attem
 @pytest.mark.parametrize(("how", "code"), [("doubt", "adapter_doubt"), ("die", "trainer_crashed")])
 def test_what_another_attempt_may_mend_is_a_crash(attempt: Attempt, how: str, code: str) -> None:
     first = attempt(how, MAX_CRASHES="2")
-    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, jobs.Reason.CRASHED, 1)
+    assert (first.state, first.reason, first.crash_count) == (State.QUEUED, state_machine.Reason.CRASHED, 1)
     assert published(first) is None
     second = attempt(how)
     assert second.error is not None
-    assert (second.state, second.reason, second.error["code"]) == (State.FAILED, jobs.Reason.POISON, code)
+    assert (second.state, second.reason, second.error["code"]) == (State.FAILED, state_machine.Reason.POISON, code)
 
 
 def test_a_proof_that_gets_nowhere_is_stuck(attempt: Attempt) -> None:
@@ -162,7 +162,7 @@ def test_a_proof_that_gets_nowhere_is_stuck(attempt: Attempt) -> None:
 
 def test_a_drain_gives_the_job_back(attempt: Attempt, verifying: Path) -> None:
     done = attempt("hang", draining=verifying.exists)
-    assert (done.state, done.reason, done.crash_count) == (State.QUEUED, jobs.Reason.PREEMPTED, 0)
+    assert (done.state, done.reason, done.crash_count) == (State.QUEUED, state_machine.Reason.PREEMPTED, 0)
     assert published(done) is None
 
 

@@ -6,7 +6,7 @@ import redis
 from sqlalchemy import func, select, text, update
 
 from shared.broker.queues import Queue
-from shared.database import jobs
+from shared.database import claims, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Job
 from shared.schemas.requests import State
@@ -56,13 +56,13 @@ def test_it_takes_back_only_after_a_whole_lease_time_of_watching(job: str) -> No
     assert row(job).state == State.RUNNING
     sweep(settings, watched=settings.lease_seconds)
     after = row(job)
-    assert (after.state, after.reason, after.lease_epoch) == (State.QUEUED, jobs.Reason.LEASE_EXPIRED, epoch)
+    assert (after.state, after.reason, after.lease_epoch) == (State.QUEUED, state_machine.Reason.LEASE_EXPIRED, epoch)
     assert after.lease_owner is None
 
 
 def test_a_lease_that_holds_is_left_alone(job: str) -> None:
     with session_scope() as session:
-        assert jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        assert claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert reclaim(session, get_settings()) == 0
     assert row(job).state == State.RUNNING
 
@@ -71,8 +71,8 @@ def test_two_sweepers_take_a_job_back_once(job: str) -> None:
     """The advisory lock aside: both have read the same expired lease."""
     lapsed(job)
     with session_scope() as one, session_scope() as other:
-        assert one.scalar(select(jobs.expired()).where(Job.id == job))
-        assert other.scalar(select(jobs.expired()).where(Job.id == job))
+        assert one.scalar(select(claims.expired()).where(Job.id == job))
+        assert other.scalar(select(claims.expired()).where(Job.id == job))
         assert reclaim(one, get_settings()) == 1
         one.commit()
         assert reclaim(other, get_settings()) == 0
@@ -82,7 +82,7 @@ def test_two_sweepers_take_a_job_back_once(job: str) -> None:
 def lapsed(job: str) -> int:
     """Claim the job and turn Postgres's clock past the lease."""
     with session_scope() as session:
-        claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
+        claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.id == job
         past = func.clock_timestamp() - text("interval '1s'")

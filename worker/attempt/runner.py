@@ -19,7 +19,7 @@ from typing import Any
 from shared import storage
 from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
-from shared.database import attempts, checkpoints, devices, jobs
+from shared.database import attempts, checkpoints, claims, devices, jobs
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job
 from shared.errors import Unavailable
@@ -73,8 +73,8 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
         return Outcome.UNABLE
     try:
         with session_scope() as session:
-            jobs.disown(session, owner)
-            job = jobs.claim(session, queue, owner=owner, lease_seconds=settings.lease_seconds)
+            claims.disown(session, owner)
+            job = claims.claim(session, queue, owner=owner, lease_seconds=settings.lease_seconds)
     except Unavailable as error:
         log.warning("claim.failed", error=error.message)
         return Outcome.UNABLE

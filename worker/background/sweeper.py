@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
-from shared.database import attempts, jobs, previews
+from shared.database import attempts, claims, previews
 from shared.database.session import after_commit, ping, session_scope, try_lock
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
@@ -76,11 +76,11 @@ def ring_again(queue: Queue, *, backoff: float) -> bool:
     A slot that is woken goes on until nothing waits, so a few rings a round are enough: each takes time from the watch.
     """
     with session_scope() as session:
-        waiting = jobs.to_ring_for(session, queue, backoff=backoff, limit=RINGS)
+        waiting = claims.to_ring_for(session, queue, backoff=backoff, limit=RINGS)
     for told, _ in enumerate(waiting):
         if not ring(queue):
             with session_scope() as session:
-                jobs.not_rung(session, waiting[told:])
+                claims.not_rung(session, waiting[told:])
             return False
     if waiting:
         failpoint(Failpoint.AFTER_RERING)
@@ -91,7 +91,7 @@ def ring_again(queue: Queue, *, backoff: float) -> bool:
 def reclaim(session: Session, settings: Settings) -> int:
     """Take back every job whose lease has run out; returns how many."""
     reclaimed = 0
-    for job_id, epoch, owner in jobs.lock_expired(session, limit=100):
+    for job_id, epoch, owner in claims.lock_expired(session, limit=100):
         error = JobError(
             code="worker_lost",
             message=f"worker {owner} stopped renewing its lease",
