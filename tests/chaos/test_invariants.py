@@ -28,7 +28,7 @@ from shared.tenants import ensure_tenant
 from shared.training import JobError, Metrics
 from tests.chaos.invariants import ENDS, PAUSED, STARTED, overlaps, steps_repeated, violations
 from tests.chaos.servers import Servers
-from tests.shared.test_jobs import PLAN, REPORT
+from tests.results import PLAN, REPORT
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

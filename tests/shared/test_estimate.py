@@ -9,7 +9,7 @@ import pytest
 from shared.errors import InvalidRequest
 from shared.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.schemas import Lora, Method, Quantization, TrainerParams
-from tests.shared.test_architecture import REAL
+from tests.shared.architectures import REAL
 from worker.trainer import recipe
 
 SMOL = REAL["SmolLM2-135M"][1] | {"max_position_embeddings": 8192}

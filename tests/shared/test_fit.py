@@ -16,7 +16,7 @@ from shared import architecture, fit
 from shared.architecture import Linear
 from shared.errors import InvalidRequest
 from shared.schemas import Quantization
-from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
+from tests.shared.architectures import ENCODERS, LLAMA, REAL, TINY, setup_of
 from worker.trainer import attention, lora, recipe
 from worker.trainer.batches import Batch
 from worker.trainer.likelihood import CHUNK_BYTES, Layout

@@ -12,11 +12,14 @@ from shared import attempts, jobs
 from shared.db import session_scope
 from shared.errors import Conflict, NotFound
 from shared.jobs import MOVES, Reason
-from shared.models import Adapter, File, Job, JobEvent, JobMetric, Tenant
+from shared.models import File, Job, JobEvent, JobMetric, Tenant
 from shared.queue import Queue
 from shared.schemas import TERMINAL, Desired, JobCreate, State
 from shared.tenants import ensure_tenant
-from shared.training import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
+from shared.training import JobError, Metrics
+from tests.results import PLAN, REPORT
+
+from .job_rows import adapter, claim, make, queued, result_file
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
 CRASH = {"backoff": 0.0, "max_crashes": 3}
@@ -387,48 +390,6 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
 # ---------------------------------------------------------------- the cast
 
 
-RECIPE = Recipe(
-    method="supervised", beta=None,
-    n_epochs=1, batch_size=1, learning_rate_multiplier=1, learning_rate=1e-3, schedule="cosine", warmup_steps=1,
-    total_steps=2, weight_decay=0, max_grad_norm=1, r=8, alpha=16, dropout=0, target_modules="all-linear",
-    use_rslora=False, use_dora=False, quantization="nf4", max_length=64, packing=True, micro_batch=1, save_every=1,
-    eval_every=None, early_stopping=None, seed=0,
-)  # fmt: skip
-PLAN = Plan(
-    rows=1, heldout_rows=0, tokens=1, trained_tokens=1, longest_row=1, truncated_rows=0, dropped_rows=0, warnings=[],
-    recipe=RECIPE,
-)  # fmt: skip
-SCORE = Score(loss=1.0, token_accuracy=0.5, tokens=1)
-CHANGE = LossChange(loss=0.0, low=None, high=None, rows=1, resamples=0, verdict=Verdict.UNKNOWN, caveats=[])
-REPORT = Report(
-    base=SCORE, tuned=SCORE, change=CHANGE, samples=[], heldout_source="training_file", heldout_lines=[1],
-    quantization="nf4", compute_dtype="bfloat16", steps=1, trained_tokens=1, trainable_parameters=1, total_parameters=1,
-    adapter_bytes=1, base_bytes=1, base_fp32_bytes=1, train_seconds=1, tokens_per_second=1, peak_memory_bytes=1,
-    full_finetuning=FullFineTuning(weights_bytes=1, gradients_bytes=1, optimizer_bytes=2, total_bytes=4),
-)  # fmt: skip
-
-
-def make(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0, dry_run: bool = False) -> Job:
-    body = JobCreate(model="tiny", training_file=dataset, priority=priority, dry_run=dry_run)
-    with session_scope(database) as session:
-        return jobs.submit(session, tenant.id, body)[0]
-
-
-def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0) -> Job:
-    job = make(database, tenant, dataset, priority=priority)
-    epoch = claim(database, Queue.PREPARE).lease_epoch
-    with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.QUEUED
-    return job
-
-
-def claim(database: Engine, queue: Queue) -> Job:
-    with session_scope(database) as session:
-        job = jobs.claim(session, queue, owner="worker", lease_seconds=60)
-    assert job is not None
-    return job
-
-
 def expire(session: jobs.Session, job_id: str) -> None:
     past = func.clock_timestamp() - text("interval '1s'")
     session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=past))
@@ -464,15 +425,3 @@ def copied(database: Engine, dataset: str, owner: Tenant) -> str:
         )  # fmt: skip
         session.add(file)
     return file.id
-
-
-def adapter(job: Job) -> Adapter:
-    name = f"ft:tiny:t::{job.id}"
-    return Adapter(job_id=job.id, tenant_id=job.tenant_id, name=name, base_model="tiny", prefix="a/", files=[], bytes=0)
-
-
-def result_file(job: Job) -> File:
-    return File(
-        id=f"file-r{job.id[-20:]}", tenant_id=job.tenant_id, filename="step_metrics.csv",
-        purpose="fine-tune-results", status="processed", bytes=0, sha256="0" * 64, key="r",
-    )  # fmt: skip

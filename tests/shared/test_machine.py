@@ -23,8 +23,9 @@ from shared.models import Job, JobEvent, Tenant
 from shared.queue import Queue
 from shared.schemas import TERMINAL, Desired, JobCreate, State
 from shared.training import JobError, Metrics
+from tests.results import PLAN, REPORT
 
-from .test_jobs import PLAN, REPORT, adapter, result_file
+from .job_rows import adapter, result_file
 
 EXAMPLES, STEPS = 260, 50
 MAX_CRASHES = 3

@@ -21,8 +21,9 @@ from shared.schemas import Desired, JobCreate, State
 from shared.storage import Entry
 from shared.tenants import ensure_tenant
 from shared.training import Metrics
+from tests.results import PLAN, REPORT
 
-from .test_jobs import PLAN, REPORT, adapter, claim, queued, result_file
+from .job_rows import adapter, claim, queued, result_file
 
 RECIPE = PLAN.recipe
 PUBLISHED, SAVED = "a" * 64, "b" * 64

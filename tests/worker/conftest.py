@@ -22,7 +22,7 @@ from shared.db import session_scope
 from shared.models import BaseModel, File, Job
 from shared.schemas import JobCreate, State
 from shared.tenants import ensure_tenant
-from tests.shared.test_jobs import PLAN
+from tests.results import PLAN
 from tests.tiny import tiny_llama
 
 ROW = b'{"text": "a hat"}\n'

@@ -18,7 +18,7 @@ from client.download import pull
 from deploy.local.folder import Record
 from tests.tiny import tiny_encoder
 
-from .test_adapter import finished
+from .job_ends import finished
 
 KINDS = ("felt", "wool", "straw")
 TEXTS = [f"hat {i} of {KINDS[i % 3]}" for i in range(60)]

@@ -23,17 +23,12 @@ from shared.models import Adapter, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas import Desired, State
 from shared.training import Export
-from tests.shared.test_jobs import REPORT
+from tests.results import PROOF, REPORT
 from worker.lease import Lease, boottime
 from worker.patience import Patience
 from worker.publishing import Damaged, fetch_back
 from worker.runner import run_next
 
-PROOF = {
-    "base": REPORT.base.model_dump(), "tuned": REPORT.tuned.model_dump(), "base_deviation": 0, "tuned_deviation": 0,
-    "tolerance": 0, "max_logit_difference": 1, "start_logit_difference": None, "tensors": 1, "tokenizer_sha256": "",
-    "vllm": {"servable": True, "max_lora_rank": 8, "reasons": []},
-}  # fmt: skip
 TRAINER = f"""
     import json, os, pathlib, sys, time
 

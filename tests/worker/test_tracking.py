@@ -22,8 +22,7 @@ from shared.db import session_scope
 from shared.models import Job, JobEvent
 from shared.queue import Queue
 from shared.schemas import Desired, State
-from tests.shared.test_jobs import REPORT
-from tests.worker.test_publishing import PROOF
+from tests.results import PROOF, REPORT
 from tests.worker.trackers.servers import Mlflow, Silent, serving
 from worker import tracking
 from worker.runner import run_next

@@ -16,7 +16,7 @@ from worker import warm
 from worker.session import TrainerSession
 from worker.warm import Purpose
 
-from .test_session import task
+from .bare_task import task
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,9 @@ from worker.trainer.likelihood import Layout
 from worker.trainer.model import Base
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
+from .rows import preferences
 
 BETA = 0.5
-
-
-def preferences(count: int) -> Rows:
-    """Every prompt is answered by a hat rather than by a cap."""
-    return [
-        {"prompt": f"Quote by N{i}: ", "chosen": "a felt hat" * (1 + i % 3), "rejected": "cap"} for i in range(count)
-    ]
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.training import Recipe
-from tests.shared.test_jobs import RECIPE
+from tests.results import RECIPE
 from worker.trainer import data, packing
 from worker.trainer.batches import batches
 from worker.trainer.encoding import Pair, Row
 from worker.trainer.packing import Rows, heaviest, micro_batches, pack, row_of
 from worker.trainer.recipe import PACK_LENGTH
 
-from .test_batches import examples_of, lengths
+from .rows import examples_of, lengths
 
 
 def recipe_of(**changes: Any) -> Recipe:

@@ -13,7 +13,7 @@ from worker.trainer import checkpoint, model, rehearsal
 from worker.trainer.train import train
 
 from .conftest import Child, MakeTask, Observer, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
-from .test_ladder import Failing, limit_data, warnings_of, wide_base
+from .scarce_memory import Failing, limit_data, warnings_of, wide_base
 
 
 def one_long(rows: Rows) -> Rows:

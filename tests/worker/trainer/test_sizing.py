@@ -13,8 +13,8 @@ from shared.errors import TrainingFailed
 from shared.memory import Kind, KnownDevice, Weighing
 from shared.protocol import Task
 from shared.training import Recipe
-from tests.shared.test_architecture import REAL
-from tests.shared.test_jobs import RECIPE
+from tests.results import RECIPE
+from tests.shared.architectures import REAL
 from worker.trainer.encoding import Encoded
 from worker.trainer.prepare import prepare
 from worker.trainer.sizing import Sized, size

@@ -23,7 +23,7 @@ from worker.trainer.model import Base
 from worker.trainer.verify import verify
 
 from .conftest import MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
-from .test_dpo import preferences
+from .rows import preferences
 
 LAYOUT = Layout(packing=True, chunked=True, micro_batch=8, pad=2)
 LORA = {"r": 4, "dropout": 0.1}
