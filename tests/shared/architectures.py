@@ -68,4 +68,5 @@ REAL = {
 
 
 def setup_of(**fields: Any) -> fit.Setup:
-    return fit.Setup(**{"quantization": Quantization.NF4, "r": 3, "micro_batch": 1, "max_length": 64} | fields)
+    plain: dict[str, Any] = {"quantization": Quantization.NF4, "r": 3, "micro_batch": 1, "max_length": 64}
+    return fit.Setup(**plain | fields)

@@ -62,6 +62,7 @@ def test_time_is_flop_over_flops() -> None:
     assert on_cpu.gradient_checkpointing is False
     assert any("two cores" in words for words in on_cpu.assumptions)
     short = asked(PLANNED, trainer={"max_steps": 10}, hyperparameters={"batch_size": 5}, device_flops=1e12)
+    assert known.seconds is not None
     assert short.seconds == pytest.approx(known.seconds / 50, abs=0.06)
     cut = asked(PLANNED, trainer={"max_length": 50})
     assert cut.tokens == 500 * 50

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select, text, update
+from sqlalchemy import Engine, extract, func, select, text, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from shared import attempts, jobs
 from shared.db import session_scope
@@ -14,7 +16,7 @@ from shared.errors import Conflict, NotFound
 from shared.jobs import MOVES, Reason
 from shared.models import File, Job, JobEvent, JobMetric, Tenant
 from shared.queue import Queue
-from shared.schemas import TERMINAL, Desired, JobCreate, State
+from shared.schemas import TERMINAL, Desired, JobCreate, Phase, State
 from shared.tenants import ensure_tenant
 from shared.training import JobError, Metrics
 from tests.results import PLAN, REPORT
@@ -22,7 +24,7 @@ from tests.results import PLAN, REPORT
 from .job_rows import adapter, claim, make, queued, result_file
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
-CRASH = {"backoff": 0.0, "max_crashes": 3}
+CRASH: dict[str, Any] = {"backoff": 0.0, "max_crashes": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     before = read(database, job.id)
     with session_scope(database) as session:
         assert attempts.renew(session, job.id, zombie, lease_seconds=60) is None
-        assert not attempts.enter(session, job.id, zombie, jobs.Phase.TRAINING)
+        assert not attempts.enter(session, job.id, zombie, Phase.TRAINING)
         assert not attempts.note(session, job.id, zombie, level="info", message="boo")
         assert not attempts.record(session, job.id, zombie, [step], {})
         assert not attempts.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
@@ -85,7 +87,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
         assert not attempts.failed(session, job.id, zombie, OOPS)
         assert not attempts.crashed(session, job.id, zombie, OOPS, **CRASH)
         assert not attempts.released(session, job.id, zombie)
-        files = {"adapter": adapter(job), "result_file": result_file(job)}
+        files: dict[str, Any] = {"adapter": adapter(job), "result_file": result_file(job)}
         assert attempts.succeeded(session, job.id, zombie, report=REPORT, **files) is None
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
@@ -126,8 +128,9 @@ def test_the_back_off_doubles_up_to_five_minutes(database: Engine, tenant: Tenan
         epoch = claim(database, Queue.TRAIN).lease_epoch
         with session_scope(database) as session:
             assert attempts.crashed(session, job.id, epoch, OOPS, backoff=5.0, max_crashes=10_000)
-            waits.append(session.scalar(select(Job.not_before - func.clock_timestamp()).where(Job.id == job.id)))
-    assert [round(wait.total_seconds()) for wait in waits] == [5, 10, 160, 300, 300]
+            wait = extract("epoch", Job.not_before - func.clock_timestamp())
+            waits.append(session.scalars(select(wait).where(Job.id == job.id)).one())
+    assert [round(wait) for wait in waits] == [5, 10, 160, 300, 300]
 
 
 def test_a_running_job_must_be_leased(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -171,7 +174,7 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
         assert jobs.ask(session, tenant.id, busy.id, Desired.CANCEL).state == State.RUNNING
         assert attempts.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
     with session_scope(database) as session:
-        files = {"adapter": adapter(busy), "result_file": result_file(busy)}
+        files: dict[str, Any] = {"adapter": adapter(busy), "result_file": result_file(busy)}
         assert attempts.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
     with session_scope(database) as session, pytest.raises(Conflict, match="is cancelled"):
         jobs.ask(session, tenant.id, busy.id, Desired.CANCEL)
@@ -390,7 +393,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
 # ---------------------------------------------------------------- the cast
 
 
-def expire(session: jobs.Session, job_id: str) -> None:
+def expire(session: Session, job_id: str) -> None:
     past = func.clock_timestamp() - text("interval '1s'")
     session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=past))
 

@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
             return  # a dataset's reader has no adapter to hand in
         row = model.row if model else Job(id="none", tenant_id=self.tenant.id)
         with session_scope(self.database) as session:
-            files = {"adapter": adapter(row), "result_file": result_file(row)}
+            files: dict[str, Any] = {"adapter": adapter(row), "result_file": result_file(row)}
             state = attempts.succeeded(session, job_id, epoch, report=REPORT, **files)
         if model is None or not model.holds(epoch):
             assert state is None

@@ -19,7 +19,7 @@ from shared import attempts, jobs, settings, storage
 from shared.db import session_scope
 from shared.models import Job, JobEvent
 from shared.queue import Queue
-from shared.schemas import State
+from shared.schemas import Desired, State
 from shared.training import Metrics
 from worker import session as trainer
 from worker.runner import run_next
@@ -158,7 +158,7 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
         claimed = jobs.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.id == job.id
-        jobs.ask(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
+        jobs.ask(session, job.tenant_id, job.id, Desired.PAUSE)
     with session_scope() as session:
         assert attempts.shrunk(session, job.id, claimed.lease_epoch)
         assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED

@@ -82,7 +82,7 @@ def test_loss_and_gradient_are_those_of_the_paper_in_every_layout(base: Base, ro
         tally = methods.Tally()
         for batch in batches(rows, packing=packing, micro_batch=micro_batch, pad=2):
             loss = methods.loss(adapted, batch, found, recipe)
-            (loss.sums.sum() / methods.weight(rows, recipe)).backward()
+            torch.autograd.backward(loss.sums.sum() / methods.weight(rows, recipe))
             tally.add(loss)
         score = tally.score()
         assert score.loss == pytest.approx(wanted.item(), rel=1e-4)
@@ -103,7 +103,7 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     with base.precision():
         [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
         loss = methods.loss(adapted, batch, layout(), recipe)
-    loss.sums.sum().backward()
+    torch.autograd.backward(loss.sums.sum())
     gradients = [p.grad for p in model.trainable(adapted).values()]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert adapted.training
@@ -121,7 +121,8 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
         with base.precision():
             tally.add(methods.loss(adapted, batch, layout(), recipe))
     score = tally.score()
-    assert (score.loss, score.reward_accuracy, score.reward_margin) == (pytest.approx(math.log(2)), 0.5, 0.0)
+    assert score.loss == pytest.approx(math.log(2))
+    assert (score.reward_accuracy, score.reward_margin) == (0.5, 0.0)
 
 
 def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: Recipe, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 
 from shared.errors import TrainingFailed
-from shared.formats import FORMATS
+from shared.formats import FORMATS, Chat, Completion
 from tests.tiny import CHATML, tiny_tokenizer
 from worker.trainer.encoding import CannotEncode, Encoded, Encoder
 
@@ -20,7 +20,11 @@ EncoderOf = Callable[[str], Encoder]
 
 def encode(encoder: Encoder, row: dict[str, Any]) -> Encoded:
     marker = next(key for key in FORMATS if key in row)
-    return encoder.encode(1, FORMATS[marker](row))
+    example = FORMATS[marker](row)
+    assert isinstance(example, Chat | Completion)
+    found = encoder.encode(1, example)
+    assert isinstance(found, Encoded)
+    return found
 
 
 ANSWER = "<|im_start|>assistant\n"

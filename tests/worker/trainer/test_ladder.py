@@ -72,7 +72,7 @@ def test_failed_step_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: py
     """Memory ends in the second micro-batch of step 4: gradients are there by then, and random numbers drawn."""
     saved = run(task, tmp_path / "first", stop_at=3).of(CheckpointSaved)[-1]
     run(task, tmp_path / "told", resume_from=saved.path, memory_halvings=1)
-    failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
+    failing: Failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
     observer = run(task, tmp_path / "found", resume_from=saved.path)
     assert warnings_of(observer) == [
         "out of memory at step 4: micro-batch 4 → 2, the result is the same mathematically"

@@ -16,7 +16,7 @@ from shared.protocol import Done, Notice, Stopped
 from shared.schemas import Quantization
 from worker.trainer import data, evaluate, model, samples
 from worker.trainer.batches import batches
-from worker.trainer.encoding import Encoded, Encoder
+from worker.trainer.encoding import Encoded, Encoder, Row
 from worker.trainer.likelihood import Layout
 from worker.trainer.methods import sft
 from worker.trainer.model import Base
@@ -34,7 +34,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encode(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> Any:
-    def encode(rows: Rows) -> list[Encoded]:
+    def encode(rows: Rows) -> list[Row]:
         return data.load(make_task(write_rows(rows)), encoder).train
 
     return encode
@@ -159,7 +159,7 @@ def test_gradients_after_samples_equal_those_before(
     def gradients() -> list[torch.Tensor]:
         adapted.zero_grad()
         for batch in batches(rows, packing=True, micro_batch=4, pad=2):
-            sft.loss(base.model, batch, LAYOUT).sums.sum().backward()
+            torch.autograd.backward(sft.loss(base.model, batch, LAYOUT).sums.sum())
         return [p.grad.clone() for p in model.trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()
