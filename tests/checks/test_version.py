@@ -13,7 +13,7 @@ from api.app import app
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 #: History, and other packages' versions.
-ELSEWHERE = {"pyproject.toml", "CHANGELOG.md", "constraints.txt"}
+ELSEWHERE = {"pyproject.toml", "CHANGELOG.md", "constraints.txt", "migrations/released.json"}
 
 
 def test_the_installed_package_and_the_api_have_the_version() -> None:
