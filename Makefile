@@ -63,7 +63,7 @@ check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest tests/checks
 
-released: setup ## write down the schema that this version is released with, for the next one to be checked against
+released: setup ## write this version's schema to migrations/released.json, to check later migrations against
 	$(BIN)/pytest tests/checks/test_released_schema.py --write-released
 
 format: setup ## rewrite the code as `check` wants it
