@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench bench-fit bench-full bench-gpu check format lock clean
+.PHONY: help setup demo up down test soak bench bench-fit bench-full bench-gpu check released format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest tests/checks
+
+released: setup ## write this version's schema to migrations/released.json, to check later migrations against
+	$(BIN)/pytest tests/checks/test_released_schema.py --write-released
 
 format: setup ## rewrite the code as `check` wants it
 	$(BIN)/ruff format .

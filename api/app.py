@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,7 +32,7 @@ FORM_SLACK = 64 * 1024
 
 def create_app() -> FastAPI:
     """A fresh application on this process's settings."""
-    app = FastAPI(title="Milliner", version="0.1.0", lifespan=_lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="Milliner", version=version("milliner"), lifespan=_lifespan, docs_url="/docs", redoc_url=None)
     for noun in (files, jobs, estimate, preview, models, health):
         app.include_router(noun.router)
     app.add_exception_handler(MillinerError, _milliner_error)

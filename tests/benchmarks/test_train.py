@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine, train
 from tests.tiny import tiny_llama
@@ -23,7 +24,7 @@ def test_quick_run_leaves_figures_and_a_table(tmp_path: Path) -> None:
 
 def test_table_holds_ours_against_the_bar() -> None:
     run = {"steps": 1, "to_first_step": 9.0, "trained_tokens": 1000}
-    found = {
+    found: dict[str, Any] = {
         "date": "2026-01-01T00:00:00+00:00",
         "command": "python -m benchmarks.train",
         "machine": {"cpu": "a CPU", "cores": 2, "flags": [], "load_before": 0.0, "bf16_gemm_flops": 10**12},

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
+from typing import Any
 
 import openai
 import pytest
@@ -65,7 +66,7 @@ def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Failpoint) -> None:
         zombie = start(ours, queue, point, Action.STOP)
         stands_still(zombie)
         succeed(ours, job)
-        os.kill(zombie.pid, signal.SIGCONT)
+        go_on(zombie)
         assert ended(zombie) == 0
 
 
@@ -80,7 +81,7 @@ def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point:
         return
     stands_still(process)
     succeed(ours, job)
-    os.kill(process.pid, signal.SIGCONT)
+    go_on(process)
     assert ended(process) == 0
 
 
@@ -101,7 +102,7 @@ def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Failpoint, acti
     """The client's retry gets the job that was made, or makes it; there is one either way."""
     serve(ours, f"{point}:{action}")
     before = ours.states()
-    body = {"model": "hat", "training_file": ours.dataset, "seed": int.from_bytes(os.urandom(3))}
+    body: dict[str, Any] = {"model": "hat", "training_file": ours.dataset, "seed": int.from_bytes(os.urandom(3))}
     with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
         ours.client.with_options(max_retries=0).fine_tuning.jobs.create(**body)
     made = set(ours.states()) - set(before)
@@ -154,6 +155,11 @@ def stands_still(process: ForkServerProcess) -> None:
     until(lambda: state_of(process.pid) == "T", "the slot has stopped at its point")
     since = now()
     until(lambda: now() - since > FENCE, "it stands still for long enough")
+
+
+def go_on(process: ForkServerProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGCONT)
 
 
 def ended(process: ForkServerProcess) -> int | None:

@@ -29,7 +29,7 @@ from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
 from tests.chaos.invariants import ENDS, PAUSED, STARTED, overlaps, steps_repeated, violations
 from tests.chaos.servers import Servers
-from tests.shared.test_jobs import PLAN, REPORT
+from tests.results import PLAN, REPORT
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -12,6 +12,10 @@ from deploy.local.folder import Folder
 from deploy.local.process import end, spawn, stop
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-released", action="store_true", help="write the schema of today as the released one")
+
+
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty database."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import psycopg
 
-ROOT = Path(__file__).resolve().parents[2]
+from .migrating import alembic
 
 
 def test_migrations_and_models_agree(postgres: str) -> None:
@@ -23,15 +18,3 @@ def test_migrations_and_models_agree(postgres: str) -> None:
         ).fetchall()
     assert {name for (name,) in left} <= {"alembic_version", "alembic_version_pkc"}
     alembic(postgres, "upgrade", "head")
-
-
-def alembic(url: str, *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", "-c", str(ROOT / "migrations" / "alembic.ini"), *command],
-        env=os.environ | {"MILLINER_DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr

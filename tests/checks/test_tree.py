@@ -46,3 +46,9 @@ def test_only_the_settings_read_the_environment() -> None:
         if name.split("/")[0] in {"shared", "api", "worker", "client"} and name != "shared/settings.py":
             # The trainer child writes what libraries read at import.
             assert not re.search(r"getenv|environ\.get|environ\[[^]]+\](?! = )", path.read_text()), name
+
+
+def test_no_test_is_imported() -> None:
+    """Data that two test modules share lives in a module that is not one itself."""
+    imported = re.compile(r"^\s*(?:from|import)\s+\S*\btest_\w+|^\s*from\s+\.\s+import\s+.*\btest_", re.M)
+    assert not [str(path.relative_to(ROOT)) for path in CODE if imported.search(path.read_text())]

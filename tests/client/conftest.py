@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ FULL = {
     "optimizer_bytes": 1_076_120_064,
     "total_bytes": 2_152_240_128,
 }
-REPORT = {
+REPORT: dict[str, Any] = {
     "base": SCORE,
     "tuned": SCORE | {"loss": 2.5, "token_accuracy": 0.5},
     "change": CHANGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Literal
 
 from rich.console import Console
 
@@ -40,7 +41,7 @@ PREVIEW = PreviewOut(
 
 def drawn(*, colour: bool) -> str:
     out = io.StringIO()
-    system = "standard" if colour else None
+    system: Literal["standard"] | None = "standard" if colour else None
     console = Console(file=out, width=80, markup=False, highlight=False, force_terminal=colour, color_system=system)
     console.print(rows(PREVIEW, colour=colour), soft_wrap=True)
     return out.getvalue()

@@ -10,7 +10,7 @@ from shared.schemas.responses import Job
 from shared.schemas.results import Export, LossChange, Plan, Report
 
 from .conftest import CHANGE, DATA, PLAN, RECIPE, REPORT, SAMPLE
-from .test_show import drawn
+from .drawing import drawn
 
 CLASSIFIED = REPORT | {
     "base": {"loss": 0.71, "token_accuracy": 0.475, "tokens": 40, "macro_f1": 0.33},

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
-from rich.console import Console, RenderableType
 
 from client import show
 from shared.schemas.responses import File, Job, Model
 from shared.schemas.results import DataReport
 
-
-def drawn(thing: RenderableType, width: int = 160) -> str:
-    out = io.StringIO()
-    Console(file=out, width=width, markup=False, highlight=False).print(thing)
-    return out.getvalue()
+from .drawing import drawn
 
 
 def test_the_plan_names_what_will_happen(queued: Job) -> None:

@@ -10,7 +10,7 @@ from client.submit import body_of, model_of
 from shared.errors import InvalidRequest
 from shared.schemas.requests import JobCreate
 
-NOTHING: dict[str, dict[str, Any]] = {"hyperparameters": {"n_epochs": None}, "lora": {"r": None}, "trainer": {}}
+NOTHING: dict[str, Any] = {"hyperparameters": {"n_epochs": None}, "lora": {"r": None}, "trainer": {}}
 
 
 def test_what_was_not_said_is_not_sent() -> None:

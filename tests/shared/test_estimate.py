@@ -9,7 +9,7 @@ import pytest
 from shared.errors import InvalidRequest
 from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
-from tests.shared.test_architecture import REAL
+from tests.shared.architectures import REAL
 from worker.trainer.planning import recipe
 
 SMOL = REAL["SmolLM2-135M"][1] | {"max_position_embeddings": 8192}
@@ -62,6 +62,7 @@ def test_time_is_flop_over_flops() -> None:
     assert on_cpu.gradient_checkpointing is False
     assert any("two cores" in words for words in on_cpu.assumptions)
     short = asked(PLANNED, trainer={"max_steps": 10}, hyperparameters={"batch_size": 5}, device_flops=1e12)
+    assert known.seconds is not None
     assert short.seconds == pytest.approx(known.seconds / 50, abs=0.06)
     cut = asked(PLANNED, trainer={"max_length": 50})
     assert cut.tokens == 500 * 50

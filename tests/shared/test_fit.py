@@ -16,7 +16,7 @@ from shared.errors import InvalidRequest
 from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
-from tests.shared.test_architecture import ENCODERS, LLAMA, REAL, TINY, setup_of
+from tests.shared.architectures import ENCODERS, LLAMA, REAL, TINY, setup_of
 from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import CHUNK_BYTES

@@ -48,7 +48,7 @@ def asked(question: str, *, system: str | None = None) -> Chat:
     return Chat((*before, Turn({"role": "user", "content": question}, False), Turn(BOT, True)))
 
 
-GOOD = [
+GOOD: list[tuple[dict[str, Any], Example]] = [
     ({"messages": [USER, BOT]}, Chat((Turn(USER, False), Turn(BOT, True)))),
     (
         {"messages": [USER, BOT | {"weight": 0}, USER, BOT | {"weight": 1}]},

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select, text, update
+from sqlalchemy import Engine, extract, func, select, text, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, claims, jobs
 from shared.database.session import session_scope
 from shared.database.state_machine import MOVES, Reason
-from shared.database.tables import Adapter, File, Job, JobEvent, JobMetric, Tenant
+from shared.database.tables import File, Job, JobEvent, JobMetric, Tenant
 from shared.database.tenants import ensure_tenant
 from shared.errors import Conflict, NotFound
-from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
-from shared.schemas.results import FullFineTuning, JobError, LossChange, Metrics, Plan, Recipe, Report, Score, Verdict
+from shared.schemas.requests import TERMINAL, Desired, JobCreate, Phase, State
+from shared.schemas.results import JobError, Metrics
+from tests.results import PLAN, REPORT
+
+from .job_rows import adapter, claim, make, queued, result_file
 
 OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKILL")
-CRASH = {"backoff": 0.0, "max_crashes": 3}
+CRASH: dict[str, Any] = {"backoff": 0.0, "max_crashes": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +78,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     before = read(database, job.id)
     with session_scope(database) as session:
         assert attempts.renew(session, job.id, zombie, lease_seconds=60) is None
-        assert not attempts.enter(session, job.id, zombie, jobs.Phase.TRAINING)
+        assert not attempts.enter(session, job.id, zombie, Phase.TRAINING)
         assert not attempts.note(session, job.id, zombie, level="info", message="boo")
         assert not attempts.record(session, job.id, zombie, [step], {})
         assert not attempts.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
@@ -82,7 +87,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
         assert not attempts.failed(session, job.id, zombie, OOPS)
         assert not attempts.crashed(session, job.id, zombie, OOPS, **CRASH)
         assert not attempts.released(session, job.id, zombie)
-        files = {"adapter": adapter(job), "result_file": result_file(job)}
+        files: dict[str, Any] = {"adapter": adapter(job), "result_file": result_file(job)}
         assert attempts.succeeded(session, job.id, zombie, report=REPORT, **files) is None
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
@@ -123,8 +128,9 @@ def test_the_back_off_doubles_up_to_five_minutes(database: Engine, tenant: Tenan
         epoch = claim(database, Queue.TRAIN).lease_epoch
         with session_scope(database) as session:
             assert attempts.crashed(session, job.id, epoch, OOPS, backoff=5.0, max_crashes=10_000)
-            waits.append(session.scalar(select(Job.not_before - func.clock_timestamp()).where(Job.id == job.id)))
-    assert [round(wait.total_seconds()) for wait in waits] == [5, 10, 160, 300, 300]
+            wait = extract("epoch", Job.not_before - func.clock_timestamp())
+            waits.append(session.scalars(select(wait).where(Job.id == job.id)).one())
+    assert [round(wait) for wait in waits] == [5, 10, 160, 300, 300]
 
 
 def test_a_running_job_must_be_leased(database: Engine, tenant: Tenant, dataset: str) -> None:
@@ -168,7 +174,7 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
         assert jobs.set_desired_state(session, tenant.id, busy.id, Desired.CANCEL).state == State.RUNNING
         assert attempts.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
     with session_scope(database) as session:
-        files = {"adapter": adapter(busy), "result_file": result_file(busy)}
+        files: dict[str, Any] = {"adapter": adapter(busy), "result_file": result_file(busy)}
         assert attempts.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
     with session_scope(database) as session, pytest.raises(Conflict, match="is cancelled"):
         jobs.set_desired_state(session, tenant.id, busy.id, Desired.CANCEL)
@@ -387,49 +393,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
 # ---------------------------------------------------------------- the cast
 
 
-RECIPE = Recipe(
-    method="supervised", beta=None,
-    n_epochs=1, batch_size=1, learning_rate_multiplier=1, learning_rate=1e-3, schedule="cosine", warmup_steps=1,
-    total_steps=2, weight_decay=0, max_grad_norm=1, r=8, alpha=16, dropout=0, target_modules="all-linear",
-    use_rslora=False, use_dora=False, quantization="nf4", max_length=64, packing=True, micro_batch=1, save_every=1,
-    eval_every=None, early_stopping=None, seed=0,
-)  # fmt: skip
-PLAN = Plan(
-    rows=1, heldout_rows=0, tokens=1, trained_tokens=1, longest_row=1, truncated_rows=0, dropped_rows=0, warnings=[],
-    recipe=RECIPE,
-)  # fmt: skip
-SCORE = Score(loss=1.0, token_accuracy=0.5, tokens=1)
-CHANGE = LossChange(loss=0.0, low=None, high=None, rows=1, resamples=0, verdict=Verdict.UNKNOWN, caveats=[])
-REPORT = Report(
-    base=SCORE, tuned=SCORE, change=CHANGE, samples=[], heldout_source="training_file", heldout_lines=[1],
-    quantization="nf4", compute_dtype="bfloat16", steps=1, trained_tokens=1, trainable_parameters=1, total_parameters=1,
-    adapter_bytes=1, base_bytes=1, base_fp32_bytes=1, train_seconds=1, tokens_per_second=1, peak_memory_bytes=1,
-    full_finetuning=FullFineTuning(weights_bytes=1, gradients_bytes=1, optimizer_bytes=2, total_bytes=4),
-)  # fmt: skip
-
-
-def make(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0, dry_run: bool = False) -> Job:
-    body = JobCreate(model="tiny", training_file=dataset, priority=priority, dry_run=dry_run)
-    with session_scope(database) as session:
-        return jobs.submit(session, tenant.id, body)[0]
-
-
-def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0) -> Job:
-    job = make(database, tenant, dataset, priority=priority)
-    epoch = claim(database, Queue.PREPARE).lease_epoch
-    with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.QUEUED
-    return job
-
-
-def claim(database: Engine, queue: Queue) -> Job:
-    with session_scope(database) as session:
-        job = claims.claim(session, queue, owner="worker", lease_seconds=60)
-    assert job is not None
-    return job
-
-
-def expire(session: jobs.Session, job_id: str) -> None:
+def expire(session: Session, job_id: str) -> None:
     past = func.clock_timestamp() - text("interval '1s'")
     session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=past))
 
@@ -464,15 +428,3 @@ def copied(database: Engine, dataset: str, owner: Tenant) -> str:
         )  # fmt: skip
         session.add(file)
     return file.id
-
-
-def adapter(job: Job) -> Adapter:
-    name = f"ft:tiny:t::{job.id}"
-    return Adapter(job_id=job.id, tenant_id=job.tenant_id, name=name, base_model="tiny", prefix="a/", files=[], bytes=0)
-
-
-def result_file(job: Job) -> File:
-    return File(
-        id=f"file-r{job.id[-20:]}", tenant_id=job.tenant_id, filename="step_metrics.csv",
-        purpose="fine-tune-results", status="processed", bytes=0, sha256="0" * 64, key="r",
-    )  # fmt: skip

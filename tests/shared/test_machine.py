@@ -23,8 +23,9 @@ from shared.database.tables import Job, JobEvent, Tenant
 from shared.errors import Conflict
 from shared.schemas.requests import TERMINAL, Desired, JobCreate, State
 from shared.schemas.results import JobError, Metrics
+from tests.results import PLAN, REPORT
 
-from .test_jobs import PLAN, REPORT, adapter, result_file
+from .job_rows import adapter, result_file
 
 EXAMPLES, STEPS = 260, 50
 MAX_CRASHES = 3
@@ -151,7 +152,7 @@ class Machine(RuleBasedStateMachine):
             return  # a dataset's reader has no adapter to hand in
         row = model.row if model else Job(id="none", tenant_id=self.tenant.id)
         with session_scope(self.database) as session:
-            files = {"adapter": adapter(row), "result_file": result_file(row)}
+            files: dict[str, Any] = {"adapter": adapter(row), "result_file": result_file(row)}
             state = attempts.succeeded(session, job_id, epoch, report=REPORT, **files)
         if model is None or not model.holds(epoch):
             assert state is None

@@ -22,8 +22,9 @@ from shared.ids import fine_tuned_name
 from shared.schemas.requests import Desired, JobCreate, State
 from shared.schemas.results import Metrics
 from shared.storage import Entry
+from tests.results import PLAN, REPORT
 
-from .test_jobs import PLAN, REPORT, adapter, claim, queued, result_file
+from .job_rows import adapter, claim, queued, result_file
 
 RECIPE = PLAN.recipe
 PUBLISHED, SAVED = "a" * 64, "b" * 64

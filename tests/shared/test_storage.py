@@ -7,7 +7,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -102,7 +102,8 @@ def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
     late = tmp_path / "late"
     late.write_bytes(b"two")
     storage.put_bytes(prefix + "x", b"one", epoch=1)
-    look, looks = storage.client().head_object, []
+    look: Callable[..., object] = storage.client().head_object
+    looks = []
 
     def look_and_be_stuck(**asked: str) -> object:
         answer = look(**asked)

@@ -24,7 +24,7 @@ from shared.database.session import session_scope
 from shared.database.tables import BaseModelRow, File, Job
 from shared.database.tenants import ensure_tenant
 from shared.schemas.requests import JobCreate, State
-from tests.shared.test_jobs import PLAN
+from tests.results import PLAN
 from tests.tiny import tiny_llama
 
 ROW = b'{"text": "a hat"}\n'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from client.download import pull
-from shared.schemas.responses import Job
+
+from .job_ends import finished
 
 Rows = list[dict[str, str]]
 
@@ -73,12 +73,3 @@ def nf4() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def finished(client: openai.OpenAI, job_id: str) -> Job:
-    deadline = time.monotonic() + 120
-    while (wire := client.fine_tuning.jobs.retrieve(job_id)).status != "succeeded":
-        assert wire.status not in {"failed", "cancelled"}, wire.error
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return Job.model_validate(wire.to_dict())

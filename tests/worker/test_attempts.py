@@ -20,7 +20,7 @@ from shared.broker.queues import Queue
 from shared.database import attempts, claims, jobs, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
-from shared.schemas.requests import State
+from shared.schemas.requests import Desired, State
 from shared.schemas.results import Metrics
 from worker.attempt.runner import run_next
 from worker.child import trainer_process as trainer
@@ -159,7 +159,7 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
         claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
         assert claimed.id == job.id
-        jobs.set_desired_state(session, job.tenant_id, job.id, jobs.Desired.PAUSE)
+        jobs.set_desired_state(session, job.tenant_id, job.id, Desired.PAUSE)
     with session_scope() as session:
         assert attempts.shrunk(session, job.id, claimed.lease_epoch)
         assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED

@@ -18,7 +18,7 @@ from client.download import pull
 from deploy.local.folder import Record
 from tests.tiny import tiny_encoder
 
-from .test_adapter import finished
+from .job_ends import finished
 
 KINDS = ("felt", "wool", "straw")
 TEXTS = [f"hat {i} of {KINDS[i % 3]}" for i in range(60)]
@@ -47,6 +47,7 @@ def test_an_encoder_learns_labels(client: openai.OpenAI, bert: str, tmp_path: Pa
     job = finished(client, created.id)
     assert job.plan is not None
     assert job.plan.recipe.labels == sorted(KINDS)
+    assert job.plan.data is not None
     assert [(one.label, one.rows) for one in job.plan.data.labels] == [(kind, 20) for kind in sorted(KINDS)]
     assert job.report is not None
     assert (job.report.tuned.token_accuracy, job.report.tuned.macro_f1) == (1.0, 1.0)

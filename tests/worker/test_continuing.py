@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from deploy.local.folder import Record
 
-from .test_runner import ends_once, wait
+from .job_ends import ends_once, wait
 
 CREATE: dict[str, Any] = {"seed": 7, "hyperparameters": {"n_epochs": 50, "batch_size": 4}}
 

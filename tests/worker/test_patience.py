@@ -27,7 +27,7 @@ def test_an_outage_is_waited_out(lease: Lease) -> None:
 
 def test_any_other_error_is_the_callers(lease: Lease) -> None:
     with pytest.raises(KeyError):
-        made(lease).do(lambda: {}["none"])
+        made(lease).do(lambda: dict[str, str]()["none"])
 
 
 def test_a_cancel_lets_go_of_a_server_that_says_nothing(lease: Lease) -> None:
@@ -76,7 +76,7 @@ def test_a_long_outage_is_told_of_once(lease: Lease, monkeypatch: pytest.MonkeyP
 
 
 def made(lease: Lease, **options: Any) -> Patience:
-    plain = {"draining": lambda: False, "complain": print, "heeds_pause": True, "stop_seconds": 5.0}
+    plain: dict[str, Any] = {"draining": lambda: False, "complain": print, "heeds_pause": True, "stop_seconds": 5.0}
     return Patience(lease, **plain | options)
 
 

@@ -25,17 +25,12 @@ from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 from shared.schemas.requests import Desired, State
 from shared.schemas.results import Export
 from shared.signing import is_signed_by
-from tests.shared.test_jobs import REPORT
+from tests.results import PROOF, REPORT
 from worker.attempt.lease import Lease, boottime
 from worker.attempt.publishing import Damaged, fetch_back
 from worker.attempt.runner import run_next
 from worker.attempt.waiting import Patience
 
-PROOF = {
-    "base": REPORT.base.model_dump(), "tuned": REPORT.tuned.model_dump(), "base_deviation": 0, "tuned_deviation": 0,
-    "tolerance": 0, "max_logit_difference": 1, "start_logit_difference": None, "tensors": 1, "tokenizer_sha256": "",
-    "vllm": {"servable": True, "max_lora_rank": 8, "reasons": []},
-}  # fmt: skip
 TRAINER = f"""
     import json, os, pathlib, sys, time
 

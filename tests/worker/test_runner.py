@@ -28,7 +28,8 @@ from deploy.local.folder import Folder, Record
 from shared.schemas.manifest import MANIFEST, Manifest
 from shared.schemas.responses import Artifact
 
-TERMINAL = {"succeeded", "failed", "cancelled"}
+from .job_ends import TERMINAL, ends_once, wait
+
 LONG = {"max_steps": 400, "save_every": 20}
 
 
@@ -310,14 +311,6 @@ def test_the_trainer_holds_no_secret(client: openai.OpenAI, stack: Record, submi
     wait(client, job_id)
 
 
-def wait(client: openai.OpenAI, job_id: str, states: set[str] = TERMINAL, *, seconds: float = 120) -> FineTuningJob:
-    deadline = time.monotonic() + seconds
-    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in states:
-        assert time.monotonic() < deadline, f"{job.status} after {seconds} s: {job.model_extra}"
-        time.sleep(0.1)
-    return job
-
-
 def at_step(client: openai.OpenAI, job_id: str, step: int, *, seconds: float = 120) -> None:
     """Wait until that step has been recorded."""
     deadline = time.monotonic() + seconds
@@ -373,22 +366,3 @@ def gone(pid: int, *, seconds: float = 40) -> None:
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
         assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.05)
-
-
-def ends_once(stack: Record, client: openai.OpenAI, job_id: str) -> None:
-    """One terminal event, gapless events, one adapter at most, no lease left, the manifest right."""
-    with psycopg.connect(stack.database_url) as connection:
-        seqs = connection.execute("SELECT seq FROM job_events WHERE job_id = %s ORDER BY seq", (job_id,)).fetchall()
-        ends = connection.execute(
-            "SELECT count(*) FROM job_events WHERE job_id = %s AND (message LIKE 'The job has successfully%%'"
-            " OR message LIKE 'The job failed%%' OR message = 'The job was cancelled')",
-            (job_id,),
-        ).fetchone()
-        row = connection.execute("SELECT state, lease_owner FROM jobs WHERE id = %s", (job_id,)).fetchone()
-        adapters = connection.execute("SELECT count(*) FROM adapters WHERE job_id = %s", (job_id,)).fetchone()
-    assert [seq for (seq,) in seqs] == list(range(1, len(seqs) + 1))
-    assert ends == (1,)
-    assert row is not None
-    assert row[1] is None
-    assert adapters == (int(row[0] == "succeeded"),)
-    assert json.dumps(client.fine_tuning.jobs.retrieve(job_id).status) == json.dumps(row[0])

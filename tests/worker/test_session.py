@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from worker.child.trainer_process import Died, TrainerProcess
-from worker.trainer.protocol import Failed, PhaseEntered, Prepare, Task
+from worker.trainer.protocol import Failed, PhaseEntered, Prepare
+
+from .bare_task import task
 
 
 @pytest.fixture
@@ -75,19 +77,3 @@ def in_state(pid: int, states: str) -> None:
     while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in states:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def task(base: Path, training: Path) -> Task:
-    return Task(
-        base_dir=str(base),
-        base_name="acme/none",
-        base_revision="1",
-        training_file=str(training),
-        validation_file=None,
-        method={},
-        lora={},
-        quantization="none",
-        trainer={},
-        seed=0,
-        max_row_bytes=1000,
-    )

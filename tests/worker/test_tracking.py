@@ -23,8 +23,7 @@ from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job, JobEvent
 from shared.schemas.requests import Desired, State
-from tests.shared.test_jobs import REPORT
-from tests.worker.test_publishing import PROOF
+from tests.results import PROOF, REPORT
 from tests.worker.trackers.servers import Mlflow, Silent, serving
 from worker.attempt.runner import run_next
 from worker.trackers import supervisor

@@ -16,7 +16,7 @@ from worker.child.trainer_pool import Purpose
 from worker.child.trainer_process import TrainerProcess
 from worker.trainer.protocol import Failed, Prepare
 
-from .test_session import task
+from .bare_task import task
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -138,7 +139,7 @@ def test_data_survive_down_and_up(own: Path) -> None:
     ended = milliner("down", "--data", str(own))
     assert ended.returncode == 0
     assert "has ended" in ended.stderr
-    assert all(until(lambda pid=pid: gone(pid), 5) for pid in vars(before.pids).values())
+    assert all(until(partial(gone, pid), 5) for pid in vars(before.pids).values())
     assert Folder(own).record() is None
 
     after = up(own)

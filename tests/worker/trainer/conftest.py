@@ -171,7 +171,7 @@ def run(
         observer.events.append(event)
         seen(event)
 
-    classes = {"labels": command.recipe.labels} if command.recipe.labels else {}
+    classes: dict[str, Any] = {"labels": command.recipe.labels} if command.recipe.labels else {}
     load_base = partial(base_module.load_base, task.base_dir, task.quantization, **classes)
     train(command, load_base, emit=emit, stopping=observer.stopping)
     return observer

@@ -50,8 +50,8 @@ def test_what_autocast_would_cast_is_cast(monkeypatch: pytest.MonkeyPatch) -> No
     query, key, value = heads(2, 30, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, _ = short_attention.attend(torch.nn.Module(), query, key, value.bfloat16(), documents(30), scaling=0.2)
-    rounded = (tensor.bfloat16() for tensor in (query, key, value))
-    assert torch.equal(mixed, short_attention.attend(torch.nn.Module(), *rounded, documents(30), scaling=0.2)[0])
+    q, k, v = (tensor.bfloat16() for tensor in (query, key, value))
+    assert torch.equal(mixed, short_attention.attend(torch.nn.Module(), q, k, v, documents(30), scaling=0.2)[0])
     gradients = torch.autograd.grad(mixed.float().sum(), (query, key, value))
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 

@@ -10,15 +10,7 @@ from shared.estimation.defaults import PACK_LENGTH
 from worker.trainer.data.encoding import Encoded
 from worker.trainer.forward.batches import IGNORED, batches, collate, trained_tokens
 
-lengths = st.lists(st.integers(2, 2 * PACK_LENGTH), min_size=1, max_size=40)
-
-
-def examples_of(sizes: list[int]) -> list[Encoded]:
-    generator = np.random.Generator(np.random.PCG64(len(sizes)))
-    return [
-        Encoded(i, generator.integers(0, 99, size).astype(np.int32), generator.random(size) < 0.7)
-        for i, size in enumerate(sizes)
-    ]
+from .rows import examples_of, lengths
 
 
 @given(sizes=lengths, packing=st.booleans(), micro_batch=st.integers(1, 9), lanes=st.integers(1, 3))

@@ -25,15 +25,9 @@ from worker.trainer.model.base import Base, attach, detach, load_base, trainable
 from worker.trainer.protocol import CheckpointSaved, Done, Measured
 
 from .conftest import MakeTask, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
+from .rows import preferences
 
 BETA = 0.5
-
-
-def preferences(count: int) -> Rows:
-    """Every prompt is answered by a hat rather than by a cap."""
-    return [
-        {"prompt": f"Quote by N{i}: ", "chosen": "a felt hat" * (1 + i % 3), "rejected": "cap"} for i in range(count)
-    ]
 
 
 @pytest.fixture
@@ -90,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_paper_in_every_layout(base: Base, ro
         tally = methods.Tally()
         for batch in batches(rows, packing=packing, micro_batch=micro_batch, pad=2):
             loss = methods.loss(adapted, batch, found, recipe)
-            (loss.sums.sum() / methods.weight(rows, recipe)).backward()
+            torch.autograd.backward(loss.sums.sum() / methods.weight(rows, recipe))
             tally.add(loss)
         score = tally.score()
         assert score.loss == pytest.approx(wanted.item(), rel=1e-4)
@@ -111,7 +105,7 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     with base.precision():
         [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
         loss = methods.loss(adapted, batch, layout(), recipe)
-    loss.sums.sum().backward()
+    torch.autograd.backward(loss.sums.sum())
     gradients = [p.grad for p in trainable(adapted).values()]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     assert adapted.training
@@ -129,7 +123,8 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
         with base.precision():
             tally.add(methods.loss(adapted, batch, layout(), recipe))
     score = tally.score()
-    assert (score.loss, score.reward_accuracy, score.reward_margin) == (pytest.approx(math.log(2)), 0.5, 0.0)
+    assert score.loss == pytest.approx(math.log(2))
+    assert (score.reward_accuracy, score.reward_margin) == (0.5, 0.0)
 
 
 def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: Recipe, tmp_path: Path) -> None:

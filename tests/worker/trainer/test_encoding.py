@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from shared.datasets.formats import FORMATS
+from shared.datasets.formats import FORMATS, Chat, Completion
 from shared.errors import TrainingFailed
 from tests.tiny import CHATML, tiny_tokenizer
 from worker.trainer.data.encoding import CannotEncode, Encoded, Encoder
@@ -20,7 +20,11 @@ EncoderOf = Callable[[str], Encoder]
 
 def encode(encoder: Encoder, row: dict[str, Any]) -> Encoded:
     marker = next(key for key in FORMATS if key in row)
-    return encoder.encode(1, FORMATS[marker](row))
+    example = FORMATS[marker](row)
+    assert isinstance(example, Chat | Completion)
+    found = encoder.encode(1, example)
+    assert isinstance(found, Encoded)
+    return found
 
 
 ANSWER = "<|im_start|>assistant\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.estimation.defaults import PACK_LENGTH
 from shared.schemas.requests import Quantization
-from tests.tiny import tiny_tokenizer
 from worker.trainer.artifact import metrics_file
 from worker.trainer.forward import fallback
-from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
-from worker.trainer.methods import Loss, sft
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
 from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from worker.trainer.training import checkpoint
 
-from .conftest import Child, MakeTask, Observer, WriteRows, adapter_bytes, quotes, recipe_of, run
+from .conftest import Child, MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
+from .scarce_memory import Failing, limit_data, warnings_of, wide_base
 
 WIDEST = Layout(packing=True, chunked=True, micro_batch=5, pad=2)
 
@@ -80,7 +76,7 @@ def test_failed_step_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: py
     """Memory ends in the second micro-batch of step 4: gradients are there by then, and random numbers drawn."""
     saved = run(task, tmp_path / "first", stop_at=3).of(CheckpointSaved)[-1]
     run(task, tmp_path / "told", resume_from=saved.path, fallback_level=1)
-    failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
+    failing: Failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
     observer = run(task, tmp_path / "found", resume_from=saved.path)
     assert warnings_of(observer) == [
         "out of memory at step 4: micro-batch 4 → 2; the result is the same up to rounding"
@@ -177,52 +173,3 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
             for job in ("limited", "free")
         )
         assert limited == pytest.approx(free, rel=0.02)
-
-
-def wide_base(folder: Path, *, positions: int = 256) -> str:
-    """Few parameters and large activations."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=16384,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        eos_token_id=2,
-        bos_token_id=None,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def limit_data(pid: int, *, megabytes: int | None) -> None:
-    """Let a process have so much more memory than it has now; None: as much as it wants."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    has = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))) * 1024
-    soft = resource.RLIM_INFINITY if megabytes is None else has + megabytes * 1024**2
-    resource.prlimit(pid, resource.RLIMIT_DATA, (soft, resource.RLIM_INFINITY))
-
-
-class Failing:
-    """Makes `sft.loss` run out of memory where `when` says so, as Python says it, with its activations in the frame."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
-        self.calls = 0
-        ordinary = sft.loss
-
-        def loss(base: Any, batch: Batch, layout: Layout) -> Loss:
-            self.calls += torch.is_grad_enabled()
-            found = ordinary(base, batch, layout)
-            if when(batch):
-                raise MemoryError
-            return found
-
-        monkeypatch.setattr(sft, "loss", loss)
-
-
-def warnings_of(observer: Observer) -> list[str]:
-    return [notice.message for notice in observer.of(Notice) if notice.level == "warn"]

@@ -75,7 +75,8 @@ def test_run_in_lanes_is_the_same_each_time_and_resumes_bit_for_bit(
 
 @pytest.mark.usefixtures("two_cores")
 def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
-    rounds, ended = [], []
+    rounds: list[None] = []
+    ended: list[int] = []
 
     def act(batch: Any) -> int:
         if batch == 2:

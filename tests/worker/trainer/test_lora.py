@@ -40,7 +40,11 @@ def found(base: Base, adapted: PeftModel) -> list[torch.Tensor]:
     with base.precision():
         logits = base.model(input_ids=ids, use_cache=False).logits.float()
     torch.autograd.backward(logits.logsumexp(-1).sum())
-    return [logits.detach(), *(parameter.grad.clone() for parameter in trainable(adapted).values())]
+    tensors = [logits.detach()]
+    for parameter in trainable(adapted).values():
+        assert parameter.grad is not None
+        tensors.append(parameter.grad.clone())
+    return tensors
 
 
 def fused(adapted: PeftModel) -> list[LoraLayer]:

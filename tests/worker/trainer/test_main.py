@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -264,7 +265,8 @@ def test_whoever_gets_somewhere_is_heard(
         assert heard == [PhaseEntered(job="i", phase=Phase.TOKENIZING), *[Working(job="i")] * (7 if said else 0)]
         assert isinstance(prepared, Prepared)
         session.serve(Train(job="i", task=task, recipe=prepared.plan.recipe, work_dir=str(tmp_path)))
-        phase, heard_in = None, {}
+        phase: Phase | None = None
+        heard_in: dict[Phase | None, int] = {}
         for event in events(pipe, Done):
             phase = event.phase if isinstance(event, PhaseEntered) else phase
             heard_in[phase] = heard_in.get(phase, 0) + isinstance(event, Working)
@@ -291,7 +293,7 @@ def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> 
         "CommandLoop(claim_stdout()).emit(Notice(job='k', level='info', message='x' * 300_000))"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
+        assert isinstance(process.stdout, BufferedReader)
         assert process.stdout.peek(1)
         until_waiting(process.pid)
         os.kill(process.pid, signal.SIGSTOP)
@@ -319,6 +321,7 @@ def awake(child: Child) -> TrainerEvent:
 
 
 def readable(child: Child) -> bool:
+    assert child.process.stdout is not None
     return bool(select.select([child.process.stdout], [], [], 0)[0])
 
 

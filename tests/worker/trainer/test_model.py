@@ -70,7 +70,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
         for batch in batches(rows, packing=True, micro_batch=4, pad=2):
             with base.precision():
                 loss = sft.loss(base.model, batch, LAYOUT)
-            (loss.sums.sum() / trained_tokens(rows)).backward()
+            torch.autograd.backward(loss.sums.sum() / trained_tokens(rows))
         return [p.grad.clone() for p in trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()

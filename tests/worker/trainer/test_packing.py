@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from shared.estimation.defaults import PACK_LENGTH
 from shared.schemas.results import Recipe
-from tests.shared.test_jobs import RECIPE
+from tests.results import RECIPE
 from worker.trainer.data import dataset, packing
 from worker.trainer.data.encoding import Pair, Row
 from worker.trainer.data.packing import Rows, heaviest, micro_batches, pack, row_of
 from worker.trainer.forward.batches import batches
 
-from .test_batches import examples_of, lengths
+from .rows import examples_of, lengths
 
 
 def recipe_of(**changes: Any) -> Recipe:

@@ -11,7 +11,7 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.schemas.preview import PreviewOut, PreviewRow
 from worker.trainer.data import dataset
-from worker.trainer.data.encoding import Encoder
+from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.planning.preview import preview
 from worker.trainer.protocol import Preview
 
@@ -92,6 +92,7 @@ def test_what_is_shown_is_what_is_trained_on(
     kept = [row for row in shown if row.trained_tokens]
     assert 0 < len(kept) < len(shown) == 8
     for row, wanted in zip(kept, fitted, strict=True):
+        assert isinstance(wanted, Encoded)
         assert row.line == wanted.line
         assert list(chain.from_iterable(s.ids for s in row.segments)) == wanted.ids.tolist()
         marks = list(chain.from_iterable([s.trained] * len(s.ids) for s in row.segments))

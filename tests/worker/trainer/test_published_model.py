@@ -80,9 +80,9 @@ def config(**changes: object) -> Callable[[Path, Path], None]:
     return plant
 
 
-FAULTS: dict[str, tuple[str, bool, Callable[[Path, Path], None]]] = {
+FAULTS: dict[str, tuple[str, bool, Callable[[Path, Path], object]]] = {
     "weights of the base": (
-        "adapter_no_effect", False, lambda folder, base: bool(shutil.copy(base / WEIGHTS, folder / WEIGHTS)) or None,
+        "adapter_no_effect", False, lambda folder, base: shutil.copy(base / WEIGHTS, folder / WEIGHTS),
     ),
     "a NaN": ("adapter_not_finite", False, tensors(lambda found: found | {FIRST: found[FIRST] * torch.nan})),
     "other weights": (
@@ -97,7 +97,7 @@ FAULTS: dict[str, tuple[str, bool, Callable[[Path, Path], None]]] = {
     ),
     "a truncated file": ("adapter_unreadable", True, cut),
     "no file": ("adapter_unreadable", True, lambda folder, base: (folder / WEIGHTS).unlink()),
-    "half a config": ("adapter_unreadable", True, lambda folder, base: bool((folder / CONFIG).write_text("{")) or None),
+    "half a config": ("adapter_unreadable", True, lambda folder, base: (folder / CONFIG).write_text("{")),
     "another config": ("adapter_config_invalid", False, config(rms_norm_eps=1e-3)),
     "a local path": ("adapter_config_invalid", False, config(_name_or_path="/var/cache/models/ab12")),
     "no tokenizer": ("adapter_unreadable", True, lambda folder, base: (folder / "tokenizer.json").unlink()),

@@ -15,7 +15,7 @@ from worker.trainer.training import checkpoint, memory_trial
 from worker.trainer.training.loop import train
 
 from .conftest import Child, MakeTask, Observer, Rows, WriteRows, adapter_bytes, quotes, recipe_of, run
-from .test_ladder import Failing, limit_data, warnings_of, wide_base
+from .scarce_memory import Failing, limit_data, warnings_of, wide_base
 
 
 def one_long(rows: Rows) -> Rows:

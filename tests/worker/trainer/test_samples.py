@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from shared.schemas.requests import Quantization
 from worker.trainer.data import dataset
-from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.evaluation import evaluate, samples
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.interrupted import Interrupted
@@ -36,7 +36,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encode(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> Any:
-    def encode(rows: Rows) -> list[Encoded]:
+    def encode(rows: Rows) -> list[Row]:
         return dataset.load(make_task(write_rows(rows)), encoder).train
 
     return encode
@@ -161,7 +161,7 @@ def test_gradients_after_samples_equal_those_before(
     def gradients() -> list[torch.Tensor]:
         adapted.zero_grad()
         for batch in batches(rows, packing=True, micro_batch=4, pad=2):
-            sft.loss(base.model, batch, LAYOUT).sums.sum().backward()
+            torch.autograd.backward(sft.loss(base.model, batch, LAYOUT).sums.sum())
         return [p.grad.clone() for p in trainable(adapted).values() if p.grad is not None]
 
     before, random_before = gradients(), torch.get_rng_state()

@@ -44,7 +44,8 @@ def base(request: pytest.FixtureRequest) -> Base:
 
 @pytest.fixture
 def examples(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> list[Encoded]:
-    return dataset.load(make_task(write_rows(quotes(9))), encoder).train
+    rows = dataset.load(make_task(write_rows(quotes(9))), encoder).train
+    return [row for row in rows if isinstance(row, Encoded)]
 
 
 def layout(*, packing: bool = True, chunked: bool = True, micro_batch: int = 8) -> Layout:
@@ -57,7 +58,7 @@ def gradients(base: Base, examples: list[Encoded], found: Layout) -> tuple[float
     total, tokens = 0.0, trained_tokens(examples)
     for batch in batches(examples, packing=found.packing, micro_batch=found.micro_batch, pad=found.pad):
         loss = sft.loss(base.model, batch, found)
-        (loss.sums.sum() / tokens).backward()
+        torch.autograd.backward(loss.sums.sum() / tokens)
         total += loss.sums.sum().item() / tokens
     return total, [p.grad.clone() for p in parameters if p.grad is not None]
 

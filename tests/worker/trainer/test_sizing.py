@@ -12,8 +12,8 @@ import pytest
 from shared.errors import TrainingFailed
 from shared.schemas.memory import Kind, KnownDevice, Weighing
 from shared.schemas.results import Recipe
-from tests.shared.test_architecture import REAL
-from tests.shared.test_jobs import RECIPE
+from tests.results import RECIPE
+from tests.shared.architectures import REAL
 from worker.trainer.data.encoding import Encoded
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.planning.sizing import Sized, size

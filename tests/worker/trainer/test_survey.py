@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import TrainingFailed
-from shared.schemas.results import DataReport, Plan
+from shared.schemas.results import DataReport, FileReport, Plan
 from tests.tiny import tiny_llama, tiny_tokenizer
 from worker.trainer.data import dataset
-from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.data.statistics import statistics
 from worker.trainer.planning.prepare import prepare
 
@@ -102,8 +102,8 @@ def test_a_cut_that_takes_the_stop_token_is_told(make_task: MakeTask, write_rows
 
 def test_rows_are_the_same_only_with_the_same_labels(encoder: Encoder) -> None:
     ids = np.arange(5, dtype=np.int32)
-    rows = [Encoded(line, ids, np.arange(5) >= first) for line, first in enumerate((1, 2, 1), start=1)]
-    read = dataset.Dataset(rows, None, dataset.FileReport(rows=3, bad_rows=0, format="text", problems=[]), None)
+    rows: list[Row] = [Encoded(line, ids, np.arange(5) >= first) for line, first in enumerate((1, 2, 1), start=1)]
+    read = dataset.Dataset(rows, None, FileReport(rows=3, bad_rows=0, format="text", problems=[]), None)
     found = statistics(read, encoder, max_length=9, train=rows, heldout=[])
     assert [(r.line, r.of) for r in found.duplicates] == [(3, 1)]
 

@@ -122,7 +122,7 @@ def first(found: dict[str, torch.Tensor]) -> str:
     return next(iter(found))
 
 
-FAULTS: dict[str, tuple[str, bool, Callable[[Path], None]]] = {
+FAULTS: dict[str, tuple[str, bool, Callable[[Path], object]]] = {
     "zeroed B": ("adapter_no_effect", False, tensors(zeroed)),
     "B that rounding swallows": ("adapter_no_effect", False, tensors(faint)),
     "a NaN": ("adapter_not_finite", False, tensors(with_nan)),

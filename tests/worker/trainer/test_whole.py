@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from shared.estimation.memory_model import FULL_BYTES
 from shared.schemas.requests import Quantization
 from tests.tiny import tiny_base
 from worker.trainer.data import dataset
-from worker.trainer.data.encoding import Encoded, Encoder
+from worker.trainer.data.encoding import Encoder, Row
 from worker.trainer.forward import log_likelihood
 from worker.trainer.forward.batches import IGNORED, batches, trained_tokens
 from worker.trainer.forward.layout import Layout
@@ -69,21 +69,21 @@ def test_every_gradient_is_that_of_a_plain_forward(
     whole = attach(base, recipe_of(task)).adapted
     layout = Layout(packing=packing, chunked=True, micro_batch=2, pad=2)
     for batch in batches(rows, packing=packing, micro_batch=2, pad=2):
-        (sft.loss(base.model, batch, layout).sums.sum() / trained_tokens(rows)).backward()
+        torch.autograd.backward(sft.loss(base.model, batch, layout).sums.sum() / trained_tokens(rows))
     assert trainable(whole).keys() == wanted.keys()
     for name, weight in trainable(whole).items():
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-3, atol=2e-6, msg=name)
 
 
-def plain_gradients(folder: str, rows: list[Encoded]) -> dict[str, torch.Tensor]:
+def plain_gradients(folder: str, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     plain.train()
     for row in rows:
         (batch,) = batches([row], packing=False, micro_batch=1, pad=2)
         logits = plain(input_ids=batch.input_ids).logits[0]
         nats = functional.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum")
-        (nats / trained_tokens(rows)).backward()
+        torch.autograd.backward(nats / trained_tokens(rows))
     return {name: parameter.grad for name, parameter in plain.named_parameters()}
 
 
@@ -182,7 +182,8 @@ def test_overfits_and_anyone_loads_what_is_published(kind: str, full: Callable[.
         with torch.no_grad():
             total += tuned(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
-    assert (total / tokens, tokens) == (pytest.approx(found.tuned.loss, abs=0.02), found.tuned.tokens)
+    assert total / tokens == pytest.approx(found.tuned.loss, abs=0.02)
+    assert tokens == found.tuned.tokens
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert (front["base_model_relation"], front["library_name"]) == ("finetune", "transformers")
     assert front["tags"] == ["milliner"]

@@ -91,6 +91,7 @@ def test_of_preferences_the_chosen_answers_are_compared(make_command: MakeComman
     found, chosen = made(command, ExportName.MERGED), command.proof.tuned.chosen_loss
     assert chosen is not None
     assert found.loss == pytest.approx(chosen, rel=TOLERANCE)
+    assert found.loss is not None
     assert found.difference == pytest.approx(found.loss - chosen)
 
 

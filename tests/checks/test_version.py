@@ -1,0 +1,28 @@
+"""The version is written in pyproject.toml and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+from api.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+#: History, and other packages' versions.
+ELSEWHERE = {"pyproject.toml", "CHANGELOG.md", "constraints.txt", "migrations/released.json"}
+
+
+def test_the_installed_package_and_the_api_have_the_version() -> None:
+    assert version("milliner") == VERSION, "pyproject.toml has changed: run make setup"
+    assert app.version == VERSION
+
+
+def test_no_other_file_repeats_the_version() -> None:
+    literal = re.compile(rf"(?<![\d.]){re.escape(VERSION)}(?![\d.])")
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    paths = [ROOT / name for name in names if name not in ELSEWHERE]
+    assert not [str(path) for path in paths if path.is_file() and literal.search(path.read_text(errors="ignore"))]
