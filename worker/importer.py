@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import struct
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 from sqlalchemy import func, select
 
 from shared import storage
@@ -97,20 +97,12 @@ def check_folder(folder: Path) -> list[Path]:
 
 
 def count_parameters(path: Path) -> int:
-    """Elements of a safetensors file, from its header alone: 8 bytes of length, then JSON."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > path.stat().st_size:
-            raise InvalidRequest(f"{path.name} is truncated or no safetensors file")
-        header: dict[str, Any] = json.loads(stream.read(length))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            elements = 1
-            for size in tensor["shape"]:
-                elements *= size
-            total += elements
-    return total
+    """Elements of a safetensors file, from its header alone. Raises InvalidRequest if it is cut short or none."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise InvalidRequest(f"{path.name} is truncated or no safetensors file: {error}") from error
 
 
 def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, revision: str | None) -> BaseModel:

@@ -61,6 +61,14 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
         check_folder(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("kept", [slice(0), slice(5), slice(-1), slice(8, None)])
+def test_weights_that_are_cut_short_are_not_counted(llama: str, tmp_path: Path, kept: slice) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((Path(llama) / "model.safetensors").read_bytes()[kept])
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors is truncated or no safetensors file"):
+        count_parameters(weights)
+
+
 def test_a_path_is_no_public_id(llama: str) -> None:
     with pytest.raises(InvalidRequest, match=r"'/srv/llama' is a path; .* such as org/name"):
         add_model("llama", llama, public_id="/srv/llama")
