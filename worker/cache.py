@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from shared import disk, storage
+from shared import disk, linux, storage
 from shared.models import BaseModel
-from shared.settings import get_settings, inherited
+from shared.settings import get_settings
 from shared.telemetry import log
 
 POLL = 0.2
@@ -101,7 +101,7 @@ def sweep() -> None:
 
 def visible_device(slot: int) -> str:
     """CUDA_VISIBLE_DEVICES for a slot: the slot-th of the devices that the worker may see, or of all."""
-    told = inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
+    told = linux.inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
     if told is None:
         return str(slot)
     devices = told.split(",")

@@ -11,11 +11,11 @@ from threading import Thread
 
 from pydantic import ValidationError
 
-from shared import devices
+from shared import devices, linux
 from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.memory import Device
-from shared.settings import get_settings, inherited
+from shared.settings import get_settings
 from shared.telemetry import log
 from worker import cache
 from worker.session import PASSED_ON
@@ -44,11 +44,10 @@ def _announce(slot: int) -> None:
 def ask(slot: int) -> Device:
     """The device that a trainer of this slot would find."""
     limit = get_settings().device_memory_bytes
-    said = subprocess.run(
+    said = linux.run(
         [sys.executable, "-m", "worker.trainer.machine", str(limit)],
-        env=inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
-        capture_output=True,
+        env=linux.inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
         timeout=ASKED_FOR,
-        check=True,
     )
+    said.check_returncode()
     return Device.model_validate_json(said.stdout)

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import math
-import subprocess
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,12 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from sqlalchemy import func, select
 
-from shared import storage
+from shared import linux, storage
 from shared.db import session_scope
 from shared.errors import Conflict, InvalidRequest, MillinerError
 from shared.models import BaseModel
 from shared.starts import names_adapter
 from shared.telemetry import configure, log
+from worker.session import OFFLINE, PASSED_ON
 
 TAKEN = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 WEIGHTS = ".safetensors"
@@ -145,14 +146,10 @@ def _mirror(name: str, folder: Path, *, public_id: str, license_id: str | None, 
 def _from_gguf(path: Path, folder: Path) -> Path:
     if not path.is_file():
         raise InvalidRequest(f"{path} is not there; pass the path of a .gguf file")
-    done = subprocess.run(
-        [sys.executable, "-m", "worker.trainer.convert", str(path.resolve()), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "worker.trainer.convert", str(path.resolve()), str(folder)]
+    done = linux.run([*command, "--parent", str(os.getpid())], env=linux.inherited(*PASSED_ON) | OFFLINE)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise InvalidRequest(f"{path.name} could not be converted: {last}")
     return folder
 

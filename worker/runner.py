@@ -21,6 +21,7 @@ from shared.db import session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
 from shared.ids import fine_tuned_name
+from shared.linux import boot_time
 from shared.models import Adapter, Job, Tenant
 from shared.protocol import (
     CheckpointSaved,
@@ -46,7 +47,7 @@ from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from shared.training import JobError, Plan, Report
 from worker import cache, exporting, publishing, warm
-from worker.lease import Lease, Lost, boottime
+from worker.lease import Lease, Lost
 from worker.leased import LeasedJob, Outcome
 from worker.patience import TICK, Leave
 from worker.session import Died, Ended, TrainerSession
@@ -65,7 +66,7 @@ PURPOSES = {Verify: warm.Purpose.PROOF, MakeExport: warm.Purpose.EXPORT}
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
     """Claim one job of this queue and see it through."""
-    settings, claimed_at = get_settings(), boottime()
+    settings, claimed_at = get_settings(), boot_time()
     if not cache.has_room():
         return Outcome.UNABLE
     try:

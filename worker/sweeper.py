@@ -7,7 +7,6 @@ itself watched the database without a gap for one whole lease time: after an out
 
 from __future__ import annotations
 
-import time
 from threading import Event, Thread
 
 from sqlalchemy import func, select
@@ -17,6 +16,7 @@ from shared import attempts, jobs, previews
 from shared.db import after_commit, session_scope
 from shared.errors import Unavailable
 from shared.faults import Point, reach
+from shared.linux import boot_time
 from shared.models import Job
 from shared.queue import Queue, ring
 from shared.settings import Settings, get_settings
@@ -114,7 +114,7 @@ def _sweeping(stop: Event) -> None:
         try:
             with session_scope() as session:
                 session.execute(select(1))
-            watched = watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME))
+            watched = watch.seen(boot_time())
             newborn = not sweep(settings, watched=watched, newborn=newborn) and newborn
         except Unavailable as error:
             watch.missed()

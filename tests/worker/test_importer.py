@@ -107,6 +107,22 @@ def test_a_broken_gguf_is_told_of(stack: Record, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
+def test_the_converter_knows_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It reads a file that somebody has put on the net. Its program is one of ours that writes its environment down."""
+    monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    told, converter = tmp_path / "told", tmp_path / "python"
+    converter.write_text(f"#!/bin/sh\nenv > {told}\necho broken >&2\nexit 1\n")
+    converter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(converter))
+    (tmp_path / "some.gguf").touch()
+    with pytest.raises(InvalidRequest, match=r"some\.gguf could not be converted: broken"):
+        add_model("some", str(tmp_path / "some.gguf"), public_id="acme/some")
+    assert "HF_HUB_OFFLINE=1" in told.read_text()
+    assert "MILLINER_" not in told.read_text()
+    assert "s3cret" not in told.read_text()
+
+
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[str, str]]:
     """What huggingface_hub asks a hub for, served from a folder: (endpoint, commit)."""

@@ -117,6 +117,16 @@ def test_what_it_says_goes_to_the_log_and_not_further(capfd: pytest.CaptureFixtu
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_command_gets_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
+    monkeypatch.setenv("no_proxy", "169.254.169.254")
+    structlog.reset_defaults()
+    with capture_logs() as logs:
+        assert notice.ask("env", timeout=5)
+    assert "no_proxy=169.254.169.254\n" in logs[0]["said"]
+    assert "MILLINER_" not in logs[0]["said"]
+
+
 def gone(pid: int) -> bool:
     """Dead, whether or not somebody has reaped it."""
     try:

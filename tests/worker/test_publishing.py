@@ -18,13 +18,14 @@ from sqlalchemy import select
 from deploy.local.folder import Folder
 from shared import jobs, settings, storage
 from shared.db import session_scope
+from shared.linux import boot_time
 from shared.manifest import MANIFEST, SIGNATURE, Manifest, is_signed_by
 from shared.models import Adapter, Job, JobEvent
 from shared.queue import Queue
 from shared.schemas import Desired, State
 from shared.training import Export
 from tests.shared.test_jobs import REPORT
-from worker.lease import Lease, boottime
+from worker.lease import Lease
 from worker.patience import Patience
 from worker.publishing import Damaged, fetch_back
 from worker.runner import run_next
@@ -282,7 +283,7 @@ def uploaded(tmp_path: Path) -> tuple[str, list[storage.Entry], Path]:
 
 
 def patience() -> Patience:
-    lease = Lease("ftjob-none", 1, boottime())
+    lease = Lease("ftjob-none", 1, boot_time())
     return Patience(lease, draining=lambda: False, complain=print, heeds_pause=True, stop_seconds=1)
 
 

@@ -17,6 +17,8 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
+from shared.linux import kill_when_parent_dies
+
 #: Tokens that end a generation, as llama.cpp writes them; chat models often end a turn by another token than a text.
 STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
@@ -70,7 +72,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="worker.trainer.convert", description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--parent", type=int, metavar="PID", help="the process that started this one: end with it")
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        kill_when_parent_dies(args.parent)
     os.environ["HF_HUB_OFFLINE"] = "1"
     convert(args.gguf.resolve(strict=True), args.out.absolute())
     return 0

@@ -18,6 +18,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
+from shared.linux import boot_time
 from shared.protocol import (
     EVENT,
     Alive,
@@ -38,7 +39,7 @@ from shared.protocol import (
 from shared.schemas import Phase
 from worker.trainer import main as child_main
 from worker.trainer import model
-from worker.trainer.main import Session, boottime
+from worker.trainer.main import Session
 
 from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
@@ -223,11 +224,11 @@ def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
                 pass
             os.kill(pid, signal.SIGSTOP)
             wait_until_stopped(pid)
-            stopped_at = boottime()
+            stopped_at = boot_time()
             while readable(child):
                 child.next()
             child.send(Alive(job="h"))
-            while boottime() - stopped_at < silence + 0.1:
+            while boot_time() - stopped_at < silence + 0.1:
                 time.sleep(0.01)
             os.kill(pid, signal.SIGCONT)
             wait_until_stopped(pid)
