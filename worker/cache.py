@@ -118,12 +118,8 @@ def _fetch(base: BaseModel, folder: Path, *, with_weights: bool, tick: Callable[
     if (free := _free()) < size:
         raise OSError(errno.ENOSPC, f"{base.name} needs {size} bytes and {free} are free; nothing more can be evicted")
     log.info("base.fetching", base=base.name, bytes=size)
-    try:
+    with disk.atomic_folder(folder, partial=partial, tick=tick):
         storage.fetch_folder(base.prefix, wanted, partial, tick=tick)
-        disk.publish(partial, folder, tick=tick)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _make_room(wanted: int) -> None:

@@ -122,9 +122,9 @@ def test_a_signal_that_there_is_not_is_refused() -> None:
 
 
 def test_nothing_of_ours_is_imported() -> None:
-    code = "import sys, shared.linux; print(*(name for name in sys.modules if name.startswith('shared')))"
+    code = "import sys, shared.disk, shared.linux; print(*(name for name in sys.modules if name.startswith('shared')))"
     done = linux.run([sys.executable, "-c", code], env=ENV | {"PYTHONPATH": str(ROOT)})
-    assert set(done.stdout.decode().split()) == {"shared", "shared.linux"}
+    assert set(done.stdout.decode().split()) == {"shared", "shared.disk", "shared.linux"}
 
 
 # ---------------------------------------------------------------- the machine

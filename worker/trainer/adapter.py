@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from shared import disk
 from shared.protocol import Task
 from shared.training import Metrics, Recipe, Report
 from worker.trainer import card, checkpoint, classifier, eventfile
@@ -40,7 +41,7 @@ def write(
     metrics: list[Metrics],
 ) -> None:
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
-    with checkpoint.whole(folder) as partial:
+    with disk.atomic_folder(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
         encoder.tokenizer.save_pretrained(partial)
         if isinstance(adapted, Whole):

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from shared import disk
 from shared.errors import TrainingFailed
 from shared.protocol import Exported, MakeExport
 from shared.schemas import ExportName, Quantization
 from shared.training import Export
-from worker.trainer import checkpoint, data, heap, model, published, selftest
+from worker.trainer import data, heap, model, published, selftest
 from worker.trainer.batches import batches, collate
 from worker.trainer.encoding import Encoded, Encoder
 from worker.trainer.evaluate import Interrupted
@@ -58,7 +59,7 @@ def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Callable[
     if command.task.torch_threads > 0:
         torch.set_num_threads(command.task.torch_threads)
     folder = Path(command.work_dir) / "exports" / command.name
-    with checkpoint.whole(folder) as partial:
+    with disk.atomic_folder(folder) as partial:
         try:
             if command.name is ExportName.GGUF_ADAPTER:
                 made = _adapter(command, partial)
