@@ -1,4 +1,4 @@
-"""Every setting of every process, in one class. Nothing else reads `os.environ`.
+"""Every setting of every process, in one class. Nothing else reads settings from the environment.
 
 A setting is an environment variable `MILLINER_<NAME>`; the same names point at the local stack or at outside servers,
 so production differs by environment only.
@@ -6,7 +6,6 @@ so production differs by environment only.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Self
@@ -124,8 +123,3 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """The settings of this process, read once."""
     return Settings()
-
-
-def inherited(*names: str) -> dict[str, str]:
-    """Those of the named environment variables that are set, for a child whose environment is built from nothing."""
-    return {name: os.environ[name] for name in names if name in os.environ}

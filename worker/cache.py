@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from shared import disk, storage
+from shared import disk, linux, storage
 from shared.database.tables import BaseModelRow
-from shared.settings import get_settings, inherited
+from shared.settings import get_settings
 from shared.telemetry import log
 
 POLL = 0.2
@@ -101,7 +101,7 @@ def sweep() -> None:
 
 def visible_device(slot: int) -> str:
     """CUDA_VISIBLE_DEVICES for a slot: the slot-th of the devices that the worker may see, or of all."""
-    told = inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
+    told = linux.inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
     if told is None:
         return str(slot)
     devices = told.split(",")
@@ -118,12 +118,8 @@ def _fetch(base: BaseModelRow, folder: Path, *, with_weights: bool, tick: Callab
     if (free := _free()) < size:
         raise OSError(errno.ENOSPC, f"{base.name} needs {size} bytes and {free} are free; nothing more can be evicted")
     log.info("base.fetching", base=base.name, bytes=size)
-    try:
+    with disk.atomic_folder(folder, partial=partial, tick=tick):
         storage.fetch_folder(base.prefix, wanted, partial, tick=tick)
-        disk.publish(partial, folder, tick=tick)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _make_room(wanted: int) -> None:

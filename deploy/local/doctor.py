@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deploy.local import servers, services
 from deploy.local.folder import S3, Folder, Record
+from shared import linux
 from shared.settings import Settings, get_settings
 
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "celery", "redis", "boto3", "fastapi", "uvicorn")
@@ -77,8 +77,9 @@ def _torch() -> Check:
     if shutil.which("nvidia-smi") is None:
         return Check("torch", True, f"{version}, CPU", "")
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    gpu = seen.stdout.strip()
+    env = linux.inherited(*linux.BASIC, "HOME", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
+    seen = linux.run([sys.executable, "-c", code], env=env, timeout=120)
+    gpu = seen.stdout.decode(errors="replace").strip()
     return Check(
         "torch",
         bool(gpu),

@@ -20,10 +20,11 @@ from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from shared.linux import kill_group, kill_when_parent_dies
+
 _CLONE_NEWUSER = 0x10000000
 _LOG_BYTES = 10 * 1024**2
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC = ctypes.CDLL(None, use_errno=True)  # for unshare(2), which `os` has from Python 3.12 on
 
 
 class Identity(StrEnum):
@@ -69,7 +70,7 @@ def spawn(program: Program, *, log: Path, inherit: int) -> subprocess.Popen[byte
 def binding(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Callable[[], None]:
     """What a child does between fork and exec: become `identity`, and get the signal `death` when this process ends.
 
-    PDEATHSIG comes last: a change of credentials clears it.
+    The signal comes last: a change of credentials clears it.
     """
     parent = os.getpid()
 
@@ -81,9 +82,7 @@ def binding(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Cal
             os.setgroups([])
             os.setgid(nobody.pw_gid)
             os.setuid(nobody.pw_uid)
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
+        kill_when_parent_dies(parent, by=death)
 
     return bind
 
@@ -98,8 +97,7 @@ def end(child: subprocess.Popen[bytes], program: Program, *, asked_at: float) ->
     """Wait until the grace of a child that was asked at `asked_at` (monotonic) is over, then kill its whole group."""
     with suppress(subprocess.TimeoutExpired):
         child.wait(max(0.0, asked_at + program.grace - time.monotonic()))
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    kill_group(child)
     child.wait()
 
 

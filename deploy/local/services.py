@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import urllib.request
 from http import HTTPStatus
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from deploy.local import servers
 from deploy.local.folder import S3, Folder, Ports
 from deploy.local.process import Program, open_files
+from shared import linux
 from shared.database import base_models
 from shared.database.session import engine, session_scope
 from shared.database.tenants import create_key, ensure_tenant
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TENANT = "local"
 BUNDLED = "SmolLM2-135M-Instruct"
 
-# Whatever else the caller's environment holds stays out. The last three say where the GPUs and big scratch space are.
+# Whatever else the caller's environment holds stays out.
 _HUB = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "SSL_CERT_FILE")  # for the importer alone: `hf://` sources
-_PASSED = ("PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+_PASSED = (*linux.BASIC, "HOME", "CUDA_VISIBLE_DEVICES")
 
 
 def base_url(ports: Ports) -> str:
@@ -37,7 +37,6 @@ def base_url(ports: Ports) -> str:
 
 def environment(folder: Folder, *, database_url: str, redis_url: str, s3: S3) -> dict[str, str]:
     """The settings of every program of ours: the caller's MILLINER_…, with the servers replaced by the local ones."""
-    inherited = {name: os.environ[name] for name in _PASSED if name in os.environ}
     settings = {name: value for name, value in os.environ.items() if name.startswith("MILLINER_")}
     local = {
         "MILLINER_DATABASE_URL": database_url,
@@ -50,7 +49,7 @@ def environment(folder: Folder, *, database_url: str, redis_url: str, s3: S3) ->
         "MILLINER_DATA": str(folder.root),
     }
     defaults = {"LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "MILLINER_SIGNING_KEY_FILE": str(folder.signing_key())}
-    return defaults | inherited | settings | local
+    return defaults | linux.inherited(*_PASSED) | settings | local
 
 
 # ---------------------------------------------------------------- programs
@@ -76,8 +75,7 @@ def worker(queue: str, env: dict[str, str], *, slots: int) -> Program:
 def importer(name: str, source: str, env: dict[str, str], **options: str | None) -> Program:
     """`worker.importer`, as a program of its own because it loads torch."""
     flags = [part for key, value in options.items() if value for part in (f"--{key.replace('_', '-')}", value)]
-    hub = {name: os.environ[name] for name in _HUB if name in os.environ}
-    return _python("importer", ["worker.importer", name, source, *flags], env | hub)
+    return _python("importer", ["worker.importer", name, source, *flags], env | linux.inherited(*_HUB))
 
 
 def bundled_model() -> Path | None:
@@ -92,8 +90,8 @@ def train_slots() -> int:
         return len(told.split(","))
     if shutil.which("nvidia-smi") is None:
         return 1
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=30)
-    return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))
+    listed = linux.run(["nvidia-smi", "-L"], env=linux.inherited(*_PASSED), timeout=30)
+    return max(1, sum(line.startswith(b"GPU ") for line in listed.stdout.splitlines()))
 
 
 # ---------------------------------------------------------------- readiness and contents

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Collection, Generator, Iterator
 from typing import IO, Any
 
+from shared import linux
+
 SAMPLE = '{"messages":[{"role":"user","content":"…"},{"role":"assistant","content":"…"}]}'
 ONE_OBJECT = "one JSON object a line, such as " + SAMPLE
 BOM = b"\xef\xbb\xbf"
@@ -237,7 +239,10 @@ def _parquet(stream: IO[bytes], markers: Collection[str], columns: Collection[st
     descriptor = stream.fileno()
     position = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
-        with subprocess.Popen(command, stdin=descriptor, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        # In our process group, to be frozen and killed with us.
+        with linux.spawn(
+            command, env=linux.inherited(*linux.BASIC), stdin=descriptor, stderr=subprocess.PIPE, new_session=False
+        ) as child:
             assert child.stdout is not None
             assert child.stderr is not None
             try:

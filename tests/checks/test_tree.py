@@ -40,10 +40,11 @@ def test_exceptions_from_the_rules_have_a_reason() -> None:
     assert not found
 
 
-def test_only_the_settings_read_the_environment() -> None:
+def test_only_what_passes_on_the_environment_reads_it() -> None:
+    """Settings come by way of pydantic."""
     for path in CODE:
         name = path.relative_to(ROOT).as_posix()
-        if name.split("/")[0] in {"shared", "api", "worker", "client"} and name != "shared/settings.py":
+        if name.split("/")[0] in {"shared", "api", "worker", "client"} and name != "shared/linux.py":
             # The trainer child writes what libraries read at import.
             assert not re.search(r"getenv|environ\.get|environ\[[^]]+\](?! = )", path.read_text()), name
 
@@ -52,3 +53,14 @@ def test_no_test_is_imported() -> None:
     """Data that two test modules share lives in a module that is not one itself."""
     imported = re.compile(r"^\s*(?:from|import)\s+\S*\btest_\w+|^\s*from\s+\.\s+import\s+.*\btest_", re.M)
     assert not [str(path.relative_to(ROOT)) for path in CODE if imported.search(path.read_text())]
+
+
+def test_processes_are_started_in_one_place() -> None:
+    """Where their environment is built from nothing. The local stack's supervisor hands its settings to its servers."""
+    starting = re.compile(
+        r"subprocess\.(Popen|run|call|check_\w+)\(|os\.(fork|exec|spawn|posix_spawn|system|popen)|multiprocessing"
+    )
+    for path in CODE:
+        name = path.relative_to(ROOT).as_posix()
+        if name.split("/")[0] in {"shared", "api", "worker", "client"} and name != "shared/linux.py":
+            assert not starting.search(path.read_text()), name

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shared import linux
 from shared.datasets import parquet_child, readers
 from shared.datasets.formats import Chat, Completion, Example, RowError, read_rows
 from shared.schemas.results import RowProblem
@@ -227,6 +228,24 @@ def test_a_reader_that_nobody_hears_out_ends(tmp_path: Path) -> None:
         assert next(rows) == (1, {"text": "x" * 4000})
         (child,) = parquet_children()
     assert child not in parquet_children()
+
+
+def test_a_reader_knows_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It unpacks what a stranger has sent. And it is killed with our process group, of which it is a part."""
+    monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(as_parquet([{"text": "x" * 4000}] * 2000))
+    with (
+        path.open("rb") as stream,
+        closing(readers.raw_rows(stream, markers=["text"], columns=["text"], max_row_bytes=LIMIT)) as rows,
+    ):
+        next(rows)
+        (child,) = parquet_children()
+        names = {line.partition("=")[0] for line in Path(f"/proc/{child}/environ").read_text().split("\0")[:-1]}
+        assert "PATH" in names
+        assert names <= set(linux.BASIC)
+        assert os.getpgid(int(child)) == os.getpgrp()
 
 
 def parquet_children() -> list[str]:

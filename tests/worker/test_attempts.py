@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from shared import settings, storage
+from shared import linux, settings, storage
 from shared.broker.queues import Queue
 from shared.database import attempts, claims, jobs, state_machine
 from shared.database.session import session_scope
@@ -23,7 +23,6 @@ from shared.database.tables import Job, JobEvent
 from shared.schemas.requests import Desired, State
 from shared.schemas.results import Metrics
 from worker.attempt.runner import run_next
-from worker.child import trainer_process as trainer
 
 Attempt = Callable[..., Job]
 
@@ -90,7 +89,7 @@ def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrow
 ) -> None:
     """The kernel's counter is ours here: no test may bring a machine to its knees. The kill is real."""
     kills = iter(range(100))
-    monkeypatch.setattr(trainer, "oom_kills", lambda: next(kills))
+    monkeypatch.setattr(linux, "oom_kill_count", lambda: next(kills))
     told = {"TRAINER_COMMAND": "sh -c 'kill -9 $$'", "MAX_CRASHES": "1"}
     # Rows 4 → 2 → 1, then without kept activations, then unpacked.
     for narrower in (1, 2, 3, 4):
@@ -102,24 +101,12 @@ def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrow
     assert "out of memory" in last.error["message"]
 
 
-@pytest.mark.parametrize("where", ["cgroup", "root", "machine"])
-def test_the_kernels_kills_are_counted_where_they_are_told(tmp_path: Path, where: str) -> None:
-    proc, cgroups = tmp_path / "proc", tmp_path / "cgroups"
-    (proc / "self").mkdir(parents=True)
-    (cgroups / "slice" / "worker").mkdir(parents=True)
-    (proc / "self" / "cgroup").write_text("0::/slice/worker\n")
-    (proc / "vmstat").write_text("nr_free_pages 5\noom_kill 3\n")
-    places = {"cgroup": cgroups / "slice" / "worker" / "memory.events", "root": cgroups / "memory.events"}
-    if where in places:
-        places[where].write_text("oom 9\noom_kill 7\n")
-    assert trainer.oom_kills(proc, cgroups) == (3 if where == "machine" else 7)
-
-
 def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_worker: None) -> None:
     hung = """
         import time
-        from worker.attempt.lease import Lease, boottime
-        with Lease("ftjob-none", 1, boottime()):
+        from shared.linux import boot_time
+        from worker.attempt.lease import Lease
+        with Lease("ftjob-none", 1, boot_time()):
             time.sleep(60)
     """
     told = {"MILLINER_STUCK_SECONDS": "0.3", "MILLINER_HEARTBEAT_SECONDS": "30"}

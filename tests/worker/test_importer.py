@@ -61,6 +61,14 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
         check_folder(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("kept", [slice(0), slice(5), slice(-1), slice(8, None)])
+def test_weights_that_are_cut_short_are_not_counted(llama: str, tmp_path: Path, kept: slice) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((Path(llama) / "model.safetensors").read_bytes()[kept])
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors is truncated or no safetensors file"):
+        count_parameters(weights)
+
+
 def test_a_path_is_no_public_id(llama: str) -> None:
     with pytest.raises(InvalidRequest, match=r"'/srv/llama' is a path; .* such as org/name"):
         add_model("llama", llama, public_id="/srv/llama")
@@ -97,6 +105,22 @@ def test_a_broken_gguf_is_told_of(stack: Record, tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "bad.gguf could not be converted" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_the_converter_knows_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It reads a file that somebody has put on the net. Its program is one of ours that writes its environment down."""
+    monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    told, converter = tmp_path / "told", tmp_path / "python"
+    converter.write_text(f"#!/bin/sh\nenv > {told}\necho broken >&2\nexit 1\n")
+    converter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(converter))
+    (tmp_path / "some.gguf").touch()
+    with pytest.raises(InvalidRequest, match=r"some\.gguf could not be converted: broken"):
+        add_model("some", str(tmp_path / "some.gguf"), public_id="acme/some")
+    assert "HF_HUB_OFFLINE=1" in told.read_text()
+    assert "MILLINER_" not in told.read_text()
+    assert "s3cret" not in told.read_text()
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from shared import settings
 from shared.database.session import engine, session_scope
 from shared.database.tables import BaseModelRow, File, Job
 from shared.database.tenants import ensure_tenant
+from shared.linux import boot_time
 from shared.schemas.requests import Desired
-from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.lease import Lease, Lost
 from worker.child.trainer_process import TrainerProcess
 
 SHORT = {"HEARTBEAT_SECONDS": "0.1", "LEASE_SECONDS": "3", "FENCE_SECONDS": "0.8"}
@@ -73,7 +74,7 @@ def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
 
 
 def test_a_renewal_reads_what_the_user_wants(job: str) -> None:
-    with Lease(job, 5, boottime()) as lease:
+    with Lease(job, 5, boot_time()) as lease:
         assert lease.desired is Desired.RUN
         with session_scope() as session:
             session.execute(update(Job).where(Job.id == job).values(desired_state=Desired.PAUSE))
@@ -82,7 +83,7 @@ def test_a_renewal_reads_what_the_user_wants(job: str) -> None:
 
 
 def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: TrainerProcess) -> None:
-    with Lease(job, 5, boottime()) as lease:
+    with Lease(job, 5, boot_time()) as lease:
         lease.guard(trainer)
         with session_scope() as outage:
             outage.execute(select(Job.id).where(Job.id == job).with_for_update())
@@ -94,7 +95,7 @@ def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: T
 
 
 def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> None:
-    with Lease(job, 5, boottime()) as lease:
+    with Lease(job, 5, boot_time()) as lease:
         lease.guard(trainer)
         with session_scope() as session:
             session.execute(update(Job).where(Job.id == job).values(lease_epoch=6))
@@ -104,7 +105,7 @@ def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> N
 
 
 def test_a_frozen_trainer_whose_epoch_moved_is_killed_and_never_thawed(job: str, trainer: TrainerProcess) -> None:
-    with Lease(job, 5, boottime()) as lease:
+    with Lease(job, 5, boot_time()) as lease:
         lease.guard(trainer)
         with session_scope() as rival:
             rival.execute(update(Job).where(Job.id == job).values(lease_epoch=6))

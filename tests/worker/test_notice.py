@@ -21,7 +21,7 @@ Start = Callable[..., Thread | None]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """`notice.start` with a command and a short period; the watch ends with the test."""
+    """`preemption.start` with a command and a short period; the watch ends with the test."""
     stop, threads = Event(), []
 
     def with_command(command: str, drain: Callable[[], None], *, seconds: str = "0.05") -> Thread | None:
@@ -115,6 +115,16 @@ def test_what_it_says_goes_to_the_log_and_not_further(capfd: pytest.CaptureFixtu
     assert [(line["log_level"], line["code"]) for line in logs] == [("debug", 0)]
     assert len(logs[0]["said"]) <= preemption.SHOWN
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_command_gets_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
+    monkeypatch.setenv("no_proxy", "169.254.169.254")
+    structlog.reset_defaults()
+    with capture_logs() as logs:
+        assert preemption.poll("env", timeout=5)
+    assert "no_proxy=169.254.169.254\n" in logs[0]["said"]
+    assert "MILLINER_" not in logs[0]["said"]
 
 
 def gone(pid: int) -> bool:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 from shared.errors import Unavailable
+from shared.linux import boot_time
 from shared.schemas.requests import Desired
 from worker.attempt import waiting
-from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.lease import Lease, Lost
 from worker.attempt.waiting import Leave, Patience
 
 
 @pytest.fixture
 def lease() -> Lease:
-    return Lease("ftjob-none", 1, boottime())
+    return Lease("ftjob-none", 1, boot_time())
 
 
 def test_an_outage_is_waited_out(lease: Lease) -> None:

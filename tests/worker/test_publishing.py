@@ -21,12 +21,13 @@ from shared.broker.queues import Queue
 from shared.database import jobs, state_machine
 from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job, JobEvent
+from shared.linux import boot_time
 from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 from shared.schemas.requests import Desired, State
 from shared.schemas.results import Export
 from shared.signing import is_signed_by
 from tests.results import PROOF, REPORT
-from worker.attempt.lease import Lease, boottime
+from worker.attempt.lease import Lease
 from worker.attempt.publishing import Damaged, fetch_back
 from worker.attempt.runner import run_next
 from worker.attempt.waiting import Patience
@@ -279,7 +280,7 @@ def uploaded(tmp_path: Path) -> tuple[str, list[storage.Entry], Path]:
 
 
 def patience() -> Patience:
-    lease = Lease("ftjob-none", 1, boottime())
+    lease = Lease("ftjob-none", 1, boot_time())
     return Patience(lease, draining=lambda: False, complain=print, heeds_pause=True, stop_seconds=1)
 
 

@@ -21,6 +21,7 @@ from typing import Self
 from shared.database import attempts
 from shared.database.session import session_scope
 from shared.errors import Unavailable
+from shared.linux import boot_time
 from shared.schemas.requests import Desired
 from shared.settings import get_settings
 from shared.telemetry import log
@@ -79,18 +80,18 @@ class Lease:
 
     def hold(self) -> None:
         """Wait until the lease is surely ours: this process may have been stopped since it was. Raises `Lost`."""
-        while boottime() - self._renewed > self._settings.fence_seconds:
+        while boot_time() - self._renewed > self._settings.fence_seconds:
             self.check()
             time.sleep(0.05)
         self.check()
 
     def progressed(self) -> None:
         """The attempt has got somewhere, or waits for a server that is down."""
-        self._progressed = boottime()
+        self._progressed = boot_time()
 
     def is_stuck(self) -> bool:
         """Has the attempt got nowhere for `stuck_seconds`?"""
-        return boottime() - self._progressed > self._settings.stuck_seconds
+        return boot_time() - self._progressed > self._settings.stuck_seconds
 
     def lose(self) -> None:
         """The database has said that the epoch moved."""
@@ -101,17 +102,17 @@ class Lease:
 
     def _renewing(self) -> None:
         while not self._done.wait(self._settings.heartbeat_seconds):
-            before = boottime()
+            before = boot_time()
             try:
                 with session_scope() as session:
                     desired = attempts.renew(
                         session, self.job_id, self.epoch, lease_seconds=self._settings.lease_seconds
                     )
             except Unavailable as error:
-                log.warning("lease.unrenewed", error=error.message, seconds=round(boottime() - self._renewed, 1))
+                log.warning("lease.unrenewed", error=error.message, seconds=round(boot_time() - self._renewed, 1))
                 continue
             except Exception:
-                log.exception("lease.unrenewed", seconds=round(boottime() - self._renewed, 1))
+                log.exception("lease.unrenewed", seconds=round(boot_time() - self._renewed, 1))
                 continue
             if desired is None:
                 if not self._done.is_set():
@@ -122,25 +123,20 @@ class Lease:
     def _fencing(self) -> None:
         said_at = 0.0
         while not self._done.wait(0.1):
-            session, late = self._session, boottime() - self._renewed > self._settings.fence_seconds
+            session, late = self._session, boot_time() - self._renewed > self._settings.fence_seconds
             if late:
                 self.progressed()  # an outage is not the attempt's fault
-            elif boottime() - self._progressed > 2 * self._settings.stuck_seconds:
+            elif boot_time() - self._progressed > 2 * self._settings.stuck_seconds:
                 log.critical("slot.stuck", job=self.job_id)
                 os.kill(os.getpid(), signal.SIGKILL)
             if session is None or self._lost.is_set():
                 continue
             if late and not session.frozen:
                 session.freeze()
-                log.warning("trainer.frozen", pid=session.pid, seconds=round(boottime() - self._renewed, 1))
+                log.warning("trainer.frozen", pid=session.pid, seconds=round(boot_time() - self._renewed, 1))
             elif not late and session.is_stopped():
                 session.thaw()
                 log.info("trainer.thawed", pid=session.pid)
-            elif not late and boottime() - said_at > ALIVE_EVERY:
+            elif not late and boot_time() - said_at > ALIVE_EVERY:
                 session.tell_alive(self.job_id)
-                said_at = boottime()
-
-
-def boottime() -> float:
-    """Seconds on the clock that counts while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+                said_at = boot_time()

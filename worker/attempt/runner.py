@@ -24,13 +24,14 @@ from shared.database.session import session_scope
 from shared.database.tables import Adapter, Job
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
+from shared.linux import boot_time
 from shared.schemas.requests import Desired, JobCreate, Phase, State
 from shared.schemas.results import JobError, Plan, Report
 from shared.settings import get_settings
 from shared.telemetry import bind, log, unbind
 from worker import cache
 from worker.attempt import exporting, publishing
-from worker.attempt.lease import Lease, Lost, boottime
+from worker.attempt.lease import Lease, Lost
 from worker.attempt.leased_job import LeasedJob, Outcome
 from worker.attempt.staging import stage
 from worker.attempt.waiting import TICK, Leave
@@ -68,7 +69,7 @@ PURPOSES = {Verify: trainer_pool.Purpose.PROOF, MakeExport: trainer_pool.Purpose
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
     """Claim one job of this queue and see it through."""
-    settings, claimed_at = get_settings(), boottime()
+    settings, claimed_at = get_settings(), boot_time()
     if not cache.has_room():
         return Outcome.UNABLE
     try:

@@ -11,11 +11,12 @@ from threading import Thread
 
 from pydantic import ValidationError
 
+from shared import linux
 from shared.database import devices
 from shared.database.session import session_scope
 from shared.errors import Unavailable
 from shared.schemas.memory import Device
-from shared.settings import get_settings, inherited
+from shared.settings import get_settings
 from shared.telemetry import log
 from worker import cache
 from worker.child.trainer_process import PASSED_ON
@@ -44,11 +45,10 @@ def _announce(slot: int) -> None:
 def detect_device(slot: int) -> Device:
     """The device that a trainer of this slot would find."""
     limit = get_settings().device_memory_bytes
-    said = subprocess.run(
+    said = linux.run(
         [sys.executable, "-m", "worker.trainer.system.device", str(limit)],
-        env=inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
-        capture_output=True,
+        env=linux.inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
         timeout=ASKED_FOR,
-        check=True,
     )
+    said.check_returncode()
     return Device.model_validate_json(said.stdout)

@@ -6,16 +6,17 @@ says that the end is near; any other that it is not. Must not know what draining
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 import subprocess
 from collections.abc import Callable
 from threading import Event, Thread
 
+from shared import linux
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
 
+#: Of our own environment, which holds secrets, a command gets no more.
+PASSED_ON = (*linux.BASIC, *linux.PROXIES, "HOME")
 SHOWN = 2000
 
 
@@ -38,28 +39,16 @@ def poll(command: str, *, timeout: float) -> bool:
 
     It gets a process group of its own: whatever it started ends with it, and holds up nothing here.
     """
+    env = linux.inherited(*PASSED_ON)
     try:
-        process = subprocess.Popen(
-            shlex.split(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        asked = linux.run(shlex.split(command), env=env, timeout=timeout, stderr=subprocess.STDOUT)
+    except subprocess.TimeoutExpired as late:
+        log.debug("notice.asked", code=None, said=_end_of(late.output or b""))
+        raise Failed(f"did not end within {timeout:g} s") from late
     except (OSError, ValueError) as error:  # ValueError: a quotation mark is missing
         raise Failed(f"cannot be started: {error}") from error
-    with process:
-        late = False
-        try:
-            said, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired as expired:
-            os.killpg(process.pid, signal.SIGKILL)
-            said = expired.output or b""
-            late = process.wait() == -signal.SIGKILL  # else it had ended, and only a child of its own held the pipe
-    log.debug("notice.asked", code=process.returncode, said=said[-SHOWN:].decode(errors="replace"))
-    if late:
-        raise Failed(f"did not end within {timeout:g} s")
-    return process.returncode == 0
+    log.debug("notice.asked", code=asked.returncode, said=_end_of(asked.stdout))
+    return asked.returncode == 0
 
 
 def _watching(stop: Event, drain: Callable[[], None], command: str, settings: Settings) -> None:
@@ -77,3 +66,7 @@ def _watching(stop: Event, drain: Callable[[], None], command: str, settings: Se
             drain()
             return
         stop.wait(settings.notice_seconds)
+
+
+def _end_of(said: bytes) -> str:
+    return said[-SHOWN:].decode(errors="replace")

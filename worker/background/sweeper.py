@@ -7,7 +7,6 @@ itself watched the database without a gap for one whole lease time: after an out
 
 from __future__ import annotations
 
-import time
 from threading import Event, Thread
 
 from sqlalchemy.orm import Session
@@ -18,6 +17,7 @@ from shared.database import attempts, claims, previews
 from shared.database.session import after_commit, ping, session_scope, try_lock
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
+from shared.linux import boot_time
 from shared.schemas.results import JobError
 from shared.settings import Settings, get_settings
 from shared.telemetry import log
@@ -111,7 +111,7 @@ def _sweeping(stop: Event) -> None:
         try:
             with session_scope() as session:
                 ping(session)
-            watched = watch.seen(time.clock_gettime(time.CLOCK_BOOTTIME))
+            watched = watch.seen(boot_time())
             newborn = not sweep(settings, watched=watched, newborn=newborn) and newborn
         except Unavailable as error:
             watch.missed()

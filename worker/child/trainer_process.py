@@ -20,14 +20,12 @@ from threading import Lock, Thread
 
 from pydantic import ValidationError
 
-from shared.settings import get_settings, inherited
+from shared import linux
+from shared.settings import get_settings
 from shared.telemetry import log
 from worker.trainer.protocol import EVENT, Alive, Command, TrainerEvent
 
-PASSED_ON = (
-    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
-    *("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
-)
+PASSED_ON = (*linux.BASIC, "HOME", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -61,20 +59,12 @@ class TrainerProcess:
         self.visible_device = visible_device
         self._log = folder / "trainer.log"
         own = {"HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
-        env = inherited(*PASSED_ON) | OFFLINE | own
+        env = linux.inherited(*PASSED_ON) | OFFLINE | own
         told = get_settings().trainer_command
         command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
-        self._log_begins, self._oom_kills = 0, oom_kills()
+        self._log_begins, self._oom_kills = 0, linux.oom_kill_count()
         with self._log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                [*command, str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=env,
-                cwd=folder,
-                start_new_session=True,
-            )
+            self._process = linux.spawn([*command, str(os.getpid())], env=env, stderr=stderr, cwd=folder)
         self._lines: SimpleQueue[tuple[bytes | None, float]] = SimpleQueue()
         self.heard_at = 0.0  # when the event that was received last came out of the pipe (monotonic)
         self._signals, self._sending = Lock(), Lock()
@@ -83,7 +73,7 @@ class TrainerProcess:
 
     def begin(self) -> None:
         """Before more work: what the log or the kernel has said so far is of another."""
-        self._log_begins, self._oom_kills = self._log.stat().st_size, oom_kills()
+        self._log_begins, self._oom_kills = self._log.stat().st_size, linux.oom_kill_count()
 
     @property
     def pid(self) -> int:
@@ -125,7 +115,7 @@ class TrainerProcess:
         except Empty:
             return None
         if line is None:
-            raise Died(self._reap(), out_of_memory=oom_kills() > self._oom_kills)
+            raise Died(self._reap(), out_of_memory=linux.oom_kill_count() > self._oom_kills)
         try:
             return EVENT.validate_json(line)
         except ValidationError as error:
@@ -181,26 +171,10 @@ class TrainerProcess:
 
     def _signal(self, number: signal.Signals) -> bool:
         with self._signals:
-            if self._process.poll() is not None:
-                return False
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:  # another thread is about to reap it
-                return False
-            return True
+            return self._process.poll() is None and linux.signal_group(self._process, number)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put((line, time.monotonic()))
         self._lines.put((None, time.monotonic()))
-
-
-def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How often the kernel has killed for memory: in our cgroup where that is told (v2), on this machine otherwise."""
-    group = (proc / "self" / "cgroup").read_text().rpartition("::/")[2].strip()
-    for counters in (cgroups / group / "memory.events", cgroups / "memory.events", proc / "vmstat"):
-        if counters.is_file():
-            lines = (line.split() for line in counters.read_text().splitlines())
-            return next((int(count) for name, count in lines if name == "oom_kill"), 0)
-    return 0

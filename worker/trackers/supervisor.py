@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import importlib.util
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,21 +19,19 @@ from typing import IO, NamedTuple
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from shared import linux
 from shared.database import jobs
 from shared.database.session import session_scope
 from shared.database.tables import Job
 from shared.errors import Unavailable
 from shared.schemas.requests import Integration, State, TrackerKind
 from shared.schemas.results import Metrics, Plan
-from shared.settings import get_settings, inherited
+from shared.settings import get_settings
 from shared.telemetry import log
 from worker import cache
 from worker.trackers.pipe import End, Ending, StartRun, Step, Word
 
-PASSED_ON = (
-    *("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE"),
-)
+PASSED_ON = (*linux.BASIC, *linux.PROXIES)
 ENDINGS: dict[State, Ending] = {
     State.SUCCEEDED: "succeeded",
     State.FAILED: "failed",
@@ -124,14 +119,11 @@ class Tracker:
         try:
             with cache.work_dir(f"{self._job.id}-{self._job.lease_epoch}-{kind}") as folder:
                 with (folder / "tracker.log").open("wb") as stderr:
-                    child = subprocess.Popen(
+                    child = linux.spawn(
                         [sys.executable, "-m", "worker.trackers.main"],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
+                        env=linux.inherited(*PASSED_ON) | QUIET | {"HOME": str(folder)},
                         stderr=stderr,
-                        env=inherited(*PASSED_ON) | QUIET | {"HOME": str(folder)},
                         cwd=folder,
-                        start_new_session=True,
                     )
                 log.info("tracker.started", tracker=kind, pid=child.pid)
                 assert child.stdin is not None
@@ -144,7 +136,8 @@ class Tracker:
                     log.warning("tracker.died", tracker=kind, said=tail)
                     self._tell("the process that talks to it has ended")
                 self.fed.set()
-                _reap(child)
+                if not linux.wait_or_kill(child, seconds=FAREWELL):
+                    log.warning("tracker.killed", pid=child.pid)
         except OSError as error:
             log.warning("tracker.broke", tracker=kind, error=str(error))
             self._tell("the worker cannot start a process for it")
@@ -258,12 +251,3 @@ def _step(metrics: Metrics) -> Step:
 def _write(pipe: IO[bytes], message: BaseModel) -> None:
     pipe.write(message.model_dump_json().encode() + b"\n")
     pipe.flush()
-
-
-def _reap(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(timeout=FAREWELL)
-    except subprocess.TimeoutExpired:
-        log.warning("tracker.killed", pid=child.pid)
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+from shared.disk import atomic_folder
+from shared.linux import kill_when_parent_dies
 
 #: Tokens that end a generation, as llama.cpp writes them; chat models often end a turn by another token than a text.
 STOP_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
@@ -25,9 +26,7 @@ def convert(gguf: Path, out: Path) -> None:
     """Dequantize `gguf` into `out`. Raises FileExistsError if `out` holds something already."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with atomic_folder(out) as partial:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -48,15 +47,11 @@ def convert(gguf: Path, out: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if out.exists():
-            out.rmdir()
-        # mkdtemp and the safetensors writer make private files; a base model is no secret.
+            out.rmdir()  # raises if somebody has filled it meanwhile
+        # The folder and what the safetensors writer makes are private; a base model is no secret.
         partial.chmod(0o755)
         for path in partial.iterdir():
             path.chmod(0o644)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def stop_tokens(gguf: Path) -> list[int]:
@@ -70,7 +65,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="worker.trainer.gguf_import", description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--parent", type=int, metavar="PID", help="the process that started this one: end with it")
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        kill_when_parent_dies(args.parent)
     os.environ["HF_HUB_OFFLINE"] = "1"
     convert(args.gguf.resolve(strict=True), args.out.absolute())
     return 0

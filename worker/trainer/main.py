@@ -6,7 +6,6 @@ between jobs on the same base. Must hold no secret and reach no network; trainin
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -29,6 +28,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from pydantic import ValidationError
 
 from shared.errors import TrainingFailed
+from shared.linux import boot_time, kill_when_parent_dies
 from shared.schemas.requests import Phase, Quantization
 from shared.streams import protect_standard_streams
 from worker.trainer.protocol import (
@@ -53,8 +53,6 @@ from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 if TYPE_CHECKING:
     from worker.trainer.model.base import Base
 
-PR_SET_PDEATHSIG = 1
-
 #: What the session answers one after the other.
 Work = Prepare | Preview | Train | Verify | MakeExport
 
@@ -64,24 +62,15 @@ WORKING_EVERY = 5.0
 
 def main(argv: list[str]) -> int:
     """Serve commands until stdin ends."""
-    die_with_parent(int(argv[0]) if argv else os.getppid())
+    try:
+        kill_when_parent_dies(int(argv[0]) if argv else os.getppid())  # an orphan would train for nobody
+    except ProcessLookupError as error:
+        sys.exit(str(error))
     session = CommandLoop(claim_stdout())
     threading.Thread(target=session.read, name="commands", daemon=True).start()
     while (command := session.commands.get()) is not None:
         session.serve(command)
     return 0
-
-
-def die_with_parent(parent: int) -> None:
-    """SIGKILL for us when the supervisor's thread that started us ends: an orphan would train for nobody.
-
-    PDEATHSIG is only armed from here on, hence the look at whether the parent is gone already.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
 
 
 def claim_stdout() -> BinaryIO:
@@ -93,11 +82,6 @@ def claim_stdout() -> BinaryIO:
     os.dup2(2, 1)
     protect_standard_streams()
     return pipe
-
-
-def boottime() -> float:
-    """Seconds on the clock that counts while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class CommandLoop:
@@ -112,7 +96,7 @@ class CommandLoop:
         self._step: int | None = None
         self._silence: float | None = None
         self._watched = False
-        self._heard = boottime()
+        self._heard = boot_time()
         self._fencing = threading.Lock()
 
     def read(self) -> None:
@@ -125,7 +109,7 @@ class CommandLoop:
                 os._exit(2)
             if isinstance(command, Alive):
                 self.fence()  # first: after a long stop, this one may have lain in the pipe all the time
-                self._heard = boottime()
+                self._heard = boot_time()
             elif isinstance(command, Stop):
                 self._stopping.add(command.job)
             else:
@@ -145,7 +129,7 @@ class CommandLoop:
             self._watched = True
             threading.Thread(target=self.watch, args=(silence,), name="watch", daemon=True).start()
         with self._fencing:
-            self._heard, self._silence = boottime(), silence
+            self._heard, self._silence = boot_time(), silence
 
     def fence(self) -> None:
         """Freeze this process if its supervisor, and so perhaps its lease, is gone; the supervisor thaws it.
@@ -154,10 +138,10 @@ class CommandLoop:
         hears nothing, and need not.
         """
         with self._fencing:
-            if self._silence is not None and boottime() - self._heard > self._silence:
+            if self._silence is not None and boot_time() - self._heard > self._silence:
                 # To this thread, which then does not get past this line; a signal to the process may take any.
                 signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-                self._heard = boottime()
+                self._heard = boot_time()
 
     def emit(self, event: TrainerEvent) -> None:
         """Write one line, whole. Called by the thread that serves, and by no other."""

@@ -48,6 +48,9 @@ def test_a_card_without_a_licence_and_with_other_data_says_so(
     assert "the training rows themselves" in ours
     other = make_task(write_rows(quotes(5)), trainer={"max_steps": 1})
     assert model_card.text(other, recipe_of(first), report, []) != ours
+    odd = first.model_copy(update={"base_name": "acme/tiny: 1 # no comment"})
+    front = yaml.safe_load(model_card.text(odd, recipe_of(first), report, []).split("---\n")[1])
+    assert front["base_model"] == odd.base_name
 
 
 def test_a_long_curve_stays_one_line() -> None:

@@ -76,8 +76,8 @@ def rotated(name: str, weight: np.ndarray) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def convert(gguf: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "worker.trainer.gguf_import", str(gguf), str(out)]
+def convert(gguf: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "worker.trainer.gguf_import", str(gguf), str(out), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -102,4 +102,10 @@ def test_gguf_becomes_a_base(gguf: Path, llama: str, tmp_path: Path) -> None:
 def test_half_a_file_leaves_no_folder(gguf: Path, tmp_path: Path) -> None:
     gguf.write_bytes(gguf.read_bytes()[:2000])
     assert convert(gguf, tmp_path / "out").returncode != 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]
+
+
+def test_nothing_is_converted_for_an_importer_that_is_gone(gguf: Path, tmp_path: Path) -> None:
+    nobody = 2**22 + 1  # above the largest process id
+    assert "the parent is gone" in convert(gguf, tmp_path / "out", "--parent", str(nobody)).stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]

@@ -19,9 +19,10 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
+from shared.linux import boot_time
 from shared.schemas.requests import Phase
 from worker.trainer import main as child_main
-from worker.trainer.main import CommandLoop, boottime
+from worker.trainer.main import CommandLoop
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import Base, load_base
 from worker.trainer.protocol import (
@@ -225,11 +226,11 @@ def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
                 pass
             os.kill(pid, signal.SIGSTOP)
             wait_until_stopped(pid)
-            stopped_at = boottime()
+            stopped_at = boot_time()
             while readable(child):
                 child.next()
             child.send(Alive(job="h"))
-            while boottime() - stopped_at < silence + 0.1:
+            while boot_time() - stopped_at < silence + 0.1:
                 time.sleep(0.01)
             os.kill(pid, signal.SIGCONT)
             wait_until_stopped(pid)

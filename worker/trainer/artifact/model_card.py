@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from shared.schemas.requests import ExportName
 from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer.artifact.vllm import max_lora_rank
@@ -56,13 +58,15 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _front_matter(task: Task, recipe: Recipe) -> str:
     full = recipe.full_finetuning
-    kind, library = ("finetune", "transformers") if full else ("adapter", "peft")
-    lines = ["---", f"base_model: {task.base_name}", f"base_model_relation: {kind}", f"library_name: {library}"]
-    if task.base_license is not None:
-        lines.append(f"license: {task.base_license}")
-    purpose = "text-generation" if recipe.labels is None else "text-classification"
-    tags = ["- milliner"] if full else ["- lora", "- milliner"]
-    return "\n".join([*lines, f"pipeline_tag: {purpose}", "tags:", *tags, "---", ""])
+    data = ModelCardData(
+        base_model=task.base_name,
+        library_name="transformers" if full else "peft",
+        license=task.base_license,
+        pipeline_tag="text-generation" if recipe.labels is None else "text-classification",
+        tags=["milliner"] if full else ["lora", "milliner"],
+        base_model_relation="finetune" if full else "adapter",
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _origin(task: Task) -> str:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from shared import disk
 from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer.artifact import metrics_file, model_card, tensorboard
 from worker.trainer.data.encoding import Encoder
@@ -44,7 +45,7 @@ def write_artifact(
     head: Sequence[str] = (),
 ) -> None:
     """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
-    with checkpoint.whole(folder) as partial:
+    with disk.atomic_folder(folder) as partial:
         # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
         encoder.tokenizer.save_pretrained(partial)
         if isinstance(adapted, FullWeights):

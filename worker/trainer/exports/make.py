@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from shared import disk
 from shared.errors import TrainingFailed
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
@@ -32,7 +33,6 @@ from worker.trainer.methods import Tally, sft
 from worker.trainer.model.base import Base, load_adapter, load_base
 from worker.trainer.protocol import Exported, MakeExport
 from worker.trainer.system import free_memory
-from worker.trainer.training import checkpoint
 
 TRIED_ROWS = 2
 TRIED_TOKENS = 256
@@ -63,7 +63,7 @@ def export(command: MakeExport, *, stopping: Callable[[], bool], tick: Callable[
     if command.task.torch_threads > 0:
         torch.set_num_threads(command.task.torch_threads)
     folder = Path(command.work_dir) / "exports" / command.name
-    with checkpoint.whole(folder) as partial:
+    with disk.atomic_folder(folder) as partial:
         try:
             if command.name is ExportName.GGUF_ADAPTER:
                 made = _adapter(command, partial)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared import linux
 from shared.schemas.memory import Device
 
 if TYPE_CHECKING:
@@ -35,16 +36,15 @@ def describe(on: torch.device, *, memory_bytes: int) -> Device:
     return Device(kind="cuda", name=properties.name, memory_bytes=memory_bytes or properties.total_memory)
 
 
-def cpu(*, memory_bytes: int, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Device:
+def cpu(*, memory_bytes: int, proc: Path = linux.PROC, cgroups: Path = linux.CGROUPS) -> Device:
     """This machine's processor and memory, or what the container that we are in may take of it (cgroup v2)."""
     fields = (line.partition(":") for line in (proc / "cpuinfo").read_text(encoding="utf-8").splitlines())
     name = next((value.strip() for key, _, value in fields if key.strip() == "model name"), platform.machine())
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    group = (proc / "self" / "cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
-    for limit in {cgroups / group / "memory.max", cgroups / "memory.max"}:
-        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-            sizes.append(int(text))
-    return Device(kind="cpu", name=name, memory_bytes=memory_bytes or min(sizes))
+    size, limit = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        linux.memory_limit(proc=proc, cgroups=cgroups),
+    )
+    return Device(kind="cpu", name=name, memory_bytes=memory_bytes or min(size, limit or size))
 
 
 def _if_cuda(limit: int) -> Device | None:

@@ -1,16 +1,12 @@
 """A folder that holds all of a run: adapter, optimizer, random numbers, counters.
 
-Owns: making a run bitwise resumable, and making a folder appear complete or not at all. Tensors go to safetensors and
+Owns: making a run bitwise resumable. Tensors go to safetensors and
 the rest to JSON: a checkpoint travels through a bucket, and loading one must never run code, so nothing is pickled.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +76,7 @@ class Stored(BaseModel):
 
 def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
     """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
-    with whole(folder) as partial:
+    with disk.atomic_folder(folder) as partial:
         save_file(exact_tensors(adapted), partial / ADAPTER)
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
         if best is not None:
@@ -122,24 +118,6 @@ def latest(run: RunState) -> Metrics:
         if metrics.step == run.step:
             merged = merged.model_copy(update=metrics.model_dump(exclude_none=True))
     return merged
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A place to write what becomes `folder` at the block's end; an error leaves nothing, a crash no `folder`.
-
-    Files go to the disk before the name does.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        disk.publish(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Tensors:
