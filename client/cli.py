@@ -27,9 +27,7 @@ from shared.schemas import State
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, ftjob-…")]
 
-app = typer.Typer(
-    help="LoRA fine-tuning on your own server, behind the OpenAI API.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="LoRA fine-tuning on your own server, behind the OpenAI API.", no_args_is_help=True)
 app.command()(stack.up)
 app.command()(stack.down)
 app.command()(stack.doctor)

@@ -6,15 +6,16 @@ Owns: sizes such as 24GB, and the table. Must not print.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
 
 from openai import OpenAI
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from client.request import Body
 from client.show import duration, size
 from client.upload import lent
 from shared.errors import InvalidRequest
@@ -43,12 +44,26 @@ def bytes_of(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
-def ask(client: OpenAI, file: str | None, **question: Any) -> Estimate:
-    """The server's answer. `file` is the id of one that lies there, or a path: that is uploaded and deleted again."""
-    body = _given(question)
+def read_arguments(words: Sequence[str], *, model_given: bool) -> tuple[str | None, str | None]:
+    """The model and the file of `estimate [FILE]` beside --model, or of the older `estimate MODEL [FILE]`.
+
+    Raises InvalidRequest: a file without a model, or too many words.
+    """
+    if len(words) > (1 if model_given else 2):
+        raise InvalidRequest(f"found {len(words)} arguments: {' '.join(words)}; allowed: --model MODEL and one FILE")
+    first, second = (*words, None, None)[:2]
+    if model_given:
+        return None, first
+    if first is not None and second is None and (first.startswith("file-") or Path(first).is_file()):
+        raise InvalidRequest(f"no model is given for {first}; name one with --model; see: milliner models")
+    return first, second
+
+
+def ask(client: OpenAI, body: Body) -> Estimate:
+    """The server's answer. `training_file` is an id, or a path that is uploaded and deleted again."""
     with ExitStack() as undo:
-        if file is not None:
-            body["training_file"] = undo.enter_context(lent(client, file))
+        if file := body.get("training_file"):
+            body = body | {"training_file": undo.enter_context(lent(client, file))}
         return Estimate.model_validate(client.post("/fine_tuning/estimate", cast_to=object, body=body))
 
 
@@ -84,16 +99,10 @@ def _fit(item: Estimate) -> Text:
         least = f"no single change is enough; with all of them it takes {size(item.smallest)}"
         return Text(f"does not fit into {room}: {least}", style="red")
     value = str(item.change.value).lower()
-    remedy = f"{item.change.param} = {value} would: {size(item.change.total)}"
+    remedy = f"--set {item.change.param}={value} would: {size(item.change.total)}"
     return Text.assemble((f"does not fit into {room}", "red"), f"; {remedy}")
 
 
 def _setting(item: Estimate) -> str:
     rows = f"{item.micro_batch} x {item.max_length:,} tokens"
     return f"{item.quantization}, r {item.r}, {rows}{', checkpointed' if item.gradient_checkpointing else ''}"
-
-
-def _given(question: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said; the rest is left to the server."""
-    said = {key: _given(value) if isinstance(value, Mapping) else value for key, value in question.items()}
-    return {key: value for key, value in said.items() if value is not None and value != {}}

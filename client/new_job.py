@@ -1,96 +1,91 @@
 """`milliner submit`, and the two questions that come before it: `estimate` and `preview`.
 
-Owns: one function per command. client/cli.py registers them.
+Owns: one function per command, and their flags. Every other field of their requests is set by `--set`. client/cli.py
+registers them.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from openai.types.fine_tuning import FineTuningJob
 
-from client import estimate, preview, show, submit
+from client import estimate, fields, preview, show, submit
 from client.connect import connect, job_of
-from client.terminal import Dataset, Metadata, follow_job, pairs, print_result
+from client.request import Body, Flag, body_of, gives
+from client.terminal import follow_job, print_result
 from deploy.local.commands import AsJson, Data
-from shared.preview import MOST_ROWS
-from shared.schemas import ExportName, MethodName, Quantization
+from shared.errors import InvalidRequest
+from shared.estimate import EstimateCreate
+from shared.preview import MOST_ROWS, PreviewCreate
+from shared.schemas import JobCreate, MethodName, Request
+
+Base = Annotated[str | None, typer.Option("--model", help="Base model; see: milliner models")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data.", show_default="auto")]
+Rank = Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", show_default="auto")]
+
+
+def set_option(request: type[Request]) -> Any:
+    """The option `--set` of a command that sends such a request."""
+
+    def keys(incomplete: str) -> list[tuple[str, str]]:
+        return fields.complete(request, incomplete)
+
+    return typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any field of the request, such as trainer.max_length=512; may be repeated. "
+        "--set trainer lists the keys of trainer; all keys are in docs/reference/commands.md.",
+        rich_help_panel="Any other setting",
+        autocompletion=keys,
+    )
 
 
 def submit_job(
-    file: Dataset,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True, help="Rows to train on."),
+    ] = None,
     *,
     model: Annotated[str | None, typer.Option(help="Base or fine-tuned model; see: milliner models")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="Go on from this adapter: ft:… or ftckpt_…")] = None,
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Rows to evaluate on.")
     ] = None,
     method: Annotated[
-        MethodName, typer.Option(help="What the rows are: answers, preferences, or labels.")
-    ] = "supervised",
+        MethodName | None,
+        typer.Option(help="What the rows are: answers, preferences, or labels.", show_default="supervised"),
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the adapter's name.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows an optimizer step.", show_default="auto")] = None,
-    lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the rate.", show_default="auto")] = None,
-    beta: Annotated[float | None, typer.Option(help="How close DPO keeps to the base.", show_default="auto")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of rows and the adapter's start.")] = None,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", show_default="auto")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha.", show_default="auto")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA's dropout.", show_default="0")] = None,
-    quantization: Annotated[
-        Quantization | None, typer.Option(help="How the frozen base is held.", show_default="nf4")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
-    skip_bad_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Leave out up to N bad rows of a file.", show_default="0")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many optimizer steps.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    export: Annotated[list[ExportName] | None, typer.Option(help="A further form of it; may be repeated.")] = None,
-    no_packing: Annotated[bool, typer.Option("--no-packing", help="One row in a sequence.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights of a small base, and no adapter.")] = False,
-    priority: Annotated[int | None, typer.Option(help="Higher goes first, -100 to 100.", show_default="0")] = None,
-    metadata: Metadata = None,
+    epochs: Epochs = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step.", show_default="auto")] = None,
+    r: Rank = None,
     follow_it: Annotated[bool, typer.Option("--follow", help="Watch it; Ctrl-C detaches.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, keep nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
+    settings: Annotated[list[str] | None, set_option(JobCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: check the data, show the plan, send the job."""
-    body = submit.body_of(
-        model=submit.model_of(model, start),
-        method=method,
-        hyperparameters={
-            "n_epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate_multiplier": lr_multiplier,
-            "beta": beta,
-        },
-        lora={"r": r, "alpha": alpha, "dropout": dropout},
-        trainer={
-            "max_length": max_length,
-            "skip_bad_rows": skip_bad_rows,
-            "max_steps": max_steps,
-            "eval_every": eval_every,
-            "save_every": save_every,
-            "exports": export or None,
-            "packing": False if no_packing else None,
-            "full_finetuning": full or None,
-        },
-        quantization=quantization,
-        from_checkpoint=start,
-        suffix=suffix,
-        seed=seed,
-        priority=priority,
-        metadata=pairs(metadata),
+    flags = (
+        Flag("FILE", "training_file", file and str(file)),
+        Flag("--model", "model", model),
+        Flag("--validation", "validation_file", validation and str(validation)),
+        Flag("--method", "method.type", method),
+        Flag("--suffix", "suffix", suffix),
+        Flag("--epochs", "hyperparameters.n_epochs", epochs),
+        Flag("--batch-size", "hyperparameters.batch_size", batch_size),
+        Flag("--r", "lora.r", r),
+        Flag("--dry-run", "dry_run", dry_run or None),
     )
+    body = body_of(JobCreate, flags, settings)
+    _require_file(body)
+    dry_run = body.pop("dry_run", False)
     out, notes, client = show.console(), show.console(stderr=True), connect(data)
-    spinner = notes.status(f"reading {file.name}")
+    spinner = notes.status(f"reading {file.name if file else body['training_file']}")
 
     def accept(rehearsal: FineTuningJob) -> bool:
         spinner.stop()
@@ -121,61 +116,72 @@ def submit_job(
 
 
 def estimate_job(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Base model; see: milliner models")],
-    file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="A dataset, or the id of an uploaded one.")
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE", help="A dataset, or the id of an uploaded one.")
     ] = None,
     *,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapter.", show_default="auto")] = None,
-    quantization: Annotated[
-        Quantization | None, typer.Option(help="How the frozen base is held.", show_default="nf4")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Rows at a time.", show_default="auto")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="auto")] = None,
+    model: Base = None,
+    epochs: Epochs = None,
+    r: Rank = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda")] = None,
     device_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What there is, such as 24GB.")] = None,
+    settings: Annotated[list[str] | None, set_option(EstimateCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a job fits, how long it takes, and what would make it fit; exit 1 if it does not."""
-    answer = estimate.ask(
-        connect(data),
-        file,
-        model=model,
-        lora={"r": r},
-        quantization=quantization,
-        trainer={"max_length": max_length, "micro_batch": micro_batch},
-        hyperparameters={"n_epochs": epochs},
-        device=device,
-        device_memory_bytes=estimate.bytes_of(device_memory) if device_memory else None,
+    named, file = estimate.read_arguments(words or [], model_given=model is not None or gives("model", settings))
+    flags = (
+        Flag("FILE", "training_file", file),
+        Flag("--model", "model", model),
+        Flag("MODEL", "model", named),
+        Flag("--epochs", "hyperparameters.n_epochs", epochs),
+        Flag("--r", "lora.r", r),
+        Flag("--device", "device", device),
+        Flag("--device-memory", "device_memory_bytes", estimate.bytes_of(device_memory) if device_memory else None),
     )
+    answer = estimate.ask(connect(data), body_of(EstimateCreate, flags, settings))
     print_result(answer, estimate.verdict(answer), as_json)
     if answer.fits is False:
         raise typer.Exit(1)
 
 
 def preview_rows(
-    file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A dataset, or the id of an uploaded one.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE_OR_ID", help="A dataset, or the id of an uploaded one.")
+    ] = None,
     *,
-    model: Annotated[str, typer.Option(help="Base model; see: milliner models")],
-    rows: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="How many, from the first.")] = 5,
+    model: Base = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="How many, from the first.", show_default="5")
+    ] = None,
     line: Annotated[
         list[int] | None, typer.Option(metavar="N", min=1, help="This row instead; may be repeated.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.", show_default="auto")] = None,
+    settings: Annotated[list[str] | None, set_option(PreviewCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
     """Show rows as tokens, and which of them are trained; exit 1 if a row cannot be trained on."""
-    out, question = show.console(), {"model": model, "rows": rows}
-    question |= {"lines": line} if line else {}
-    question |= {"trainer": {"max_length": max_length}} if max_length else {}
-    with show.console(stderr=True).status(f"reading {file}"):
-        answer = preview.ask(connect(data), file, **question)
+    flags = (
+        Flag("FILE", "training_file", file),
+        Flag("--model", "model", model),
+        Flag("--rows", "rows", rows),
+        Flag("--line", "lines", line or None),
+    )
+    body = body_of(PreviewCreate, flags, settings)
+    _require_file(body)
+    out = show.console()
+    with show.console(stderr=True).status(f"reading {body['training_file']}"):
+        answer = preview.ask(connect(data), body)
     if as_json:
         show.print_json(answer.model_dump(mode="json"))
     else:
         out.print(preview.rows(answer, colour=out.color_system is not None), soft_wrap=True)
     if answer.problems:
         raise typer.Exit(1)
+
+
+def _require_file(body: Body) -> None:
+    if body.get("training_file") is None:
+        raise InvalidRequest("no dataset is given; name a FILE, or an uploaded one with --set training_file=file-…")

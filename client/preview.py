@@ -6,13 +6,12 @@ Must not print.
 
 from __future__ import annotations
 
-from typing import Any
-
 import openai
 from openai import OpenAI
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from client.request import Body
 from client.upload import lent
 from shared.preview import PreviewOut, PreviewRow, Segment
 from shared.training import RowProblem
@@ -32,10 +31,10 @@ PICTURES = {code: 0x2400 + code for code in range(32)} | {
 PATIENCE = 5
 
 
-def ask(client: OpenAI, file: str, **question: Any) -> PreviewOut:
-    """The server's answer. `file` is the id of one that lies there, or a path: that is uploaded and deleted again."""
-    with lent(client, file) as file_id:
-        body = question | {"training_file": file_id}
+def ask(client: OpenAI, body: Body) -> PreviewOut:
+    """The server's answer. `training_file` is an id, or a path that is uploaded and deleted again."""
+    with lent(client, body["training_file"]) as file_id:
+        body = body | {"training_file": file_id}
         for _ in range(PATIENCE - 1):
             try:
                 return _asked(client, body)
@@ -104,7 +103,7 @@ def _legend(item: PreviewOut, *, colour: bool) -> Text:
     return text.append(f"\n{', '.join(facts)}", style="dim")
 
 
-def _asked(client: OpenAI, body: dict[str, Any]) -> PreviewOut:
+def _asked(client: OpenAI, body: Body) -> PreviewOut:
     """Asked once: that nobody answers should be told at once, not after the client's own tries."""
     once = client.with_options(max_retries=0)
     return PreviewOut.model_validate(once.post("/fine_tuning/preview", cast_to=object, body=body))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from client.estimate import bytes_of, verdict
+from client.estimate import bytes_of, read_arguments, verdict
 from shared.errors import InvalidRequest
 from shared.estimate import Data, EstimateCreate, estimate
 
@@ -29,6 +29,28 @@ def test_what_is_no_size_is_told_what_is(text: str) -> None:
         bytes_of(text)
 
 
+@pytest.mark.parametrize(
+    ("words", "model_given", "expected"),
+    [
+        ([], True, (None, None)),
+        (["rows.jsonl"], True, (None, "rows.jsonl")),
+        (["gpt2"], False, ("gpt2", None)),
+        (["gpt2", "file-1"], False, ("gpt2", "file-1")),
+        ([], False, (None, None)),
+    ],
+)
+def test_the_model_is_named_or_comes_first(
+    words: list[str], model_given: bool, expected: tuple[str | None, str | None]
+) -> None:
+    assert read_arguments(words, model_given=model_given) == expected
+
+
+def test_a_file_is_not_taken_for_a_model() -> None:
+    for path in ("file-1", __file__):
+        with pytest.raises(InvalidRequest, match=r"no model is given for .*; name one with --model"):
+            read_arguments([path], model_given=False)
+
+
 def drawn(data: Data | None = None, **fields: Any) -> str:
     answer = estimate(EstimateCreate.model_validate({"model": "gpt2"} | fields), GPT2, data)
     out = io.StringIO()
@@ -46,6 +68,6 @@ def test_the_table_adds_up_to_a_verdict() -> None:
 
 def test_what_does_not_fit_is_told_what_would() -> None:
     text = drawn(trainer={"micro_batch": 64}, device_memory_bytes=6 * 10**9)
-    assert "does not fit into 6.0 GB; trainer.micro_batch = 32 would: 4.0 GB" in text
+    assert "does not fit into 6.0 GB; --set trainer.micro_batch=32 would: 4.0 GB" in text
     assert "no single change is enough; with all of them it takes 714.3 MB" in drawn(device_memory_bytes=10**8)
     assert "say --device-memory 24GB" in drawn()
