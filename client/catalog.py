@@ -1,4 +1,4 @@
-"""`milliner models` and `milliner files`: what lies on the server, listed, fetched, added and removed.
+"""`milliner models` and `milliner files`: list, download, add and delete what the server stores.
 
 Owns: one function per command.
 """
@@ -19,8 +19,8 @@ from deploy.local.commands import AsJson, Data
 from shared.errors import NotFound
 from shared.responses import Model
 
-models = typer.Typer(help="The catalog of base models, and your fine-tuned ones; alone, it lists them.")
-files = typer.Typer(help="Datasets and result files; alone, it lists them.")
+models = typer.Typer(help="Base models and your fine-tuned models. Without a subcommand, list them.")
+files = typer.Typer(help="Datasets and result files. Without a subcommand, list them.")
 models.command("add")(stack.add_model)
 
 
@@ -54,12 +54,12 @@ def pull_model(
     wire = connect(data).models.retrieve(name)
     model = Model.model_validate(wire.to_dict())
     if not model.files:
-        raise NotFound(f"{name} is no base model; fetch an adapter with: milliner pull {model.job or 'JOB'} DIR")
+        raise NotFound(f"{name} is not a base model; download an adapter with: milliner pull {model.job or 'JOB'} DIR")
     pull_files(model.files, folder)
     if as_json:
         show.print_json(wire)
     else:
-        show.console().print(f"{name} lies in {folder}")
+        show.console().print(f"saved {name} to {folder}")
 
 
 @models.command("rm")
@@ -87,7 +87,7 @@ def list_files(
     data: Data = None,
     as_json: AsJson = False,
     limit: Limit = 20,
-    after: Annotated[str | None, typer.Option(metavar="ID", help="Go on after this file.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="List those after this file.")] = None,
 ) -> None:
     """List your files, newest first."""
     page = connect(data).files.list(limit=limit, after=after or openai.omit)
@@ -99,7 +99,7 @@ def list_files(
 
 @files.command("add")
 def add_file(file: Dataset, data: Data = None, as_json: AsJson = False) -> None:
-    """Upload a dataset; every row of it is read and checked."""
+    """Upload a dataset; the server checks every row."""
     with file.open("rb") as stream:
         wire = connect(data).files.create(file=stream, purpose="fine-tune")
     added = file_of(wire)
@@ -117,7 +117,7 @@ def add_file(file: Dataset, data: Data = None, as_json: AsJson = False) -> None:
 def remove_file(
     file_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = None, as_json: AsJson = False
 ) -> None:
-    """Delete a file that no unfinished job needs."""
+    """Delete a file that no unfinished job uses."""
     wire = connect(data).files.delete(file_id)
     print_result(wire, f"deleted {file_id}", as_json)
 

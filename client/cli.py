@@ -1,8 +1,8 @@
-"""The `milliner` command: all of its commands by name, those about a job that exists, and how an error ends it.
+"""The `milliner` command: registers every command, and turns an error into one line.
 
-Owns: one function per command. client/new_job.py has the commands that ask for a job, client/catalog.py those for
-models and files, `deploy.local` those of the stack. What is more than a call and a print lies beside them: connect,
-download, follow, report, show, verify.
+Owns: the commands about existing jobs, one function per command. client/new_job.py has those that create jobs,
+client/catalog.py those for models and files, `deploy.local` those of the stack. Anything longer than a call and a print
+is in a module of its own: connect, download, follow, report, show, verify.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app.command("preview")(new_job.preview_rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point, with the process's arguments: an error that a user can meet is one line, never a traceback."""
+    """Run the command line. An expected error is one line on stderr, without a traceback."""
     try:
         app(arguments, prog_name="milliner")
     except MillinerError as error:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @app.command("ls")
 def list_jobs(
     limit: Limit = 20,
-    after: Annotated[str | None, typer.Option(metavar="JOB", help="Go on after this job.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="JOB", help="List those after this job.")] = None,
     metadata: Metadata = None,
     data: Data = None,
     as_json: AsJson = False,
@@ -75,7 +75,7 @@ def list_jobs(
 @app.command("show")
 def show_job(
     job_id: JobId,
-    follow_it: Annotated[bool, typer.Option("--follow", help="Watch it first; Ctrl-C detaches.")] = False,
+    follow_it: Annotated[bool, typer.Option("--follow", help="Watch the job until it ends; Ctrl-C detaches.")] = False,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +90,7 @@ def show_job(
 
 @app.command("report")
 def report_job(job_id: JobId, data: Data = None, as_json: AsJson = False) -> None:
-    """Say what a job learned: base against tuned, how sure that is, samples of both, what it cost."""
+    """Report what a job learned: scores of base and tuned model, confidence interval, samples, cost."""
     job = job_of(connect(data).fine_tuning.jobs.retrieve(job_id))
     if job.report is None:
         raise Conflict(f"{job_id} has no report: it is {job.status}; see: milliner show {job_id}", code="no_report")
@@ -101,17 +101,17 @@ def report_job(job_id: JobId, data: Data = None, as_json: AsJson = False) -> Non
 @app.command()
 def logs(
     job_id: JobId,
-    follow_it: Annotated[bool, typer.Option("--follow", help="Go on to the job's end.")] = False,
+    follow_it: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a job's events, oldest first; with --follow --json, one event a line."""
+    """Print a job's events, oldest first; with --follow --json, one event per line."""
     client, out = connect(data), show.console()
     if as_json and not follow_it:
         events = [event.model_dump(mode="json") for event in events_since(client, job_id)]
         show.print_json({"object": "list", "data": events, "has_more": False})
         return
-    batches = (sight.events for sight in watch(client, job_id)) if follow_it else [events_since(client, job_id)]
+    batches = (snapshot.events for snapshot in watch(client, job_id)) if follow_it else [events_since(client, job_id)]
     try:
         for batch in batches:
             for event in batch:
@@ -125,7 +125,7 @@ def logs(
 
 @app.command()
 def cancel(job_id: JobId, data: Data = None, as_json: AsJson = False) -> None:
-    """Cancel a job: at once if it waits, within a heartbeat if it runs."""
+    """Cancel a job: at once if it is waiting, within a heartbeat if it is running."""
     wire = connect(data).fine_tuning.jobs.cancel(job_id)
     done = job_of(wire).status == State.CANCELLED
     print_result(wire, f"{job_id} is {'cancelled' if done else 'being cancelled'}", as_json)
@@ -141,7 +141,7 @@ def pull(job_id: JobId, folder: Folder, data: Data = None, as_json: AsJson = Fal
     pull_files(job.adapter.files, folder)
     signed_by = verify.signer(folder)
     signed = f"signed by {signed_by}" if signed_by else "not signed"
-    print_result(job.adapter, f"the adapter of {job_id} lies in {folder}, every hash checked, {signed}", as_json)
+    print_result(job.adapter, f"saved the adapter of {job_id} to {folder}, every hash checked, {signed}", as_json)
 
 
 @app.command("verify")
@@ -152,7 +152,7 @@ def verify_folder(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an adapter's hashes and signature, without a server; exit 1 if anything is not as published."""
+    """Check an adapter's hashes and signature, without a server; exit 1 if anything differs from what was published."""
     found = verify.verify(folder, key)
     print_result(found, verify.verdict(found), as_json)
     if not found.ok:

@@ -1,6 +1,6 @@
-"""`milliner estimate`: the question as the API takes it, and the verdict as people read it.
+"""`milliner estimate`: ask the server, and show its answer.
 
-Owns: sizes such as 24GB, and the table. Must not print.
+Owns: the arguments, sizes such as 24GB, and the table. Must not print.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from client.request import Body
 from client.show import duration, size
-from client.upload import lent
+from client.upload import uploaded
 from shared.errors import InvalidRequest
 from shared.estimate import Estimate
 
@@ -29,18 +29,18 @@ _UNITS = {"": 1} | {
 _MEANINGS = {
     "weights": "the frozen base",
     "adapter": "LoRA, its gradient, AdamW's moments",
-    "activations": "what the layers keep for backward",
+    "activations": "what the layers keep for the backward pass",
     "head": "a chunk of logits",
     "dequantized": "one matrix at a time",
-    "overhead": "the device's context, gaps between blocks",
+    "overhead": "device context, fragmentation",
 }
 
 
 def bytes_of(text: str) -> int:
-    """24GB is 24e9, 24GiB is 24 x 2^30, a bare number is bytes. Raises InvalidRequest: neither."""
+    """24GB is 24e9, 24GiB is 24 x 2^30, a bare number is bytes. Raises InvalidRequest: any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match.group(2) not in _UNITS:
-        raise InvalidRequest(f"a size of {text!r}; allowed: a number with GB, GiB, MB, MiB, or of bytes")
+        raise InvalidRequest(f"found size {text!r}; allowed: a number with GB, GiB, MB or MiB, or a number of bytes")
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
@@ -63,12 +63,12 @@ def ask(client: OpenAI, body: Body) -> Estimate:
     """The server's answer. `training_file` is an id, or a path that is uploaded and deleted again."""
     with ExitStack() as undo:
         if file := body.get("training_file"):
-            body = body | {"training_file": undo.enter_context(lent(client, file))}
+            body = body | {"training_file": undo.enter_context(uploaded(client, file))}
         return Estimate.model_validate(client.post("/fine_tuning/estimate", cast_to=object, body=body))
 
 
 def verdict(item: Estimate) -> RenderableType:
-    """Where the memory goes, whether it fits, how long it takes, and what was assumed."""
+    """A table of the memory, whether it fits, how long it takes, and what was assumed."""
     counts = item.parameters
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("memory")
@@ -77,7 +77,7 @@ def verdict(item: Estimate) -> RenderableType:
     for part, meaning in _MEANINGS.items():
         table.add_row(part, size(getattr(item.memory, part)), meaning)
     if item.memory.correction:
-        table.add_row("correction", _signed(item.memory.correction), "what earlier runs took beyond that, or less")
+        table.add_row("correction", _signed(item.memory.correction), "measured minus computed in earlier runs")
     table.add_row("total", Text(size(item.memory.total), style="bold"), _setting(item))
     lines = [Text(f"{counts.trained:,} of {counts.total + counts.trained:,} parameters trained")]
     if item.tokens is not None and item.seconds is not None:
@@ -91,15 +91,15 @@ def _signed(number: int) -> str:
 
 def _fit(item: Estimate) -> Text:
     if item.fits is None or item.device_memory_bytes is None:
-        return Text("say --device-memory 24GB to hear whether it fits")
+        return Text("add --device-memory 24GB to check whether it fits")
     room = size(item.device_memory_bytes)
     if item.fits:
         return Text(f"fits into {room}", style="green")
     if item.change is None:
-        least = f"no single change is enough; with all of them it takes {size(item.smallest)}"
+        least = f"no single change is enough; with all of them it needs {size(item.smallest)}"
         return Text(f"does not fit into {room}: {least}", style="red")
     value = str(item.change.value).lower()
-    remedy = f"--set {item.change.param}={value} would: {size(item.change.total)}"
+    remedy = f"it fits with --set {item.change.param}={value}: {size(item.change.total)}"
     return Text.assemble((f"does not fit into {room}", "red"), f"; {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""`milliner submit`, and the two questions that come before it: `estimate` and `preview`.
+"""`milliner submit`, and what one asks before it: `milliner estimate` and `milliner preview`.
 
 Owns: one function per command, and their flags. Every other field of their requests is set by `--set`. client/cli.py
 registers them.
@@ -62,14 +62,14 @@ def submit_job(
     epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per optimizer step.", show_default="auto")] = None,
     r: Rank = None,
-    follow_it: Annotated[bool, typer.Option("--follow", help="Watch it; Ctrl-C detaches.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, keep nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
+    follow_it: Annotated[bool, typer.Option("--follow", help="Watch the job until it ends; Ctrl-C detaches.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only; nothing is trained or kept.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Submit without asking.")] = False,
     settings: Annotated[list[str] | None, set_option(JobCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter: check the data, show the plan, send the job."""
+    """Train an adapter: check the data, show the plan, submit the job."""
     flags = (
         Flag("FILE", "training_file", file and str(file)),
         Flag("--model", "model", model),
@@ -87,16 +87,16 @@ def submit_job(
     out, notes, client = show.console(), show.console(stderr=True), connect(data)
     spinner = notes.status(f"reading {file.name if file else body['training_file']}")
 
-    def accept(rehearsal: FineTuningJob) -> bool:
+    def accept(rehearsed: FineTuningJob) -> bool:
         spinner.stop()
         if dry_run and as_json:
-            show.print_json(rehearsal)
-        plan = job_of(rehearsal).plan
+            show.print_json(rehearsed)
+        plan = job_of(rehearsed).plan
         if plan is not None and not as_json:
             out.print(show.plan(plan))
         if dry_run or yes or as_json or not sys.stdin.isatty():
             return not dry_run
-        return typer.confirm("Send this job?", default=True)
+        return typer.confirm("Submit this job?", default=True)
 
     try:
         with spinner:
@@ -112,7 +112,7 @@ def submit_job(
     if follow_it:
         follow_job(client, wire.id, as_json)
     else:
-        print_result(wire, f"{wire.id} is sent; watch it with: milliner show {wire.id} --follow", as_json)
+        print_result(wire, f"submitted {wire.id}; watch it with: milliner show {wire.id} --follow", as_json)
 
 
 def estimate_job(
@@ -124,12 +124,14 @@ def estimate_job(
     epochs: Epochs = None,
     r: Rank = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda")] = None,
-    device_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What there is, such as 24GB.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the device, such as 24GB.")
+    ] = None,
     settings: Annotated[list[str] | None, set_option(EstimateCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a job fits, how long it takes, and what would make it fit; exit 1 if it does not."""
+    """Estimate whether a job fits, how long it takes, and what would make it fit; exit 1 if it does not fit."""
     named, file = estimate.read_arguments(words or [], model_given=model is not None or gives("model", settings))
     flags = (
         Flag("FILE", "training_file", file),
@@ -153,16 +155,16 @@ def preview_rows(
     *,
     model: Base = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="How many, from the first.", show_default="5")
+        int | None, typer.Option(min=1, max=MOST_ROWS, help="How many rows, from the first.", show_default="5")
     ] = None,
     line: Annotated[
-        list[int] | None, typer.Option(metavar="N", min=1, help="This row instead; may be repeated.")
+        list[int] | None, typer.Option(metavar="N", min=1, help="Number of a row to show instead; may be repeated.")
     ] = None,
     settings: Annotated[list[str] | None, set_option(PreviewCreate)] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as tokens, and which of them are trained; exit 1 if a row cannot be trained on."""
+    """Show rows as tokens, and which tokens are trained; exit 1 if a row cannot be trained on."""
     flags = (
         Flag("FILE", "training_file", file),
         Flag("--model", "model", model),

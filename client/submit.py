@@ -1,6 +1,6 @@
-"""From a file on disk to a job: upload, rehearse with a dry run, ask, send.
+"""Submit a job: upload its files, do a dry run, ask, and send it.
 
-Owns: that nothing is left behind on the server when it goes no further. Must not print.
+Owns: deleting the uploads if the job is not sent. Must not print.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLL = 0.3
 
 
 class BadRows(Exception):
-    """The server has read the file and found rows that cannot be trained on."""
+    """The server found rows in the file that cannot be trained on."""
 
     def __init__(self, file: File) -> None:
         super().__init__(file.filename)
@@ -32,7 +32,7 @@ class BadRows(Exception):
 
 
 class Refused(Exception):
-    """The dry run failed: the job would, too."""
+    """The dry run failed, so the job would fail too."""
 
     def __init__(self, error: JobError) -> None:
         super().__init__(error.message)
@@ -48,19 +48,19 @@ def submit(
     accept: Callable[[FineTuningJob], bool],
     pause: Callable[[float], None] = time.sleep,
 ) -> FineTuningJob | None:
-    """Upload and rehearse; if `accept` says yes to the rehearsal (its plan is there), send the job and return it.
+    """Upload the files and do a dry run; if `accept` returns true for it (it has the plan), send the job and return it.
 
-    Without a path, the file is the one that the body names. If `accept` says no, or anything fails or is interrupted,
-    the uploads are deleted again. Raises BadRows or Refused.
+    Without a path, the file is the one that the body names. If `accept` returns false, or anything fails or is
+    interrupted, the uploads are deleted. Raises BadRows or Refused.
     """
     if not _names_checkpoint(body["model"]):
-        client.models.retrieve(body["model"])  # A wrong name is told before gigabytes are sent.
+        client.models.retrieve(body["model"])  # A wrong name is reported before gigabytes are uploaded.
     with ExitStack() as undo:
         skip = body.get("trainer", {}).get("skip_bad_rows", 0)
         for key, path in (("training_file", training), ("validation_file", validation)):
             if path is not None:
                 body = body | {key: _upload(client, path, undo, skip)}
-        if not accept(_rehearse(client, body, undo, pause)):
+        if not accept(_dry_run(client, body, undo, pause)):
             return None
         job = _create(client, body)
         undo.pop_all()
@@ -68,7 +68,7 @@ def submit(
 
 
 def _names_checkpoint(model: str) -> bool:
-    """These are in no list of models: the rehearsal tells whether there is one."""
+    """Checkpoints are not listed as models; the dry run finds out whether there is one."""
     return model.startswith("ftckpt_") or ":ckpt-step-" in model
 
 
@@ -83,8 +83,8 @@ def _upload(client: OpenAI, path: Path, undo: ExitStack, skip_bad_rows: int) -> 
     return file.id
 
 
-def _rehearse(client: OpenAI, body: Body, undo: ExitStack, pause: Callable[[float], None]) -> FineTuningJob:
-    """A dry run to its end: the dataset is tokenized and counted, the recipe resolved, nothing trained."""
+def _dry_run(client: OpenAI, body: Body, undo: ExitStack, pause: Callable[[float], None]) -> FineTuningJob:
+    """Do a dry run to its end: the dataset is tokenized and the recipe resolved, nothing is trained."""
     wire = _create(client, body | {"dry_run": True})
     job = job_of(wire)
     undo.callback(_quietly, lambda: job.status in TERMINAL or client.fine_tuning.jobs.cancel(job.id))
@@ -93,16 +93,16 @@ def _rehearse(client: OpenAI, body: Body, undo: ExitStack, pause: Callable[[floa
         wire = client.fine_tuning.jobs.retrieve(job.id)
         job = job_of(wire)
     if job.status == State.FAILED or job.plan is None:
-        raise Refused(job.error or JobError(code="cancelled", message="the dry run was cancelled before its plan"))
+        raise Refused(job.error or JobError(code="cancelled", message="the dry run was cancelled before it had a plan"))
     return wire
 
 
 def _create(client: OpenAI, body: Body) -> FineTuningJob:
-    """All goes by `extra_body`: our keys and OpenAI's are one request there."""
+    """Send the whole body as `extra_body`, which takes OpenAI's keys and ours."""
     return client.fine_tuning.jobs.create(model=body["model"], training_file=body["training_file"], extra_body=body)
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    """Tidying up after an error must not hide it."""
+    """Clean up without hiding the error that led here."""
     with suppress(openai.APIError):
         action()

@@ -21,14 +21,14 @@ from client.follow import follow
 from shared.responses import Artifact
 from shared.schemas import State
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; made if new.", file_okay=False)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; created if missing.", file_okay=False)]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="How many to list.")]
-Metadata = Annotated[list[str] | None, typer.Option(metavar="K=V", help="A pair of metadata; may be repeated.")]
+Metadata = Annotated[list[str] | None, typer.Option(metavar="K=V", help="Metadata of the job; may be repeated.")]
 Dataset = Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True)]
 
 
 def follow_job(client: OpenAI, job_id: str, as_json: bool) -> None:
-    """Watch to the end and show how it came out; the live line goes to stderr where stdout is for a program."""
+    """Watch a job until it ends and show its result; with --json the live line goes to stderr."""
     try:
         follow(client, job_id, show.console(stderr=as_json))
     except KeyboardInterrupt:
@@ -44,8 +44,8 @@ def follow_job(client: OpenAI, job_id: str, as_json: bool) -> None:
 
 
 def detached(job_id: str, again: str) -> NoReturn:
-    """Exit as a shell expects of Ctrl-C: what waits for this command's success must not go on."""
-    show.console(stderr=True).print(f"\ndetached; {job_id} goes on. Watch it again with: {again.format(job_id)}")
+    """Exit with 130, as shells expect after Ctrl-C, so that a following `&&` does not run."""
+    show.console(stderr=True).print(f"\ndetached; {job_id} continues. Watch it again with: {again.format(job_id)}")
     raise typer.Exit(130)
 
 

@@ -38,7 +38,7 @@ class Done(NamedTuple):
 
 
 def milliner(stack: Record, *arguments: str | Path, **env: str) -> Done:
-    """Run a command in this process, for speed, on pipes, with no setting but the given ones."""
+    """Run a command in this process, for speed, with pipes for output and no settings but the given ones."""
     out, err = io.BytesIO(), io.BytesIO()
     code: object = 0
     with (
@@ -95,7 +95,7 @@ def test_a_job_goes_all_the_way(finished: Done) -> None:
     assert lines[-1] == "succeeded"
 
 
-def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
+def test_show_ls_and_logs_have_the_job(stack: Record, finished: Done) -> None:
     job = finished.json()
     shown = milliner(stack, "show", job["id"]).stdout
     assert "succeeded" in shown
@@ -139,15 +139,15 @@ def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: 
     assert again["uri"] == job["adapter"]["uri"]
     verified = milliner(stack, "verify", tmp_path / "hat", "--key", Path(stack.data, "signing.pub"), "--json").json()
     assert (verified["ok"], verified["signature"], verified["job"]) == (True, "trusted", job["id"])
-    assert "read back and loaded anew" in milliner(stack, "show", job["id"]).stdout
+    assert "downloaded and reloaded" in milliner(stack, "show", job["id"]).stdout
     (tmp_path / "hat" / "manifest.json.sig").write_bytes(bytes(64))
     (tmp_path / "hat" / "README.md").write_text("A better adapter.")
     spoiled = milliner(stack, "verify", tmp_path / "hat")
     assert spoiled.returncode == 1
-    assert "README.md: its bytes are not those that were published" in spoiled.stdout
+    assert "README.md: its bytes differ from those that were published" in spoiled.stdout
 
 
-def test_a_job_goes_on_from_another(stack: Record, rows: Path, finished: Done) -> None:
+def test_a_job_starts_from_another(stack: Record, rows: Path, finished: Done) -> None:
     """By `from_checkpoint` alone, by `--model`, and by a checkpoint beside its base; a wrong one is an error."""
     name, short = finished.json()["fine_tuned_model"], (*TWO_STEPS, "--dry-run", "--json")
     checkpoint = f"{name}:ckpt-step-2"
@@ -160,7 +160,7 @@ def test_a_job_goes_on_from_another(stack: Record, rows: Path, finished: Done) -
         assert planned.returncode == 0, planned.stderr
         job = planned.json()
         assert (job["model"], job["from_checkpoint"], job["plan"]["recipe"]["r"]) == (MODEL, start, 4)
-    assert f"starts as  {checkpoint}" in milliner(stack, "show", job["id"]).stdout
+    assert f"starts from  {checkpoint}" in milliner(stack, "show", job["id"]).stdout
     refused = milliner(stack, "submit", rows, "--set", f"from_checkpoint={name}:ckpt-step-3", *short)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "no checkpoint" in refused.stderr
@@ -180,7 +180,7 @@ def test_lists_are_the_apis_own_objects(stack: Record, finished: Done, command: 
     assert listed["data"]
 
 
-def test_a_preview_shows_rows_and_leaves_nothing(stack: Record, rows: Path) -> None:
+def test_a_preview_shows_rows_and_leaves_no_file(stack: Record, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     shown = milliner(stack, "preview", rows, "--model", MODEL, "--rows", "2")
     assert shown.returncode == 0, shown.stderr
@@ -201,29 +201,29 @@ def test_a_preview_of_bad_rows_shows_them_too(stack: Record, tmp_path: Path) -> 
     assert [problem["line"] for problem in shown.json()["problems"]] == [2]
 
 
-def test_bad_rows_are_left_out_at_the_users_word(stack: Record, tmp_path: Path) -> None:
+def test_bad_rows_are_left_out_on_request(stack: Record, tmp_path: Path) -> None:
     bad = dataset(tmp_path / "bad.jsonl", ['{"text": "felt"}'] * 9 + ['{"text": 7}'])
     refused = milliner(stack, "submit", bad, *TRAIN, "--dry-run")
     assert refused.returncode == 1
     assert "1 of 10 rows cannot be trained on" in refused.stdout
     ran = milliner(stack, "submit", bad, *TRAIN, "--dry-run", "--set", "trainer.skip_bad_rows=1")
     assert ran.returncode == 0, ran.stderr
-    assert "1 skipped as bad, 8 repeat an earlier one" in ran.stdout
+    assert "1 skipped as bad, 8 repeat an earlier row" in ran.stdout
 
 
-def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Done, rows: Path) -> None:
+def test_a_dry_run_shows_the_plan_and_leaves_no_file(stack: Record, finished: Done, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     ran = milliner(stack, "submit", rows, *TRAIN, "--dry-run")
     assert ran.returncode == 0
     assert "2: " in ran.stdout
-    assert "4 rows a step" in ran.stdout
+    assert "4 rows per step" in ran.stdout
     planned = milliner(stack, "submit", rows, *TRAIN, "--dry-run", "--json").json()
     assert (planned["status"], planned["reason"]) == ("cancelled", "dry_run")
     assert planned["plan"]["recipe"]["total_steps"] == 2
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
-def test_an_estimate_leaves_nothing(stack: Record, rows: Path) -> None:
+def test_an_estimate_leaves_no_file(stack: Record, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     asked = milliner(stack, "estimate", rows, "--model", MODEL, "--r", "8", "--device-memory", "24GB")
     assert asked.returncode == 0, asked.stderr
@@ -237,7 +237,7 @@ def test_an_estimate_leaves_nothing(stack: Record, rows: Path) -> None:
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
-def test_bad_rows_are_named_and_not_kept(stack: Record, tmp_path: Path) -> None:
+def test_bad_rows_are_reported_and_the_file_is_not_kept(stack: Record, tmp_path: Path) -> None:
     good = json.dumps({"prompt": "a", "completion": "b"})
     broken = dataset(tmp_path / "torn.jsonl", [*[good] * 6, '{"prompt": ', good])
     ran = milliner(stack, "submit", broken, *TRAIN)
@@ -263,7 +263,7 @@ def test_an_uploaded_file_is_trained_on_and_kept(stack: Record, rows: Path) -> N
     assert milliner(stack, "files", "rm", added["id"], "--json").json()["deleted"] is True
 
 
-def test_ctrl_c_detaches_and_the_job_goes_on(stack: Record, finished: Done, rows: Path) -> None:
+def test_ctrl_c_detaches_and_the_job_continues(stack: Record, finished: Done, rows: Path) -> None:
     sent = milliner(stack, "submit", rows, *TRAIN[:2], "--epochs", "50", "--json").json()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
     with subprocess.Popen(
@@ -334,9 +334,9 @@ COMMANDS = every_command(typer.main.get_command(app))
 
 
 @pytest.mark.parametrize(("names", "command"), COMMANDS, ids=[" ".join(names) for names, _ in COMMANDS])
-def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], command: Any) -> None:
+def test_help_explains_every_option(names: tuple[str, ...], command: Any) -> None:
     assert command.help
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     assert [option.name for option in options if not option.help] == []
-    if not hasattr(command, "commands") and names != ("verify",):  # which asks no server
+    if not hasattr(command, "commands") and names != ("verify",):  # which needs no server
         assert "--data" in {word for option in options for word in option.opts}
