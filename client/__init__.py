@@ -1,1 +1,1 @@
-"""The `milliner` command: the stock `openai` client and plain downloads. Knows neither api nor worker."""
+"""The `milliner` command: built on the official `openai` client. Must not import api or worker."""

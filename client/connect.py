@@ -1,6 +1,6 @@
-"""Where the API is, the stock `openai` client for it, and what its errors say to a person.
+"""Find the API, connect the official `openai` client to it, and describe its errors in one line.
 
-Owns: choosing an address and a key, turning wire objects into `shared.schemas.requests`. Must not print.
+Owns: choosing an address and a key, turning wire objects into `shared.schemas.responses`. Must not print.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Address(NamedTuple):
 
 
 def address(data: Path | None = None) -> Address:
-    """MILLINER_BASE_URL and MILLINER_API_KEY if both are set and no folder is named, else the local stack's.
+    """MILLINER_BASE_URL and MILLINER_API_KEY if both are set and `data` is None, otherwise those of the local stack.
 
-    Raises Unavailable: neither is there; the message says how to start one.
+    Raises Unavailable: there is no server; the message says how to start one.
     """
     settings = get_settings()
     if data is None and settings.base_url and settings.api_key:
         return Address(settings.base_url, settings.api_key.get_secret_value())
     if data is None and (settings.base_url or settings.api_key):
-        found, lacking = ("MILLINER_BASE_URL", "MILLINER_API_KEY")[:: 1 if settings.base_url else -1]
-        raise Unavailable(f"{found} is set but {lacking} is not; set both, or neither to use the local stack")
+        found, missing = ("MILLINER_BASE_URL", "MILLINER_API_KEY")[:: 1 if settings.base_url else -1]
+        raise Unavailable(f"{found} is set but {missing} is not; set both, or neither to use the local stack")
     folder = Folder(data or settings.data)
     if record := folder.record():
         return Address(record.base_url, record.api_key)
@@ -46,28 +46,28 @@ def address(data: Path | None = None) -> Address:
 
 
 def connect(data: Path | None = None) -> OpenAI:
-    """The official client, unchanged, pointed at our server. `disconnect` closes it."""
+    """The official client, unchanged, for our server. `disconnect` closes it."""
     where = address(data)
     return _opened.enter_context(OpenAI(base_url=where.base_url, api_key=where.api_key))
 
 
 def disconnect() -> None:
-    """Close every connection that `connect` has opened."""
+    """Close every connection that `connect` opened."""
     _opened.close()
 
 
 def job_of(wire: openai.BaseModel) -> Job:
-    """The client's job, with all that we add to it. Fields that this version does not know are left aside."""
+    """The job with the fields that we add. Fields unknown to this version are ignored."""
     return Job.model_validate(wire.to_dict())
 
 
 def file_of(wire: openai.BaseModel) -> File:
-    """The client's file, with its hash and its report."""
+    """The file with its hash and its report."""
     return File.model_validate(wire.to_dict())
 
 
 def explain(error: openai.OpenAIError) -> str:
-    """One line: what the API said, its code, and the request id to look for in its log."""
+    """One line: the API's message, its code, and the request id to find in its log."""
     if isinstance(error, openai.APITimeoutError):
         return f"the API at {error.request.url.copy_with(path='/')} did not answer in time; see: milliner doctor"
     if isinstance(error, openai.APIConnectionError):
@@ -89,7 +89,7 @@ def _option(data: Path | None) -> str:
 
 
 def _message(error: openai.APIStatusError) -> str:
-    """The envelope's message; the client's own text repeats the whole body."""
+    """The message of the error object; the client's own text repeats the whole body."""
     if isinstance(error.body, dict) and isinstance(error.body.get("message"), str):
         return str(error.body["message"])
     return error.message

@@ -1,7 +1,7 @@
-"""Files from presigned URLs to a folder, each checked against its SHA-256.
+"""Download files from presigned URLs into a folder, and check each SHA-256.
 
-Owns: what may be written where. A file appears under its name only when all of its bytes are right; what is there
-already and right is not fetched again, so a broken download goes on where it stopped. Must not know jobs or models.
+Owns: which paths may be written. A file gets its name only after its hash is checked. A file that is already there with
+the right hash is skipped, so an interrupted download resumes at the next file. Must not know jobs or models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 
 
 class Corrupt(MillinerError):
-    """Bytes that came are not the bytes that were promised."""
+    """The downloaded bytes are not those that were published."""
 
     code = "checksum_mismatch"
 
@@ -32,14 +32,14 @@ class Corrupt(MillinerError):
 def pull(
     files: Iterable[Artifact], folder: Path, *, on_bytes: Callable[[int], None] = lambda count: None
 ) -> list[Path]:
-    """Bring every file into `folder`, the manifest last, and return where they lie.
+    """Download every file into `folder`, the manifest last, and return their paths.
 
-    `on_bytes` hears of each chunk; a file that is already there counts at once. Raises InvalidRequest for a path that
-    would leave the folder (before anything is fetched), Corrupt for wrong bytes, Unavailable if the server is gone.
+    `on_bytes` is called with the size of each chunk, and with the whole size of a file that is skipped. Raises
+    InvalidRequest: a path outside the folder (before any download). Corrupt: wrong bytes. Unavailable: no server.
     """
     ordered = sorted(files, key=lambda file: (file.path == MANIFEST, file.path))
     targets = [_target(folder, file.path) for file in ordered]
-    # Identity: a compressed transfer would be unpacked on the way and could not be counted.
+    # Identity: the size of a compressed body would not be the size of the file.
     with httpx2.Client(timeout=_TIMEOUT, follow_redirects=True, headers={"accept-encoding": "identity"}) as http:
         for file, target in zip(ordered, targets, strict=True):
             if _hash_of(target) == file.sha256:
@@ -52,7 +52,7 @@ def pull(
 
 
 def _target(folder: Path, path: str) -> Path:
-    """Where `path` goes. The server chose it, so it is trusted with nothing outside of `folder`."""
+    """The target of `path`. The server chose the path, so it is not trusted: it must stay inside `folder`."""
     pure = PurePosixPath(path)
     plain = path not in ("", ".") and not pure.is_absolute() and ".." not in pure.parts and "\0" not in path
     if not plain or "\\" in path or PureWindowsPath(path).drive:
@@ -60,7 +60,7 @@ def _target(folder: Path, path: str) -> Path:
     root = folder.resolve()
     target = root / pure
     if not target.resolve().is_relative_to(root):
-        raise InvalidRequest(f"{path!r} leads out of {folder} through a link there; pull into another folder")
+        raise InvalidRequest(f"{path!r} leads out of {folder} through a symbolic link; use another folder")
     return target
 
 
@@ -72,7 +72,7 @@ def _hash_of(path: Path) -> str | None:
 
 
 def _fetch(http: httpx2.Client, file: Artifact, target: Path, on_bytes: Callable[[int], None]) -> None:
-    """Download to a neighbour and rename it. A connection that breaks is tried again; wrong bytes are not."""
+    """Download to a temporary file in the same folder, then rename it. Retries a broken connection, not wrong bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -82,10 +82,12 @@ def _fetch(http: httpx2.Client, file: Artifact, target: Path, on_bytes: Callable
                 break
             except httpx2.TransportError as error:
                 if attempt == _ATTEMPTS:
-                    raise Unavailable(f"{file.path}: {error or type(error).__name__}; run it again to go on") from error
+                    raise Unavailable(
+                        f"{file.path}: {error or type(error).__name__}; run the command again to resume"
+                    ) from error
         if found != file.sha256:
             raise Corrupt(
-                f"{file.path}: sha256 {found} came, {file.sha256} was promised; nothing was kept of it, run it again"
+                f"{file.path}: found sha256 {found}, expected {file.sha256}; it was discarded, run the command again"
             )
         partial.replace(target)
     finally:
@@ -93,19 +95,19 @@ def _fetch(http: httpx2.Client, file: Artifact, target: Path, on_bytes: Callable
 
 
 def _stream(http: httpx2.Client, file: Artifact, partial: Path, on_bytes: Callable[[int], None]) -> str:
-    """Write the body to `partial` and return its hash. What was counted of a broken attempt is taken back."""
+    """Write the body to `partial` and return its hash. Takes the bytes of a broken attempt off the count."""
     digest, size = hashlib.sha256(), 0
     try:
         with http.stream("GET", file.url) as response, partial.open("wb") as out:
             if response.status_code != httpx2.codes.OK:
                 raise Unavailable(
-                    f"{file.path}: the storage answered {response.status_code}; links are short-lived, run it again"
+                    f"{file.path}: the storage answered {response.status_code}; links expire, run the command again"
                 )
             for chunk in response.iter_bytes(CHUNK):
                 size += len(chunk)
                 on_bytes(len(chunk))
                 if size > file.bytes:
-                    raise Corrupt(f"{file.path}: more than the promised {file.bytes:,} bytes came; nothing was kept")
+                    raise Corrupt(f"{file.path}: found more than the expected {file.bytes:,} bytes; it was discarded")
                 digest.update(chunk)
                 out.write(chunk)
     except httpx2.TransportError:
@@ -115,11 +117,11 @@ def _stream(http: httpx2.Client, file: Artifact, partial: Path, on_bytes: Callab
 
 
 def _check_manifest(path: Path, files: Iterable[Artifact]) -> None:
-    """The manifest was written with the files, the list came from the API: both must say the same."""
+    """Check that the manifest lists the same files as the API."""
     listed = {(file.path, file.bytes, file.sha256) for file in files if file.path not in {MANIFEST, SIGNATURE}}
     try:
         written = {(entry["path"], entry["bytes"], entry["sha256"]) for entry in json.loads(path.read_bytes())["files"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise Corrupt(f"{MANIFEST} cannot be read ({error!r}); run it again into an empty folder") from error
+        raise Corrupt(f"{MANIFEST} cannot be read ({error!r}); run the command again with an empty folder") from error
     if differing := sorted({entry[0] for entry in listed ^ written}):
         raise Corrupt(f"{MANIFEST} and the API's list differ in: {', '.join(differing)}; do not use these files")

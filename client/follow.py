@@ -1,7 +1,7 @@
-"""Watching a job until it ends: one live line on a terminal, plain lines elsewhere.
+"""Watch a job until it ends: one live line on a terminal, plain lines elsewhere.
 
-Owns: polling. The job does not notice: an API that is away for a while is waited for, and whoever stops watching
-(Ctrl-C raises KeyboardInterrupt through here) stops nothing but that.
+Owns: polling. Watching does not affect the job. An API that does not answer is retried for some minutes. Ctrl-C raises
+KeyboardInterrupt through here and stops only the watching.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ INTERVAL = 1.0
 _OUTAGE_POLLS = 60
 
 
-class Sight(NamedTuple):
-    """A job as it is, and the events since the last sight of it, oldest first."""
+class Snapshot(NamedTuple):
+    """A job, and its events since the last snapshot, oldest first."""
 
     job: Job
     events: list[Event]
@@ -36,17 +36,17 @@ class Sight(NamedTuple):
 
 def watch(
     client: OpenAI, job_id: str, *, whole: bool = True, pause: Callable[[float], None] = time.sleep
-) -> Iterator[Sight]:
-    """Yield the job about once a second until it has ended; the last sight holds the last events.
+) -> Iterator[Snapshot]:
+    """Yield the job about once per second until it has ended; the last snapshot has the last events.
 
-    The first sight holds all events so far, or, without `whole`, the newest page of them.
+    The first snapshot has all events so far, or without `whole` the newest page of them.
 
-    Raises openai.APIError: the job is not there, or the API has been away for some minutes.
+    Raises openai.APIError: there is no such job, or the API has not answered for some minutes.
     """
     misses, seen = 0, None
     while True:
         try:
-            # The job first: whatever an ended job has to tell is then in the events that follow.
+            # The job first: if it has ended, the events that are fetched after it are complete.
             job = job_of(client.fine_tuning.jobs.retrieve(job_id))
             events = events_since(client, job_id, seen) if seen or whole else _newest(client, job_id)
         except (openai.APIConnectionError, openai.InternalServerError):
@@ -56,16 +56,16 @@ def watch(
         else:
             misses = 0
             seen = events[-1].id if events else seen
-            yield Sight(job, events)
+            yield Snapshot(job, events)
             if job.status in TERMINAL:
                 return
         pause(INTERVAL)
 
 
 def events_since(client: OpenAI, job_id: str, seen: str | None = None) -> list[Event]:
-    """The job's events after the one with id `seen` (all without it), oldest first."""
+    """The job's events after the one with id `seen`, or all of them, oldest first."""
     fresh: list[Event] = []
-    # With a `seen` few are new, so a small page will do; the client asks for more pages as long as we read on.
+    # Few are newer than `seen`, so a small page is enough; the client fetches further pages while we iterate.
     for event in client.fine_tuning.jobs.list_events(job_id, limit=20 if seen else 100):
         if event.id == seen:
             break
@@ -79,9 +79,9 @@ def _newest(client: OpenAI, job_id: str) -> list[Event]:
 
 
 def follow(client: OpenAI, job_id: str, console: Console, *, pause: Callable[[float], None] = time.sleep) -> Job:
-    """Draw the job's way to its end and return it as it ended."""
-    sights = watch(client, job_id, whole=False, pause=pause)
-    return _live(sights, console) if console.is_terminal else _plain(sights, console)
+    """Show the job's progress until it ends, and return the ended job."""
+    snapshots = watch(client, job_id, whole=False, pause=pause)
+    return _live(snapshots, console) if console.is_terminal else _plain(snapshots, console)
 
 
 def line(job: Job, loss: float | None) -> Text:
@@ -91,17 +91,17 @@ def line(job: Job, loss: float | None) -> Text:
 
 
 def last_loss(events: list[Event], before: float | None) -> float | None:
-    """The newest training loss among the events, or the one that was known before."""
+    """The newest training loss among the events, or `before` if there is none."""
     for event in reversed(events):
         if event.data and event.data.get("train_loss") is not None:
             return float(event.data["train_loss"])
     return before
 
 
-def _live(sights: Iterator[Sight], console: Console) -> Job:
+def _live(snapshots: Iterator[Snapshot], console: Console) -> Job:
     loss: float | None = None
     with Live(console=console, auto_refresh=False) as live:
-        for job, events in sights:
+        for job, events in snapshots:
             loss = last_loss(events, loss)
             for event in _notices(job, events):
                 live.console.print(show.event(event))
@@ -117,11 +117,11 @@ def _bar(job: Job, text: Text) -> Table:
     return grid
 
 
-def _plain(sights: Iterator[Sight], console: Console) -> Job:
-    """A line whenever the state, the phase or the whole percents have changed: a log of a hundred lines at most."""
+def _plain(snapshots: Iterator[Snapshot], console: Console) -> Job:
+    """Print a line when state, phase, queue position or whole percent changes: a log of about a hundred lines."""
     loss: float | None = None
     drawn: tuple[object, ...] = ()
-    for job, events in sights:
+    for job, events in snapshots:
         loss = last_loss(events, loss)
         for event in _notices(job, events):
             console.print(show.event(event))
@@ -133,6 +133,6 @@ def _plain(sights: Iterator[Sight], console: Console) -> Job:
 
 
 def _notices(job: Job, events: list[Event]) -> list[Event]:
-    """What deserves a line of its own. The plan's warnings were shown with the plan."""
+    """Warnings and errors, except the plan's warnings, which were shown with the plan."""
     known = job.plan.warnings if job.plan else []
     return [event for event in events if event.level != "info" and event.message not in known]

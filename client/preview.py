@@ -1,42 +1,40 @@
-"""`milliner preview`: the question as the API takes it, and rows of tokens as people read them.
+"""`milliner preview`: ask the server for rows as tokens, and show them.
 
-Owns: what is seen of a token: trained or not, special or not, and the characters that a terminal would hide or obey.
-Must not print.
+Owns: how a token looks: trained or not, special or not, and control characters as symbols. Must not print.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import openai
 from openai import OpenAI
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from client.upload import lent
+from client.request import Body
+from client.upload import uploaded
 from shared.schemas.preview import PreviewOut, PreviewRow, Segment
 from shared.schemas.results import RowProblem
 
 TRAINED, SPECIAL = "green", "magenta"
-#: Around trained text where there is no colour to tell.
+#: Around trained text where there is no colour.
 OPEN, CLOSE = "⟦", "⟧"
 NEWLINE, TAB = "↵", "⇥"
-#: What a terminal would obey rather than show → its picture; newlines are shown and obeyed.
+#: Control characters → symbols. A newline is shown as its symbol and still ends the line.
 PICTURES = {code: 0x2400 + code for code in range(32)} | {
     ord("\n"): f"{NEWLINE}\n",
     ord("\t"): TAB,
     0x7F: "␡",
     **dict.fromkeys(range(128, 160), "�"),
 }
-#: A worker that is at a large file goes on with it between our questions.
-PATIENCE = 5
+#: Requests before giving up. The worker continues with a large file between them.
+ATTEMPTS = 5
 
 
-def ask(client: OpenAI, file: str, **question: Any) -> PreviewOut:
-    """The server's answer. `file` is the id of one that lies there, or a path: that is uploaded and deleted again."""
-    with lent(client, file) as file_id:
-        body = question | {"training_file": file_id}
-        for _ in range(PATIENCE - 1):
+def ask(client: OpenAI, body: Body) -> PreviewOut:
+    """The server's answer. `training_file` is an id, or a path that is uploaded and deleted again."""
+    with uploaded(client, body["training_file"]) as file_id:
+        body = body | {"training_file": file_id}
+        for _ in range(ATTEMPTS - 1):
             try:
                 return _asked(client, body)
             except openai.InternalServerError as error:
@@ -46,7 +44,7 @@ def ask(client: OpenAI, file: str, **question: Any) -> PreviewOut:
 
 
 def rows(item: PreviewOut, *, colour: bool) -> RenderableType:
-    """Each row under its line, then what is bad, then how to read it."""
+    """Each row under its line number, then the problems, then a legend."""
     parts: list[RenderableType] = []
     for row in item.rows:
         parts += [_head(row), _body(row, colour=colour), Text()]
@@ -70,10 +68,10 @@ def _body(row: PreviewRow, *, colour: bool) -> Text:
     text = Text()
     for segment in row.segments:
         text.append(_seen(segment, colour=colour), style=_style(segment) if colour else "")
-    text.rstrip()  # the last newline's sign is enough
+    text.rstrip()  # the symbol of the last newline is enough
     if row.truncated:
         text.append(f" ✂ {row.tokens - sum(len(segment.ids) for segment in row.segments):,} tokens", style="yellow")
-    # Two brackets back to back tell nothing.
+    # A closing bracket followed by an opening one has no meaning.
     return text if colour else Text(text.plain.replace(CLOSE + OPEN, ""))
 
 
@@ -104,7 +102,7 @@ def _legend(item: PreviewOut, *, colour: bool) -> Text:
     return text.append(f"\n{', '.join(facts)}", style="dim")
 
 
-def _asked(client: OpenAI, body: dict[str, Any]) -> PreviewOut:
-    """Asked once: that nobody answers should be told at once, not after the client's own tries."""
+def _asked(client: OpenAI, body: Body) -> PreviewOut:
+    """Send the request without the client's own retries, so that a missing worker is reported at once."""
     once = client.with_options(max_retries=0)
     return PreviewOut.model_validate(once.post("/fine_tuning/preview", cast_to=object, body=body))

@@ -1,6 +1,6 @@
-"""`milliner report`: did it learn anything, in words and tables.
+"""`milliner report`: scores, samples and cost of a job, as text and tables.
 
-Owns: the layout of scores, samples side by side, and cost. Must not print.
+Owns: the layout of the report. Must not print.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEM
 
 
 def document(item: Report, exports: Sequence[Export] = ()) -> RenderableType:
-    """All of it, top to bottom: scores, samples, cost, and further forms of the adapter."""
+    """The whole report: scores, samples, cost, exports."""
     measured = Text(f"measured on {_SOURCES[item.heldout_source]}: {item.change.rows:,} rows", style="dim")
     parts: list[RenderableType] = [scores(item), *verdicts(item), measured]
     parts += [Text(f"! {caveat}", style="yellow") for caveat in item.change.caveats]
@@ -52,29 +52,29 @@ def _written(item: Continuation) -> Text:
 
 
 def _plain(text: str) -> str:
-    """What a dataset holds or a model writes must not command the terminal: tab and newline are all it may."""
+    """Text of a dataset or a model without control characters, which could control the terminal."""
     return text.translate(_CONTROLS)
 
 
 def _cost(item: Report) -> Table:
-    """What this job took, beside what training every parameter would; the latter is arithmetic."""
+    """What this job used, beside what full fine-tuning would need. The latter is computed, not measured."""
     full, base_parameters = item.full_finetuning, item.base_fp32_bytes // 4
     share = item.trainable_parameters / item.total_parameters
     table = Table(box=None, pad_edge=False, header_style="bold")
     measured = "all weights, measured" if share == 1 else "this adapter, measured"
-    for column in ("", measured, "full fine-tuning in fp32, by arithmetic"):
+    for column in ("", measured, "full fine-tuning in fp32, computed"):
         table.add_column(column, overflow="fold")
     table.add_row("trained", f"{item.trainable_parameters:,} parameters ({share:.2%})", f"{base_parameters:,}")
-    table.add_row("to keep", f"{size(item.adapter_bytes)}", f"{size(full.weights_bytes)}")
+    table.add_row("on disk", f"{size(item.adapter_bytes)}", f"{size(full.weights_bytes)}")
     frozen = f"{size(item.base_bytes)} in {item.quantization}"
     table.add_row("base in memory", frozen, f"{size(item.base_fp32_bytes)}")
     state = f"{size(full.total_bytes)} for weights, gradients and AdamW alone"
-    table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in all", state)
+    table.add_row("peak memory", f"{size(item.peak_memory_bytes)} in total", state)
     if item.fit is not None:
         off = item.fit.measured_bytes / item.fit.predicted_bytes - 1
         predicted = f"{size(item.fit.measured_bytes)} on {item.fit.device.name}"
-        table.add_row("of the device", f"{predicted}; predicted {size(item.fit.predicted_bytes)} ({off:+.1%})", "")
-    speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} a second"
-    kept = f" (the adapter is that of step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
+        table.add_row("on the device", f"{predicted}; predicted {size(item.fit.predicted_bytes)} ({off:+.1%})", "")
+    speed = f"{item.trained_tokens:,} tokens, {item.tokens_per_second:,.0f} per second"
+    kept = f" (the adapter is from step {item.kept_step:,})" if item.kept_step not in (None, item.steps) else ""
     table.add_row("time", f"{duration(item.train_seconds)} for {item.steps:,} steps{kept}: {speed}", "")
     return table

@@ -1,6 +1,6 @@
-"""How objects of the API look on a terminal: tables, panels, single lines, and JSON for programs.
+"""How the API's objects look on a terminal: tables, single lines, and JSON for programs.
 
-Owns: layout and number formats. Builds rich renderables from `shared.schemas.requests`; must not call the API.
+Owns: layout and number formats. Builds rich renderables from `shared.schemas.responses`. Must not call the API.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ _STYLES = {
     State.RUNNING: "cyan",
 }
 _VERDICTS = {Verdict.BETTER: "green", Verdict.SAME: "yellow", Verdict.WORSE: "red", Verdict.UNKNOWN: "yellow"}
-#: Labels that a plan names.
+#: The most labels that a plan lists.
 _LABELS = 12
 _BARS = " ▁▂▃▄▅▆▇█"
 _LEVELS = {"info": "", "warn": "yellow", "error": "red"}
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Markup is off: a file name or a model's words may look like it. A pipe gets wide lines, so no id is cut."""
+    """Markup is off, because file names and model output may look like it. A pipe gets wide lines, to cut no id."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else shutil.get_terminal_size((200, 50)).columns
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 def print_json(wire: BaseModel | dict[str, object]) -> None:
-    """The API's own object, or one of ours, as one JSON document."""
+    """The API's object, or one of ours, as one JSON document."""
     if isinstance(wire, openai.BaseModel):
         wire = wire.to_dict()
     value = wire.model_dump(mode="json") if isinstance(wire, BaseModel) else wire
@@ -93,7 +93,7 @@ def jobs(items: Sequence[Job]) -> Table:
 
 
 def problems(file: File) -> RenderableType:
-    """The rows of a dataset that cannot be trained on: where, what, and what would be right."""
+    """The rows of a dataset that cannot be trained on: the line, the problem, and what is allowed."""
     report = file.report
     if report is None:
         return Text(f"{file.filename}: {file.status_details or 'cannot be read'}", style="red")
@@ -109,7 +109,7 @@ def problems(file: File) -> RenderableType:
 
 
 def job(item: Job) -> RenderableType:
-    """All that there is to say about a job, top to bottom as it happened."""
+    """Everything about a job, in the order in which it happened."""
     grid = facts()
     grid.add_row("job", item.id)
     grid.add_row("status", status(item))
@@ -119,7 +119,7 @@ def job(item: Job) -> RenderableType:
         grid.add_row("queue", f"position {item.queue_position}")
     grid.add_row("model", item.model)
     if item.from_checkpoint:
-        grid.add_row("starts as", item.from_checkpoint)
+        grid.add_row("starts from", item.from_checkpoint)
     grid.add_row("data", " + ".join(part for part in (item.training_file, item.validation_file) if part))
     grid.add_row("created", _when(item.created_at) + (f", attempt {item.attempt}" if item.attempt > 1 else ""))
     if item.metadata:
@@ -133,7 +133,7 @@ def job(item: Job) -> RenderableType:
 
 
 def outcome(item: Job) -> RenderableType:
-    """How it ended: base against tuned and where the adapter lies, or why it failed."""
+    """The scores of base and tuned model and where the adapter is, or why the job failed."""
     parts: list[RenderableType] = []
     if item.report:
         more = Text(f"samples and costs: milliner report {item.id}", style="dim")
@@ -147,7 +147,7 @@ def outcome(item: Job) -> RenderableType:
         for export in item.adapter.exports:
             adapter.add_row("export", exported(export))
         adapter.add_row("signed by", item.adapter.signed_by or "nobody")
-        adapter.add_row("fetch it", f"milliner pull {item.id} DIR")
+        adapter.add_row("download", f"milliner pull {item.id} DIR")
         parts.append(adapter)
     if item.error:
         parts.append(failure(item.error))
@@ -155,16 +155,16 @@ def outcome(item: Job) -> RenderableType:
 
 
 def plan(item: Plan) -> RenderableType:
-    """What training will do, in numbers that were counted."""
+    """What training will do. The numbers are counted, not estimated."""
     recipe, grid = item.recipe, facts()
     held = f", {item.heldout_rows:,} of them held out" if item.heldout_rows else ""
     grid.add_row("rows", f"{item.rows:,}{held}")
-    grid.add_row("tokens", f"{item.tokens:,}, {item.trained_tokens:,} trained an epoch; longest {item.longest_row:,}")
+    grid.add_row("tokens", f"{item.tokens:,}, {item.trained_tokens:,} trained per epoch; longest {item.longest_row:,}")
     if item.data is not None:
         _add_data(grid, item.data)
     grid.add_row("steps", f"{recipe.total_steps:,}: {recipe.n_epochs} epoch{'s' * (recipe.n_epochs != 1)}")
-    grid.add_row("batch", f"{recipe.batch_size} rows a step{', packed' if recipe.packing else ''}")
-    plus = f" (B {recipe.loraplus_lr_ratio:g} times that)" if recipe.loraplus_lr_ratio else ""
+    grid.add_row("batch", f"{recipe.batch_size} rows per step{', packed' if recipe.packing else ''}")
+    plus = f" ({recipe.loraplus_lr_ratio:g} times that for B)" if recipe.loraplus_lr_ratio else ""
     grid.add_row("rate", f"{recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} steps of warm-up")
     rank = f"{recipe.r} (alpha {recipe.alpha:g}, dropout {recipe.dropout:g})"
     grid.add_row("rank", "none: all weights are trained" if recipe.full_finetuning else rank)
@@ -179,17 +179,17 @@ def plan(item: Plan) -> RenderableType:
 
 
 def _peak(item: PredictedPeak) -> str:
-    """`about 5.2 GB of the 24.0 GB of an NVIDIA A10`, or on which kind of device, where none is known."""
+    """`about 5.2 GB of the 24.0 GB of an NVIDIA A10`, or the kind of device if none is known."""
     if item.name is None:
         return f"about {size(item.predicted_bytes)} on a {'GPU' if item.kind == 'cuda' else 'CPU'}"
     return f"about {size(item.predicted_bytes)} of the {size(item.memory_bytes)} of {item.name}"
 
 
 def _add_data(grid: Table, item: DataReport) -> None:
-    """What was found in the training file, as far as there is something to say."""
+    """What was found in the training file. Counts of zero are left out."""
     template = f", chat template {item.chat_template_sha256[:12]}" if item.chat_template_sha256 else ""
     grid.add_row("format", f"{item.format}{template}")
-    middle = f"half up to {item.length_p50:,}, 95 % up to {item.length_p95:,}, the longest {item.length_max:,}"
+    middle = f"median {item.length_p50:,}, 95 % up to {item.length_p95:,}, longest {item.length_max:,}"
     grid.add_row("lengths", f"{_bars(item.lengths)}  {middle}")
     if item.labels:
         named = ", ".join(f"{one.label!r} {one.rows:,}" for one in item.labels[:_LABELS])
@@ -203,8 +203,8 @@ def _add_data(grid: Table, item: DataReport) -> None:
         "cut": item.truncated_rows,
         "dropped": item.dropped_rows,
         "skipped as bad": item.bad_rows,
-        "repeat an earlier one": item.duplicate_rows,
-        "held out and trained on": item.heldout_overlap_rows,
+        "repeat an earlier row": item.duplicate_rows,
+        "held out and trained": item.heldout_overlap_rows,
         "begin with two BOS": item.double_bos_rows,
     }
     if any(lost.values()):
@@ -212,13 +212,13 @@ def _add_data(grid: Table, item: DataReport) -> None:
 
 
 def _bars(buckets: Sequence[LengthBucket]) -> str:
-    """`≤16 ▂  ≤32 █`: a bar is as high as its share of the fullest."""
+    """`≤16 ▂  ≤32 █`: the fullest bucket has the full bar."""
     most = max(bucket.rows for bucket in buckets)
     return "  ".join(f"≤{bucket.upto:,} {_BARS[-(-bucket.rows * (len(_BARS) - 1) // most)]}" for bucket in buckets)
 
 
 def report(item: Report) -> RenderableType:
-    """Base against tuned, in short; `client/report.py` has the whole."""
+    """The scores in short; client/report.py shows the whole report."""
     spent = (
         f"{item.steps:,} steps, {item.trained_tokens:,} tokens in {duration(item.train_seconds)}; "
         f"{item.trainable_parameters:,} of {item.total_parameters:,} parameters trained"
@@ -227,10 +227,10 @@ def report(item: Report) -> RenderableType:
 
 
 def scores(item: Report) -> Table:
-    """On the same held-out rows."""
+    """Scores of base, start and tuned model on the same held-out rows."""
     if item.majority is not None:
         return _label_scores(item, item.majority)
-    third = "perplexity" if item.tuned.reward_accuracy is None else "chosen gained on rejected"
+    third = "perplexity" if item.tuned.reward_accuracy is None else "reward accuracy"
     table = _table("", "held-out loss", third, "token accuracy", f"({item.base.tokens:,} tokens)")
     for name, score in (("base", item.base), ("start", item.start), ("tuned", item.tuned)):
         if score is None:
@@ -241,7 +241,7 @@ def scores(item: Report) -> Table:
 
 
 def _label_scores(item: Report, most: Majority) -> Table:
-    """With what there is to beat: the base's head is mostly untrained, and its score then chance."""
+    """Scores of a classifier beside the majority label. The base mostly has an untrained head and scores by chance."""
     table = _table("", "held-out loss", "accuracy", "macro F1", f"({item.base.tokens:,} rows)")
     for name, score in (("base", item.base), ("tuned", item.tuned)):
         table.add_row(name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}", f"{score.macro_f1 or 0:.3f}")
@@ -250,7 +250,7 @@ def _label_scores(item: Report, most: Majority) -> Table:
 
 
 def verdicts(item: Report) -> list[Text]:
-    """Against the base, and against the adapter that it started from, if it did from one."""
+    """The comparison with the base, and with the adapter that the job started from, if there is one."""
     unit = "token" if item.majority is None else "row"
     if item.start_change is None:
         return [verdict(item.change, unit)]
@@ -258,44 +258,45 @@ def verdicts(item: Report) -> list[Text]:
 
 
 def verdict(change: LossChange, unit: str = "token", *, against: str | None = None) -> Text:
-    """How it came out, by how much, and how sure that is."""
+    """The verdict, the change of the loss, and its confidence interval."""
     verb = "fell" if change.loss < 0 else "rose"
     if change.low is None or change.high is None:
         sure = "one row gives no interval"
     else:
         sure = f"95 % interval of the change {change.low:+.4f} to {change.high:+.4f}"
-        sure += ", which holds 0" if change.verdict is Verdict.SAME else ""
+        sure += ", which includes 0" if change.verdict is Verdict.SAME else ""
     word = (change.verdict.value, f"bold {_VERDICTS[change.verdict]}")
     comparison = f"against the {against}, " if against else ""
-    how = f": the loss {verb} by {abs(change.loss):.4f} nats a {unit} ({sure})"
+    how = f": the loss {verb} by {abs(change.loss):.4f} nats per {unit} ({sure})"
     return Text.assemble(comparison, word, how)
 
 
 def proof(item: Proof) -> str:
-    """What was seen of the published files, in a line."""
+    """The proof of the published files, in one line."""
     rank = item.vllm.max_lora_rank
-    served = "vLLM serves it as it is" if rank is None else f"vLLM: --max-lora-rank {rank}"
-    vllm = served if item.vllm.servable else "not for vLLM"
+    served = "vLLM serves it without further options" if rank is None else f"vLLM: --max-lora-rank {rank}"
+    vllm = served if item.vllm.servable else "vLLM cannot serve it"
     reasons = f" ({'; '.join(item.vllm.reasons)})" if item.vllm.reasons else ""
+    off = max(item.base_deviation, item.tuned_deviation)
     return (
-        f"read back and loaded anew, {item.tensors} tensors: loss {item.base.loss:.4f} → {item.tuned.loss:.4f} again "
-        f"(off by {max(item.base_deviation, item.tuned_deviation):.1g}); {vllm}{reasons}"
+        f"downloaded and reloaded, {item.tensors} tensors: "
+        f"loss {item.base.loss:.4f} → {item.tuned.loss:.4f} reproduced (off by {off:.1g}); {vllm}{reasons}"
     )
 
 
 def exported(item: Export) -> Text:
-    """A further form of an adapter: where it lies and how far from the adapter it is, or why there is none."""
+    """An export: its path and its difference from the adapter, or why it failed."""
     if item.error is not None:
         return Text(f"no {item.name}: {item.error}", style="yellow")
     text = f"{item.path} ({size(item.bytes)})"
     if item.loss is None or item.difference is None:
-        return Text(f"{text}: bit for bit the adapter")
-    largest = f", a logit by {item.max_logit_difference:.2g} at most" if item.max_logit_difference is not None else ""
+        return Text(f"{text}: bit-identical to the adapter")
+    largest = f", logits by at most {item.max_logit_difference:.2g}" if item.max_logit_difference is not None else ""
     return Text(f"{text}: loss {item.loss:.4f}, {item.difference:+.4f} against the adapter{largest}")
 
 
 def failure(error: JobError) -> Text:
-    """Why a job failed and what to do next, with the trainer's last words where there are any."""
+    """Why a job failed, the last lines of the trainer's log, and what to do next."""
     step = f", step {error.step}" if error.step is not None else ""
     text = Text.assemble((f"failed: {error.message}", "red"), f" ({error.code}{step})")
     for line in error.last_log_lines:
@@ -312,7 +313,7 @@ def status(item: Job) -> Text:
 
 
 def progress(item: Job, loss: float | None = None) -> str:
-    """Step, loss, speed and time left, as far as they are known."""
+    """Step, loss, speed and time left, where known."""
     parts = []
     if item.queue_position is not None:
         parts.append(f"position {item.queue_position}")
@@ -348,7 +349,7 @@ def size(number: int | None) -> str:
 
 
 def facts() -> Table:
-    """Facts in two columns: what, and its value."""
+    """An empty grid of two columns: name and value."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""A dataset on the server for as long as a question about it lasts. Must not print."""
+"""Upload a dataset for one request, and delete it afterwards. Must not print."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from openai import OpenAI
 
 
 @contextmanager
-def lent(client: OpenAI, file: str) -> Iterator[str]:
-    """The id of `file`: of one that lies there, or of a path, which is uploaded and deleted again."""
+def uploaded(client: OpenAI, file: str) -> Iterator[str]:
+    """The id of a file. `file` is that id, or a path that is uploaded and deleted again."""
     if file.startswith("file-") and not Path(file).exists():
         yield file
         return
@@ -21,5 +21,5 @@ def lent(client: OpenAI, file: str) -> Iterator[str]:
     try:
         yield file_id
     finally:
-        with suppress(openai.APIError):  # tidying up after an error must not hide it
+        with suppress(openai.APIError):  # a failed deletion must not hide another error
             client.files.delete(file_id)

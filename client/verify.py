@@ -1,6 +1,6 @@
-"""`milliner verify`: is a folder the adapter that a server has published, whole and unchanged?
+"""`milliner verify`: check that a folder is an adapter exactly as a server published it.
 
-Owns: the check of every hash, of what is missing or not listed, and of the signature. Needs no server. Must not print.
+Owns: the check of every hash, of missing and unlisted files, and of the signature. Needs no server. Must not print.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from shared.schemas.manifest import MANIFEST, SIGNATURE, Manifest
 
 
 class Signature(StrEnum):
-    """What became of it. Only `trusted` says that the files come from the holder of a key that the caller named."""
+    """The result of its check. Only `trusted` means that the files come from the holder of a key the caller named."""
 
     TRUSTED = "trusted"
-    VALID = "valid"  # by the key that the manifest itself names, and no other was asked for
+    VALID = "valid"  # by the key that the manifest names; the caller named none
     UNSIGNED = "unsigned"
     BROKEN = "broken"
 
@@ -47,9 +47,9 @@ class Verdict(BaseModel):
 
 
 def verify(folder: Path, key: Path | None = None) -> Verdict:
-    """Hash everything. With `key`, a PEM file, the signature must be there and by that one.
+    """Check every hash and the signature. With `key`, a PEM file, the signature must be by that key.
 
-    Raises InvalidRequest: no manifest of an adapter lies there, or the key is none.
+    Raises InvalidRequest: the folder has no manifest, or `key` is not a public key.
     """
     text, seal = _manifest(folder)
     trusted = signing.name_of(signing.public_key(key)) if key is not None else None
@@ -57,7 +57,7 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
     listed = {file.path: file for file in seal.files}
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     there = {path.relative_to(folder).as_posix() for path in found}
-    # What a link leads to may change after this look, and is of another folder.
+    # The target of a link is in another folder and may change after this check.
     linked = {path for path in there if (folder / path).is_symlink() or not (folder / path).is_file()}
     changed = [p for p in sorted(listed.keys() & there) if p in linked or _sha256(folder / p) != listed[p].sha256]
     missing, unlisted = sorted(listed.keys() - there), sorted(there - listed.keys() - {MANIFEST, SIGNATURE})
@@ -78,17 +78,17 @@ def verify(folder: Path, key: Path | None = None) -> Verdict:
 
 
 def signer(folder: Path) -> str | None:
-    """Who signed a folder whose hashes were checked; None: nobody. Raises Corrupt for a signature that is not valid."""
+    """The key that signed a folder, or None; hashes are not checked. Raises Corrupt: the signature is not valid."""
     if "format" not in json.loads((folder / MANIFEST).read_bytes()):
-        return None  # of a time before there were signatures
+        return None  # written before there were signatures
     text, seal = _manifest(folder)
     if _signature(folder, text, seal.signed_by, None) is Signature.BROKEN:
-        raise Corrupt(f"{folder / SIGNATURE} is no valid signature of {MANIFEST}; do not use these files")
+        raise Corrupt(f"{folder / SIGNATURE} is not a valid signature of {MANIFEST}; do not use these files")
     return seal.signed_by
 
 
 def verdict(item: Verdict) -> RenderableType:
-    """The same for people."""
+    """The result as text."""
     grid = facts()
     grid.add_row("model" if item.full_finetuning else "adapter", item.model)
     grid.add_row("job", item.job)
@@ -97,13 +97,13 @@ def verdict(item: Verdict) -> RenderableType:
     faults = [
         Text(f"{path}: {fault}", style="red")
         for fault, paths in (
-            ("its bytes are not those that were published", item.changed),
+            ("its bytes differ from those that were published", item.changed),
             ("is missing", item.missing),
-            ("is not of this adapter: the manifest does not list it", item.unlisted),
+            ("is not listed in the manifest", item.unlisted),
         )
         for path in paths
     ]
-    end = Text(f"{item.files} files are as they were published", style="green") if item.ok else _refusal(item)
+    end = Text(f"{item.files} files are as published", style="green") if item.ok else _refusal(item)
     return Group(grid, *faults, end)
 
 
@@ -112,11 +112,12 @@ def _manifest(folder: Path) -> tuple[bytes, Manifest]:
         text = (folder / MANIFEST).read_bytes()
         return text, Manifest.model_validate_json(text)
     except FileNotFoundError as error:
-        raise InvalidRequest(f"{folder} has no {MANIFEST}; fetch an adapter with: milliner pull JOB DIR") from error
+        raise InvalidRequest(f"{folder} has no {MANIFEST}; download an adapter with: milliner pull JOB DIR") from error
     except ValidationError as error:
         first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise InvalidRequest(
-            f"{folder / MANIFEST} is no manifest of an adapter ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+            f"{folder / MANIFEST} is not the manifest of an adapter ({where}: {first['msg']})"
         ) from error
 
 
@@ -133,16 +134,16 @@ def _signature(folder: Path, text: bytes, signed_by: str | None, trusted: str | 
 def _words(item: Verdict) -> str:
     return {
         Signature.TRUSTED: f"by the key that you named, {item.signed_by}",
-        Signature.VALID: f"by {item.signed_by}; name the key that you trust with --key to know whose that is",
-        Signature.UNSIGNED: "none: hashes guard against damage, not against a forger",
+        Signature.VALID: f"by {item.signed_by}; to check whose key that is, give the key that you trust with --key",
+        Signature.UNSIGNED: "none: hashes detect damage, not forgery",
         Signature.BROKEN: f"not valid for this manifest (it names {item.signed_by or 'no key'})",
     }[item.signature]
 
 
 def _refusal(item: Verdict) -> Text:
     if item.signature is Signature.UNSIGNED and not (item.changed or item.missing or item.unlisted):
-        return Text("not verified: a key was named, and nothing is signed", style="red")
-    return Text("not verified: do not use this folder; fetch it again with: milliner pull JOB DIR", style="red")
+        return Text("not verified: --key was given, but the adapter is not signed", style="red")
+    return Text("not verified: do not use this folder; download it again with: milliner pull JOB DIR", style="red")
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Jobs as the API sends them, for what only draws."""
+"""Jobs as the API sends them, for tests of the output."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ JOB = {
 
 @pytest.fixture(autouse=True)
 def _disconnected() -> Iterator[None]:
-    """No test leaves a connection open: its warning would fail another one."""
+    """Close connections after each test: a warning about an open one would fail another test."""
     yield
     disconnect()
 

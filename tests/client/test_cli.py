@@ -22,7 +22,8 @@ from shared.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "SmolLM2-135M-Instruct"
-TRAIN = ("--model", MODEL, "--max-steps", "2", "--batch-size", "4", "--r", "4", "--max-length", "64")
+TWO_STEPS = ("--set", "trainer.max_steps=2")
+TRAIN = ("--model", MODEL, *TWO_STEPS, "--batch-size", "4", "--r", "4", "--set", "trainer.max_length=64")
 
 
 class Done(NamedTuple):
@@ -37,7 +38,7 @@ class Done(NamedTuple):
 
 
 def milliner(stack: Record, *arguments: str | Path, **env: str) -> Done:
-    """Run a command in this process, for speed, on pipes, with no setting but the given ones."""
+    """Run a command in this process, for speed, with pipes for output and no settings but the given ones."""
     out, err = io.BytesIO(), io.BytesIO()
     code: object = 0
     with (
@@ -79,7 +80,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(stack: Record, rows: Path) -> Done:
     """One small job, submitted and followed to its end."""
-    ran = milliner(stack, "submit", rows, *TRAIN, "--follow", "--yes", "--metadata", "made=here", "--json")
+    ran = milliner(stack, "submit", rows, *TRAIN, "--follow", "--yes", "--set", "metadata.made=here", "--json")
     assert ran.returncode == 0, ran.stderr
     return ran
 
@@ -94,7 +95,7 @@ def test_a_job_goes_all_the_way(finished: Done) -> None:
     assert lines[-1] == "succeeded"
 
 
-def test_show_ls_and_logs_tell_of_it(stack: Record, finished: Done) -> None:
+def test_show_ls_and_logs_have_the_job(stack: Record, finished: Done) -> None:
     job = finished.json()
     shown = milliner(stack, "show", job["id"]).stdout
     assert "succeeded" in shown
@@ -138,32 +139,32 @@ def test_pull_brings_a_checked_adapter(stack: Record, finished: Done, tmp_path: 
     assert again["uri"] == job["adapter"]["uri"]
     verified = milliner(stack, "verify", tmp_path / "hat", "--key", Path(stack.data, "signing.pub"), "--json").json()
     assert (verified["ok"], verified["signature"], verified["job"]) == (True, "trusted", job["id"])
-    assert "read back and loaded anew" in milliner(stack, "show", job["id"]).stdout
+    assert "downloaded and reloaded" in milliner(stack, "show", job["id"]).stdout
     (tmp_path / "hat" / "manifest.json.sig").write_bytes(bytes(64))
     (tmp_path / "hat" / "README.md").write_text("A better adapter.")
     spoiled = milliner(stack, "verify", tmp_path / "hat")
     assert spoiled.returncode == 1
-    assert "README.md: its bytes are not those that were published" in spoiled.stdout
+    assert "README.md: its bytes differ from those that were published" in spoiled.stdout
 
 
-def test_a_job_goes_on_from_another(stack: Record, rows: Path, finished: Done) -> None:
-    """By `--from` alone, by `--model`, and by a checkpoint of a base that is named; a wrong one is told."""
-    name, short = finished.json()["fine_tuned_model"], ("--max-steps", "2", "--dry-run", "--json")
+def test_a_job_starts_from_another(stack: Record, rows: Path, finished: Done) -> None:
+    """By `from_checkpoint` alone, by `--model`, and by a checkpoint beside its base; a wrong one is an error."""
+    name, short = finished.json()["fine_tuned_model"], (*TWO_STEPS, "--dry-run", "--json")
     checkpoint = f"{name}:ckpt-step-2"
     for said, start in (
-        (("--from", name), name),
+        (("--set", f"from_checkpoint={name}"), name),
         (("--model", name), name),
-        (("--model", MODEL, "--from", checkpoint), checkpoint),
+        (("--model", MODEL, "--set", f"from_checkpoint={checkpoint}"), checkpoint),
     ):
         planned = milliner(stack, "submit", rows, *said, *short)
         assert planned.returncode == 0, planned.stderr
         job = planned.json()
         assert (job["model"], job["from_checkpoint"], job["plan"]["recipe"]["r"]) == (MODEL, start, 4)
-    assert f"starts as  {checkpoint}" in milliner(stack, "show", job["id"]).stdout
-    refused = milliner(stack, "submit", rows, "--from", f"{name}:ckpt-step-3", *short)
+    assert f"starts from  {checkpoint}" in milliner(stack, "show", job["id"]).stdout
+    refused = milliner(stack, "submit", rows, "--set", f"from_checkpoint={name}:ckpt-step-3", *short)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "no checkpoint" in refused.stderr
-    assert "neither --model nor --from" in milliner(stack, "submit", rows, *short).stderr
+    assert "no model is given; name one with --model" in milliner(stack, "submit", rows, *short).stderr
 
 
 def test_the_result_file_can_be_read(stack: Record, finished: Done) -> None:
@@ -179,12 +180,17 @@ def test_lists_are_the_apis_own_objects(stack: Record, finished: Done, command: 
     assert listed["data"]
 
 
-def test_a_preview_shows_rows_and_leaves_nothing(stack: Record, rows: Path) -> None:
+def test_a_preview_shows_rows_and_leaves_no_file(stack: Record, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     shown = milliner(stack, "preview", rows, "--model", MODEL, "--rows", "2")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[:3] == ["line 1: 8 tokens, 3 trained", "0 + 1 =⟦ 1<|im_end|>⟧", ""]
     assert milliner(stack, "files", "--json").json()["data"] == files
+
+
+def test_a_preview_cuts_rows_where_training_will(stack: Record, rows: Path) -> None:
+    shown = milliner(stack, "preview", rows, "--model", MODEL, "--rows", "1", "--set", "trainer.max_length=8", "--json")
+    assert shown.json()["max_length"] == 8
 
 
 def test_a_preview_of_bad_rows_shows_them_too(stack: Record, tmp_path: Path) -> None:
@@ -195,41 +201,43 @@ def test_a_preview_of_bad_rows_shows_them_too(stack: Record, tmp_path: Path) -> 
     assert [problem["line"] for problem in shown.json()["problems"]] == [2]
 
 
-def test_bad_rows_are_left_out_at_the_users_word(stack: Record, tmp_path: Path) -> None:
+def test_bad_rows_are_left_out_on_request(stack: Record, tmp_path: Path) -> None:
     bad = dataset(tmp_path / "bad.jsonl", ['{"text": "felt"}'] * 9 + ['{"text": 7}'])
     refused = milliner(stack, "submit", bad, *TRAIN, "--dry-run")
     assert refused.returncode == 1
     assert "1 of 10 rows cannot be trained on" in refused.stdout
-    ran = milliner(stack, "submit", bad, *TRAIN, "--dry-run", "--skip-bad-rows", "1")
+    ran = milliner(stack, "submit", bad, *TRAIN, "--dry-run", "--set", "trainer.skip_bad_rows=1")
     assert ran.returncode == 0, ran.stderr
-    assert "1 skipped as bad, 8 repeat an earlier one" in ran.stdout
+    assert "1 skipped as bad, 8 repeat an earlier row" in ran.stdout
 
 
-def test_a_dry_run_shows_the_plan_and_leaves_nothing(stack: Record, finished: Done, rows: Path) -> None:
+def test_a_dry_run_shows_the_plan_and_leaves_no_file(stack: Record, finished: Done, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
     ran = milliner(stack, "submit", rows, *TRAIN, "--dry-run")
     assert ran.returncode == 0
     assert "2: " in ran.stdout
-    assert "4 rows a step" in ran.stdout
+    assert "4 rows per step" in ran.stdout
     planned = milliner(stack, "submit", rows, *TRAIN, "--dry-run", "--json").json()
     assert (planned["status"], planned["reason"]) == ("cancelled", "dry_run")
     assert planned["plan"]["recipe"]["total_steps"] == 2
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
-def test_an_estimate_leaves_nothing(stack: Record, rows: Path) -> None:
+def test_an_estimate_leaves_no_file(stack: Record, rows: Path) -> None:
     files = milliner(stack, "files", "--json").json()["data"]
-    asked = milliner(stack, "estimate", MODEL, rows, "--r", "8", "--device-memory", "24GB")
+    asked = milliner(stack, "estimate", rows, "--model", MODEL, "--r", "8", "--device-memory", "24GB")
     assert asked.returncode == 0, asked.stderr
     assert "fits into 24.0 GB" in asked.stdout
-    assert milliner(stack, "estimate", MODEL, rows, "--json").json()["tokens_source"] == "file_size"
-    tight = milliner(stack, "estimate", MODEL, "--device-memory", "500MB")
+    whole = milliner(stack, "estimate", rows, "--model", MODEL, "--set", "quantization=int8", "--json").json()
+    assert (whole["tokens_source"], whole["quantization"]) == ("file_size", "int8")
+    assert milliner(stack, "estimate", MODEL, rows, "--set", "quantization=int8", "--json").json() == whole
+    tight = milliner(stack, "estimate", "--model", MODEL, "--device-memory", "500MB")
     assert tight.returncode == 1
     assert "does not fit into 500.0 MB" in tight.stdout
     assert milliner(stack, "files", "--json").json()["data"] == files
 
 
-def test_bad_rows_are_named_and_not_kept(stack: Record, tmp_path: Path) -> None:
+def test_bad_rows_are_reported_and_the_file_is_not_kept(stack: Record, tmp_path: Path) -> None:
     good = json.dumps({"prompt": "a", "completion": "b"})
     broken = dataset(tmp_path / "torn.jsonl", [*[good] * 6, '{"prompt": ', good])
     ran = milliner(stack, "submit", broken, *TRAIN)
@@ -247,7 +255,15 @@ def test_a_file_can_be_added_listed_and_removed(stack: Record, rows: Path) -> No
     assert milliner(stack, "files", "cat", added["id"]).returncode == 1
 
 
-def test_ctrl_c_detaches_and_the_job_goes_on(stack: Record, finished: Done, rows: Path) -> None:
+def test_an_uploaded_file_is_trained_on_and_kept(stack: Record, rows: Path) -> None:
+    added = milliner(stack, "files", "add", rows, "--json").json()
+    named = ("--set", f"training_file={added['id']}", "--set", f"validation_file={added['id']}")
+    planned = milliner(stack, "submit", *TRAIN, *named, "--set", "dry_run=true", "--json").json()
+    assert (planned["reason"], planned["training_file"], planned["validation_file"]) == ("dry_run", *[added["id"]] * 2)
+    assert milliner(stack, "files", "rm", added["id"], "--json").json()["deleted"] is True
+
+
+def test_ctrl_c_detaches_and_the_job_continues(stack: Record, finished: Done, rows: Path) -> None:
     sent = milliner(stack, "submit", rows, *TRAIN[:2], "--epochs", "50", "--json").json()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MILLINER_")}
     with subprocess.Popen(
@@ -283,6 +299,15 @@ def test_errors_are_one_line_on_stderr(stack: Record, rows: Path, tmp_path: Path
         (milliner(stack, "ls", "--data", tmp_path), f"milliner up --data {tmp_path}"),
         (milliner(stack, "submit", rows, "--model", "none-such"), "model_not_found, "),
         (milliner(stack, "submit", rows, "--model", MODEL, "--r", "0"), "lora.r"),
+        (milliner(stack, "submit", rows, "--model", MODEL, "--set", "lora.rank=8"), "did you mean lora.r?"),
+        (milliner(stack, "submit", rows, "--model", MODEL, "--set", "lora.r=x"), 'found "x" for lora.r; allowed: auto'),
+        (milliner(stack, "submit", rows, *TRAIN, "--set", "lora.r=8"), "--r 4 contradicts --set lora.r=8"),
+        (milliner(stack, "submit", rows, *TRAIN, "--set", "training_file=file-1"), "contradicts --set training_file"),
+        (milliner(stack, "submit", *TRAIN), "no dataset is given; name a FILE"),
+        (milliner(stack, "estimate", rows), f"no model is given for {rows}; name one with --model"),
+        (milliner(stack, "estimate", "a", "b", "--model", MODEL), "found 2 arguments: a b; allowed: --model MODEL and"),
+        (milliner(stack, "estimate", "--set", "seed=1", "--model", MODEL), "unknown key 'seed'"),
+        (milliner(stack, "preview", rows, "--model", MODEL, "--set", "lora.r=8"), "unknown key 'lora.r'"),
         (milliner(stack, "models", "rm", MODEL), "permission_denied, "),
     )
     for ran, said in cases:
@@ -309,9 +334,9 @@ COMMANDS = every_command(typer.main.get_command(app))
 
 
 @pytest.mark.parametrize(("names", "command"), COMMANDS, ids=[" ".join(names) for names, _ in COMMANDS])
-def test_help_names_every_option_with_a_word_on_it(names: tuple[str, ...], command: Any) -> None:
+def test_help_explains_every_option(names: tuple[str, ...], command: Any) -> None:
     assert command.help
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     assert [option.name for option in options if not option.help] == []
-    if not hasattr(command, "commands") and names != ("verify",):  # which asks no server
+    if not hasattr(command, "commands") and names != ("verify",):  # which needs no server
         assert "--data" in {word for option in options for word in option.opts}

@@ -1,4 +1,4 @@
-"""Where the client looks for a server, and what it says when there is none."""
+"""Where the client looks for a server, and its errors when there is none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.settings import get_settings
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No setting of whoever runs the tests, and none kept for the next test."""
+    """Without the settings of the machine, and without a trace for the next test."""
     for name in ("BASE_URL", "API_KEY"):
         monkeypatch.delenv(f"MILLINER_{name}", raising=False)
     monkeypatch.setenv("MILLINER_DATA", str(tmp_path / "none"))
@@ -31,10 +31,10 @@ def test_settings_name_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address() == Address("http://far/v1", "mln_x")
 
 
-@pytest.mark.parametrize(("given", "lacking"), [("BASE_URL", "API_KEY"), ("API_KEY", "BASE_URL")])
-def test_half_of_the_settings_is_an_error(monkeypatch: pytest.MonkeyPatch, given: str, lacking: str) -> None:
+@pytest.mark.parametrize(("given", "missing"), [("BASE_URL", "API_KEY"), ("API_KEY", "BASE_URL")])
+def test_half_of_the_settings_is_an_error(monkeypatch: pytest.MonkeyPatch, given: str, missing: str) -> None:
     monkeypatch.setenv(f"MILLINER_{given}", "x")
-    with pytest.raises(Unavailable, match=f"MILLINER_{given} is set but MILLINER_{lacking} is not"):
+    with pytest.raises(Unavailable, match=f"MILLINER_{given} is set but MILLINER_{missing} is not"):
         address()
 
 
@@ -45,7 +45,7 @@ def test_without_a_stack_the_error_says_how_to_start_one(tmp_path: Path) -> None
         address(tmp_path)
 
 
-def test_the_record_of_a_dead_stack_is_not_believed(tmp_path: Path, stack: Record) -> None:
+def test_the_record_of_an_ended_stack_is_ignored(tmp_path: Path, stack: Record) -> None:
     (tmp_path / "stack.json").write_text(stack.model_dump_json())
     with pytest.raises(Unavailable, match="no stack runs"):
         address(tmp_path)

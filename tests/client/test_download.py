@@ -1,4 +1,4 @@
-"""Downloads against a real HTTP server: right bytes arrive whole, wrong ones not at all, none outside."""
+"""Downloads from a real HTTP server: right bytes are saved, wrong ones are not, and none outside the folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT = {"adapter_model.safetensors": b"weights" * 300_000, "sub/config.json":
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; keeps the paths that were asked for, and breaks off the first answer to /flaky/."""
+    """Serves a folder, records the requested paths, and breaks off the first answer to each path under /flaky/."""
 
     def __init__(self, *args: Any, asked: list[str], **kwargs: Any) -> None:
         self.asked = asked
@@ -44,7 +44,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Bucket:
-    """A served folder, and the list of its files as the API would give it."""
+    """A served folder, and the list of its files as the API would send it."""
 
     def __init__(self, root: Path) -> None:
         self.asked: list[str] = []
@@ -85,21 +85,21 @@ def bucket(served: Path) -> Iterator[Bucket]:
     bucket.server.server_close()
 
 
-def lying_in(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_files_arrive_the_manifest_last_and_nothing_else_is_left(bucket: Bucket, tmp_path: Path) -> None:
+def test_all_files_are_downloaded_the_manifest_last(bucket: Bucket, tmp_path: Path) -> None:
     counted: list[int] = []
     placed = pull(bucket.files, tmp_path / "out", on_bytes=counted.append)
     assert {path: (tmp_path / "out" / path).read_bytes() for path in CONTENT} == CONTENT
-    assert lying_in(tmp_path / "out") == {*CONTENT, "manifest.json"}
+    assert files_in(tmp_path / "out") == {*CONTENT, "manifest.json"}
     assert placed[-1].name == "manifest.json"
     assert bucket.asked[-1] == "/manifest.json"
     assert sum(counted) == sum(file.bytes for file in bucket.files)
 
 
-def test_what_is_there_and_right_is_not_fetched_again(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_file_with_the_right_hash_is_not_downloaded_again(bucket: Bucket, tmp_path: Path) -> None:
     pull(bucket.files, tmp_path / "out")
     (tmp_path / "out" / "sub/config.json").write_bytes(b"changed")
     bucket.asked.clear()
@@ -110,9 +110,9 @@ def test_what_is_there_and_right_is_not_fetched_again(bucket: Bucket, tmp_path: 
 
 def test_wrong_bytes_are_an_error_and_leave_no_file(bucket: Bucket, served: Path, tmp_path: Path) -> None:
     (served / "sub/config.json").write_bytes(b"[]")
-    with pytest.raises(Corrupt, match=r"sub/config\.json: sha256 .* was promised"):
+    with pytest.raises(Corrupt, match=r"sub/config\.json: found sha256 .*, expected "):
         pull(bucket.files, tmp_path / "out")
-    assert lying_in(tmp_path / "out") == {"adapter_model.safetensors"}
+    assert files_in(tmp_path / "out") == {"adapter_model.safetensors"}
 
 
 def test_wrong_bytes_do_not_replace_an_older_file(bucket: Bucket, served: Path, tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_wrong_bytes_do_not_replace_an_older_file(bucket: Bucket, served: Path, 
     assert (tmp_path / "sub/config.json").read_bytes() == b"old"
 
 
-def test_more_bytes_than_promised_are_not_read_to_the_end(bucket: Bucket, served: Path, tmp_path: Path) -> None:
+def test_more_bytes_than_expected_are_not_read_to_the_end(bucket: Bucket, served: Path, tmp_path: Path) -> None:
     (served / "sub/config.json").write_bytes(b"x" * 50_000_000)
     counted: list[int] = []
-    with pytest.raises(Corrupt, match="more than the promised 2 bytes"):
+    with pytest.raises(Corrupt, match="more than the expected 2 bytes"):
         pull([file for file in bucket.files if file.path == "sub/config.json"], tmp_path, on_bytes=counted.append)
     assert sum(counted) < 10_000_000
 
@@ -138,7 +138,7 @@ def test_a_manifest_that_contradicts_the_list_is_an_error(bucket: Bucket, served
         pull(bucket.files, tmp_path / "out")
 
 
-def test_a_broken_connection_is_tried_again_and_counted_once(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_broken_connection_is_retried_and_counted_once(bucket: Bucket, tmp_path: Path) -> None:
     content = CONTENT["adapter_model.safetensors"]
     counted: list[int] = []
     pull([bucket.artifact("adapter_model.safetensors", content, prefix="/flaky")], tmp_path, on_bytes=counted.append)
@@ -148,15 +148,13 @@ def test_a_broken_connection_is_tried_again_and_counted_once(bucket: Bucket, tmp
 
 
 def test_an_expired_link_says_what_to_do(bucket: Bucket, tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="answered 404; links are short-lived, run it again"):
+    with pytest.raises(Unavailable, match="answered 404; links expire, run the command again"):
         pull([bucket.artifact("gone.json", b"")], tmp_path / "out")
-    assert lying_in(tmp_path / "out") == set()
+    assert files_in(tmp_path / "out") == set()
 
 
 @pytest.mark.parametrize("path", ["../up", "/etc/passwd", "a/../../up", "", ".", "a\\..\\up", "C:up", "nul\0byte"])
-def test_a_path_out_of_the_folder_is_refused_before_anything_is_fetched(
-    bucket: Bucket, tmp_path: Path, path: str
-) -> None:
+def test_a_path_outside_the_folder_is_refused_before_any_download(bucket: Bucket, tmp_path: Path, path: str) -> None:
     evil = bucket.files[1].model_copy(update={"path": path})
     with pytest.raises(InvalidRequest, match="only paths inside the folder"):
         pull([*bucket.files, evil], tmp_path / "out")
@@ -164,10 +162,10 @@ def test_a_path_out_of_the_folder_is_refused_before_anything_is_fetched(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_link_out_of_the_folder_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_link_that_leads_outside_the_folder_is_refused(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InvalidRequest, match="leads out of"):
         pull(bucket.files, tmp_path / "out")
-    assert lying_in(tmp_path / "elsewhere") == set()
+    assert files_in(tmp_path / "elsewhere") == set()

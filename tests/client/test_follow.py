@@ -1,4 +1,4 @@
-"""The live line: what it says of a job, on a terminal and in a log."""
+"""The live line of a job, on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openai import OpenAI
 from rich.console import Console
 
 from client import follow
-from client.follow import Sight, last_loss, line
+from client.follow import Snapshot, last_loss, line
 from shared.schemas.responses import Event, Job
 
 
@@ -27,12 +27,12 @@ def warning(message: str) -> Event:
     return Event(id="w", created_at=0, level="warn", message=message, type="message", data=None)
 
 
-def run(*sights: Sight, terminal: bool) -> str:
+def run(*snapshots: Snapshot, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=terminal, markup=False, highlight=False)
-    watched: Iterator[Sight] = iter(sights)
+    watched: Iterator[Snapshot] = iter(snapshots)
     draw = follow._live if terminal else follow._plain
-    assert draw(watched, console) == sights[-1].job
+    assert draw(watched, console) == snapshots[-1].job
     return out.getvalue()
 
 
@@ -40,11 +40,11 @@ def test_a_running_job_in_one_line(running: Job) -> None:
     assert line(running, 2.31).plain == "running, training  step 12/70  loss 2.310  598 tokens/s  ETA 1:32"
 
 
-def test_a_waiting_job_says_its_place(queued: Job) -> None:
+def test_a_waiting_job_shows_its_position(queued: Job) -> None:
     assert line(queued, None).plain == "queued  position 3"
 
 
-def test_an_ended_job_says_so_and_no_more(succeeded: Job) -> None:
+def test_an_ended_job_shows_only_its_state(succeeded: Job) -> None:
     assert line(succeeded, 2.31).plain == "succeeded"
 
 
@@ -55,21 +55,26 @@ def test_the_loss_is_the_newest_training_loss() -> None:
     assert last_loss([], None) is None
 
 
-def test_a_log_has_a_line_for_each_change_and_none_for_none(queued: Job, running: Job, succeeded: Job) -> None:
-    seen = [Sight(queued, []), Sight(queued, []), Sight(running, [metrics(12, train_loss=2.31)]), Sight(running, [])]
-    lines = run(*seen, Sight(succeeded, []), terminal=False).splitlines()
+def test_a_log_has_one_line_for_each_change(queued: Job, running: Job, succeeded: Job) -> None:
+    seen = [
+        Snapshot(queued, []),
+        Snapshot(queued, []),
+        Snapshot(running, [metrics(12, train_loss=2.31)]),
+        Snapshot(running, []),
+    ]
+    lines = run(*seen, Snapshot(succeeded, []), terminal=False).splitlines()
     assert lines == ["queued  position 3", line(running, 2.31).plain, "succeeded"]
 
 
-def test_warnings_get_a_line_unless_the_plan_has_told_them(running: Job) -> None:
-    told = warning("only 70 optimizer steps")
-    text = run(Sight(running, [told, warning("the lease was lost; going on")]), terminal=False)
+def test_warnings_get_a_line_unless_they_are_in_the_plan(running: Job) -> None:
+    known = warning("only 70 optimizer steps")
+    text = run(Snapshot(running, [known, warning("the lease was lost")]), terminal=False)
     assert "the lease was lost" in text
     assert "only 70" not in text
 
 
-def test_a_terminal_has_one_line_drawn_over(queued: Job, running: Job, succeeded: Job) -> None:
-    text = run(Sight(queued, []), Sight(running, []), Sight(succeeded, []), terminal=True)
+def test_a_terminal_has_one_line_that_is_redrawn(queued: Job, running: Job, succeeded: Job) -> None:
+    text = run(Snapshot(queued, []), Snapshot(running, []), Snapshot(succeeded, []), terminal=True)
     assert text.count("\n") == 1
     assert "\x1b[2K" in text
     assert "━" in text
@@ -77,7 +82,7 @@ def test_a_terminal_has_one_line_drawn_over(queued: Job, running: Job, succeeded
 
 @pytest.fixture
 def server(succeeded: Job) -> Iterator[tuple[OpenAI, list[str]]]:
-    """An ended job of 250 events behind a real socket, and the pages of them that were asked for."""
+    """A server with an ended job of 250 events, and the pages that were requested."""
     asked: list[str] = []
     events = [metrics(step, train_loss=1.0).model_dump(mode="json") for step in range(250, 0, -1)]
 
@@ -107,9 +112,9 @@ def server(succeeded: Job) -> Iterator[tuple[OpenAI, list[str]]]:
         http.shutdown()
 
 
-def test_following_begins_with_the_newest_page_and_logs_with_all(server: tuple[OpenAI, list[str]]) -> None:
+def test_following_starts_with_the_newest_page_and_logs_with_all(server: tuple[OpenAI, list[str]]) -> None:
     client, asked = server
     follow.follow(client, "ftjob-1", Console(file=io.StringIO()))
     assert asked == ["limit=100"]
-    (sight,) = follow.watch(client, "ftjob-1")
-    assert [event.id for event in sight.events] == [f"e{step}" for step in range(1, 251)]
+    (snapshot,) = follow.watch(client, "ftjob-1")
+    assert [event.id for event in snapshot.events] == [f"e{step}" for step in range(1, 251)]

@@ -1,4 +1,4 @@
-"""What people read of a preview: trained text stands out with and without colour, and nothing moves the terminal."""
+"""A preview as people read it: trained text is marked with and without colour; control characters are symbols."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drawn(*, colour: bool) -> str:
     return out.getvalue()
 
 
-def test_without_colour_brackets_tell_what_is_trained() -> None:
+def test_without_colour_brackets_mark_what_is_trained() -> None:
     assert drawn(colour=False).splitlines()[:5] == [
         "line 3: 9 tokens, 3 trained, cut after 5",
         "<|user|>[bold]hat␛[31m?↵",
@@ -66,7 +66,7 @@ def test_in_colour_the_brackets_are_not_needed() -> None:
     assert "␛[31m" in text
 
 
-def test_what_is_bad_or_lost_is_told_and_how_to_read_it() -> None:
+def test_problems_dropped_rows_and_a_legend_are_shown() -> None:
     text = drawn(colour=False)
     assert "line 4: 9 tokens, 0 trained, dropped: nothing trained is left" in text
     assert "line 5: messages: found [] (allowed: a non-empty array)" in text

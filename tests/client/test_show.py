@@ -1,4 +1,4 @@
-"""What people read: every number that matters is there, and no text of a user's is taken for markup."""
+"""Output for people: every important number is there, and a user's text is not treated as markup."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from .drawing import drawn
 def test_the_plan_names_what_will_happen(queued: Job) -> None:
     assert queued.plan is not None
     text = drawn(show.plan(queued.plan))
-    for said in ("13,438, 128 of them held out", "598,907 trained an epoch", "70: 1 epoch ", "32 rows a step, packed"):
+    for said in (
+        "13,438, 128 of them held out",
+        "598,907 trained per epoch",
+        "70: 1 epoch ",
+        "32 rows per step, packed",
+    ):
         assert said in text
     for said in ("1.32e-03, cosine", "16 (alpha 32, dropout 0)", "nf4", "! only 70 optimizer steps"):
         assert said in text
     assert [line[:9] for line in text.splitlines() if line.startswith("!")] == ["! 2 rows ", "! 1 rows ", "! only 70"]
 
 
-def test_the_plan_tells_what_was_found_in_the_data(queued: Job) -> None:
+def test_the_plan_shows_what_was_found_in_the_data(queued: Job) -> None:
     assert queued.plan is not None
     assert queued.plan.data is not None
     text = drawn(show.plan(queued.plan))
     for said in (
         "chat, chat template 0123456789ab",
-        "≤32 ▁  ≤64 █  ≤128 ▅  half up to 45, 95 % up to 98, the longest 301",
+        "≤32 ▁  ≤64 █  ≤128 ▅  median 45, 95 % up to 98, longest 301",
         "13,437 of 13,438 rows end in a trained <|im_end|>",
-        "2 cut, 1 dropped, 3 skipped as bad, 4 repeat an earlier one, 5 held out and trained on, 6 begin with two BOS",
+        "2 cut, 1 dropped, 3 skipped as bad, 4 repeat an earlier row, 5 held out and trained, 6 begin with two BOS",
     ):
         assert said in text
     clean = queued.plan.data.model_copy(
@@ -38,23 +43,27 @@ def test_the_plan_tells_what_was_found_in_the_data(queued: Job) -> None:
     assert "among them" not in drawn(show.plan(queued.plan.model_copy(update={"data": clean})))
 
 
-def test_a_waiting_job_shows_its_place(queued: Job) -> None:
+def test_a_waiting_job_shows_its_position(queued: Job) -> None:
     text = drawn(show.job(queued))
     assert "position 3" in text
     assert "demo=quotes" in text
 
 
-def test_a_finished_job_shows_both_losses_and_how_to_fetch_it(succeeded: Job) -> None:
+def test_a_finished_job_shows_both_losses_and_how_to_download_it(succeeded: Job) -> None:
     text = drawn(show.job(succeeded))
     for said in ("3.2500", "2.5000", "37.5%", "50.0%", "in 3:20", "s3://bucket/adapters/", "milliner pull ftjob-1 DIR"):
         assert said in text
     assert "better: the loss fell by 0.7500 nats" in text
     assert "milliner report ftjob-1" in text
-    for said in ("loss 3.2500 → 2.5000 again (off by 0.0002)", "not for vLLM (it is a DoRA)", "signed by  nobody"):
+    for said in (
+        "loss 3.2500 → 2.5000 reproduced (off by 0.0002)",
+        "vLLM cannot serve it (it is a DoRA)",
+        "signed by  nobody",
+    ):
         assert said in text
 
 
-def test_a_failed_job_shows_code_step_hint_and_the_last_words(failed: Job) -> None:
+def test_a_failed_job_shows_code_step_hint_and_the_last_log_lines(failed: Job) -> None:
     text = drawn(show.outcome(failed))
     assert text.splitlines() == [
         "failed: the trainer died three times (poison, step 4)",
@@ -63,7 +72,7 @@ def test_a_failed_job_shows_code_step_hint_and_the_last_words(failed: Job) -> No
     ]
 
 
-def test_problems_are_a_table_and_say_how_many_more() -> None:
+def test_problems_are_a_table_with_a_count_of_the_rest() -> None:
     problem = {"line": 7, "field": "messages[i].role", "message": 'found "bot"', "hint": "one of system, user"}
     report = {"rows": 18, "bad_rows": 22, "format": "chat", "problems": [problem]}
     file = {"id": "file-1", "bytes": 9, "created_at": 0, "filename": "[red]x.jsonl", "purpose": "fine-tune"}

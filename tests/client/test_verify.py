@@ -1,4 +1,4 @@
-"""`milliner verify`: a folder as it was published, and each way in which it may not be."""
+"""`milliner verify`: a folder as published, and every way in which it can differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}", 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    """A stack's folder with its pair of keys."""
+    """The folder of a stack, with its key pair."""
     folder = Folder(tmp_path / "keys").create()
     folder.signing_key()
     return folder.root
@@ -37,7 +37,7 @@ def adapter(tmp_path: Path, keys: Path) -> Path:
 
 
 def published(folder: Path, keys: Path | None) -> Path:
-    """A folder as a worker leaves it in the bucket, signed unless there are no keys."""
+    """A folder as a worker publishes it, signed if there are keys."""
     for path, content in FILES.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
@@ -65,7 +65,7 @@ def published(folder: Path, keys: Path | None) -> Path:
     return folder
 
 
-def test_a_folder_as_published_stands(adapter: Path, keys: Path) -> None:
+def test_a_folder_as_published_is_verified(adapter: Path, keys: Path) -> None:
     assert verify(adapter).signature is Signature.VALID
     found = verify(adapter, keys / "signing.pub")
     assert (found.ok, found.signature, found.files) == (True, Signature.TRUSTED, 3)
@@ -73,7 +73,7 @@ def test_a_folder_as_published_stands(adapter: Path, keys: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "fault"),
+    ("change", "fault"),
     [
         (lambda a: (a / "adapter_config.json").write_bytes(b"[]"), {"changed": ["adapter_config.json"]}),
         (lambda a: (a / "sub/tokenizer.json").unlink(), {"missing": ["sub/tokenizer.json"]}),
@@ -86,10 +86,10 @@ def test_a_folder_as_published_stands(adapter: Path, keys: Path) -> None:
         (lambda a: rewrite(a, signed_by="no key"), {"signature": Signature.BROKEN}),
     ],
 )
-def test_whatever_was_done_to_it_is_found(
-    adapter: Path, keys: Path, plant: Callable[[Path], object], fault: dict[str, object]
+def test_every_change_is_found(
+    adapter: Path, keys: Path, change: Callable[[Path], object], fault: dict[str, object]
 ) -> None:
-    plant(adapter)
+    change(adapter)
     for key, sound in ((None, Signature.VALID), (keys / "signing.pub", Signature.TRUSTED)):
         found = verify(adapter, key)
         expected = {"changed": [], "missing": [], "unlisted": [], "signature": sound} | fault
@@ -97,7 +97,7 @@ def test_whatever_was_done_to_it_is_found(
         assert not found.ok
 
 
-def test_a_forger_who_signs_anew_is_found_by_the_key_alone(tmp_path: Path, adapter: Path, keys: Path) -> None:
+def test_a_signature_by_another_key_is_found_only_with_the_key(tmp_path: Path, adapter: Path, keys: Path) -> None:
     forger = Folder(tmp_path / "forger").create()
     forger.signing_key()
     shutil.rmtree(adapter)
@@ -107,15 +107,15 @@ def test_a_forger_who_signs_anew_is_found_by_the_key_alone(tmp_path: Path, adapt
     assert (found.ok, found.signature) == (False, Signature.BROKEN)
 
 
-def test_an_unsigned_one_says_so_and_is_refused_where_a_key_is_named(tmp_path: Path, keys: Path) -> None:
+def test_an_unsigned_adapter_is_refused_if_a_key_is_named(tmp_path: Path, keys: Path) -> None:
     bare = published(tmp_path / "bare", None)
     found = verify(bare)
     assert (found.ok, found.signature, found.signed_by) == (True, Signature.UNSIGNED, None)
     assert not verify(bare, keys / "signing.pub").ok
 
 
-def test_openssl_says_the_same(adapter: Path, keys: Path) -> None:
-    """Nobody needs us to check a signature, nor to make a key."""
+def test_openssl_agrees(adapter: Path, keys: Path) -> None:
+    """Signatures can be checked, and keys made, without Milliner."""
     openssl = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(keys / "signing.pub"), "-rawin"]
     files = ["-in", str(adapter / manifest.MANIFEST), "-sigfile", str(adapter / manifest.SIGNATURE)]
     assert b"Success" in subprocess.run([*openssl, *files], check=True, capture_output=True).stdout
@@ -125,7 +125,9 @@ def test_openssl_says_the_same(adapter: Path, keys: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no PEM", None])
-def test_a_key_that_is_none_is_named_with_what_makes_one(adapter: Path, tmp_path: Path, content: bytes | None) -> None:
+def test_an_invalid_key_is_an_error_with_the_command_that_makes_one(
+    adapter: Path, tmp_path: Path, content: bytes | None
+) -> None:
     path = tmp_path / "key.pem"
     if content is not None:
         path.write_bytes(content)
@@ -146,32 +148,30 @@ def test_a_key_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None
         signing.private_key(private)
 
 
-def test_a_folder_that_is_no_adapters_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="milliner pull JOB DIR"):
         verify(tmp_path)
     (tmp_path / manifest.MANIFEST).write_text('{"files": []}')
-    with pytest.raises(InvalidRequest, match=r"is no manifest of an adapter \(job: Field required\)"):
+    with pytest.raises(InvalidRequest, match=r"is not the manifest of an adapter \(job: Field required\)"):
         verify(tmp_path)
 
 
-def test_the_command_prints_and_exits_by_what_it_found(
-    adapter: Path, keys: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_exit_code_says_what_was_found(adapter: Path, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main_(str(adapter), "--key", str(keys / "signing.pub"), "--json")
     assert json.loads(capsys.readouterr().out)["signature"] == "trusted"
     main_(str(adapter))
-    assert "name the key that you trust with --key" in capsys.readouterr().out
+    assert "give the key that you trust with --key" in capsys.readouterr().out
     (adapter / "adapter_config.json").write_bytes(b"[]")
     with pytest.raises(SystemExit) as ended:
         main_(str(adapter))
     assert ended.value.code == 1
     said = capsys.readouterr().out
-    assert "adapter_config.json: its bytes are not those that were published" in said
+    assert "adapter_config.json: its bytes differ from those that were published" in said
     assert "do not use this folder" in said
 
 
 def main_(*arguments: str) -> None:
-    """The command as typed; it ends by SystemExit even where all is well."""
+    """Run the command; it ends with SystemExit even on success."""
     try:
         main(["verify", *arguments])
     except SystemExit as ended:
@@ -184,14 +184,14 @@ def rewrite(adapter: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
 
 
-def test_every_verdict_can_be_drawn(adapter: Path) -> None:
+def test_every_verdict_can_be_shown(adapter: Path) -> None:
     found = verify(adapter)
     for signature in Signature:
         assert verdict(found.model_copy(update={"signature": signature, "ok": False}))
 
 
-def test_a_link_is_no_file_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
-    """transformers would read templates from such a folder, whatever lies there."""
+def test_a_link_does_not_count_as_a_file_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    """transformers would read chat templates from such a folder, whatever it contains."""
     (tmp_path / "elsewhere").mkdir()
     (adapter / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     found = verify(adapter)
