@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from .migrating import alembic
+from tests.checks.migrating import alembic
 
 
 def test_migrations_and_models_agree(postgres: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from .migrating import alembic
-from .released_schema import Schema, breaks, read
+from tests.checks.migrating import alembic
+from tests.checks.released_schema import Schema, breaks, read
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASED = ROOT / "migrations" / "released.json"

@@ -17,7 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from .migrating import INI
+from tests.checks.migrating import INI
 
 ROOT = Path(__file__).resolve().parents[2]
 REVISIONS = {

@@ -8,9 +8,8 @@ from client import report, show
 from shared.schemas.requests import ExportName
 from shared.schemas.responses import Job
 from shared.schemas.results import Export, LossChange, Plan, Report
-
-from .conftest import CHANGE, DATA, PLAN, RECIPE, REPORT, SAMPLE
-from .drawing import drawn
+from tests.client.conftest import CHANGE, DATA, PLAN, RECIPE, REPORT, SAMPLE
+from tests.client.drawing import drawn
 
 CLASSIFIED = REPORT | {
     "base": {"loss": 0.71, "token_accuracy": 0.475, "tokens": 40, "macro_f1": 0.33},

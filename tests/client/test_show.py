@@ -7,8 +7,7 @@ import pytest
 from client import show
 from shared.schemas.responses import File, Job, Model
 from shared.schemas.results import DataReport
-
-from .drawing import drawn
+from tests.client.drawing import drawn
 
 
 def test_the_plan_names_what_will_happen(queued: Job) -> None:

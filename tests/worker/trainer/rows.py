@@ -6,9 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shared.estimation.defaults import PACK_LENGTH
+from tests.worker.trainer.conftest import Rows
 from worker.trainer.data.encoding import Encoded
-
-from .conftest import Rows
 
 lengths = st.lists(st.integers(2, 2 * PACK_LENGTH), min_size=1, max_size=40)
 

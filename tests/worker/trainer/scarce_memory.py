@@ -11,12 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import tiny_tokenizer
+from tests.worker.trainer.conftest import Observer
 from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.protocol import Notice
-
-from .conftest import Observer
 
 
 def wide_base(folder: Path, *, positions: int = 256) -> str:

@@ -21,6 +21,7 @@ from bitsandbytes.nn import Linear4bit
 
 from shared.linux import boot_time
 from shared.schemas.requests import Phase
+from tests.worker.trainer.conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 from worker.trainer import main as child_main
 from worker.trainer.main import CommandLoop
 from worker.trainer.model import base as base_module
@@ -42,8 +43,6 @@ from worker.trainer.protocol import (
     TrainerEvent,
     Working,
 )
-
-from .conftest import COMMAND, ROOT, Child, MakeTask, WriteRows, quotes, recipe_of
 
 
 @pytest.fixture(scope="module")

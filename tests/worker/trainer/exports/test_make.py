@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shared.errors import TrainingFailed
 from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
+from tests.worker.trainer.exports.conftest import KINDS, MakeCommand, made
 from worker.trainer.artifact.verify import TOLERANCE, TOLERANCE_INT8
 from worker.trainer.exports import gguf, llama_cpp, merged, vocabulary
 from worker.trainer.exports.make import export
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.protocol import MakeExport
-
-from .conftest import KINDS, MakeCommand, made
 
 
 def off(found: Export, command: MakeExport) -> float:
