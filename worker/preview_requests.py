@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from sqlalchemy.exc import DataError
-
 from shared import storage
 from shared.database import previews
-from shared.database.session import session_scope
+from shared.database.session import DataError, session_scope
 from shared.database.tables import BaseModelRow, File
 from shared.database.tables import Preview as PreviewRow
 from shared.errors import Unavailable

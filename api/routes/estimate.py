@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from sqlalchemy.orm import Session
 
 from api.deps import SessionDep, TenantDep
 from shared.database import devices, jobs
 from shared.database.base_models import get_base_model
 from shared.database.files import get_file
+from shared.database.session import Session
 from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
 from shared.schemas.results import FileReport
 

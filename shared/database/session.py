@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy.exc import DataError as DataError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session as Session
 
 from shared.errors import Unavailable
 from shared.settings import get_settings

@@ -25,12 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from threading import Event, Thread
 
-from sqlalchemy.orm import Session
-
 from shared import storage
 from shared.database import adapters
 from shared.database.garbage import Pile, kept_adapters, kept_checkpoints, kept_files, known_tenants
-from shared.database.session import session_scope
+from shared.database.session import Session, session_scope
 from shared.errors import Unavailable
 from shared.settings import Settings, get_settings
 from shared.telemetry import log

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from threading import Event, Thread
 
-from sqlalchemy.orm import Session
-
 from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
 from shared.database import attempts, claims, previews
-from shared.database.session import after_commit, ping, session_scope, try_lock
+from shared.database.session import Session, after_commit, ping, session_scope, try_lock
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
 from shared.linux import boot_time

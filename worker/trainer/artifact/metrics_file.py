@@ -6,6 +6,8 @@ from pathlib import Path
 
 from shared.schemas.results import Metrics
 
+METRICS = "metrics.jsonl"
+
 
 def write_metrics(path: Path, metrics: list[Metrics]) -> None:
     path.write_text("".join(m.model_dump_json(exclude_none=True) + "\n" for m in metrics), encoding="utf-8")

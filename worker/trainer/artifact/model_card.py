@@ -17,8 +17,8 @@ from huggingface_hub import ModelCardData
 from shared.schemas.requests import ExportName
 from shared.schemas.results import Metrics, Recipe, Report
 from worker.trainer.artifact.vllm import max_lora_rank
+from worker.trainer.model import adapter_weights
 from worker.trainer.protocol import Task
-from worker.trainer.training import checkpoint
 
 BARS = "▁▂▃▄▅▆▇█"
 POINTS = 60
@@ -73,7 +73,7 @@ def _origin(task: Task) -> str:
     files = {"training data": task.training_file, "validation data": task.validation_file}
     rows = [("base", task.base_name), ("revision", task.base_revision)]
     if task.start_from is not None and task.start_name is not None:
-        weights = _sha256(Path(task.start_from) / checkpoint.ADAPTER)
+        weights = _sha256(Path(task.start_from) / adapter_weights.ADAPTER)
         rows.append(("adapter to start from", f"{task.start_name}, weights SHA-256 `{weights}`"))
     rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
     return _table(("made from", ""), rows)

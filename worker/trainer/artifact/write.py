@@ -27,7 +27,6 @@ from worker.trainer.data.encoding import Encoder
 from worker.trainer.model import adapter_weights, classification_head
 from worker.trainer.model.full_weights import Adapted, FullWeights
 from worker.trainer.protocol import Task
-from worker.trainer.training import checkpoint
 
 GENERATION = "generation_config.json"
 
@@ -51,11 +50,13 @@ def write_artifact(
         if isinstance(adapted, FullWeights):
             _write_model(partial, adapted, Path(task.base_dir))
         else:
-            save_file(adapter_weights.adapter_tensors(adapted), partial / checkpoint.ADAPTER, metadata={"format": "pt"})
+            save_file(
+                adapter_weights.adapter_tensors(adapted), partial / adapter_weights.ADAPTER, metadata={"format": "pt"}
+            )
             _write_json(partial / "adapter_config.json", adapter_config(adapted, task, recipe, head=head))
         if recipe.labels is not None:
             classification_head.config(task.base_dir, recipe.labels, pad=encoder.pad).save_pretrained(partial)
-        metrics_file.write_metrics(partial / checkpoint.METRICS, metrics)
+        metrics_file.write_metrics(partial / metrics_file.METRICS, metrics)
         tensorboard.write(partial / "runs" / job, metrics, ended=time.time())
         (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(model_card.text(task, recipe, report, metrics), encoding="utf-8")

@@ -33,8 +33,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.exports import llama_cpp, sentencepiece, vocabulary
 from worker.trainer.exports.fingerprint import Unlike
+from worker.trainer.llama_cpp import forms, sentencepiece, vocabulary
 from worker.trainer.protocol import Task
 
 ADAPTER = "adapter.gguf"
@@ -60,7 +60,7 @@ Tensors = dict[str, torch.Tensor]
 
 def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: Task, recipe: Recipe) -> None:
     """`tensors` under the keys of the PEFT format, in fp32 as they are."""
-    writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
+    writer = GGUFWriter(path, forms.FORMS[config.model_type].name)
     _describe(writer, GGUFType.ADAPTER, task)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(recipe))
@@ -73,7 +73,7 @@ def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe
     alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
     if not math.isclose(alpha, _alpha(recipe), rel_tol=1e-6):
         raise Unlike(f"its alpha is read as {alpha}, the adapter's comes to {_alpha(recipe)}")
-    form = llama_cpp.FORMS[config.model_type]
+    form = forms.FORMS[config.model_type]
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(_as_read(config))
     processor = _processor(form, config)
@@ -95,10 +95,10 @@ def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe
 def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encoder) -> None:
     """The whole of a model in its own type, norms and biases in fp32, with the tokenizer and the chat template."""
     config = merged.config
-    writer = GGUFWriter(path, llama_cpp.FORMS[config.model_type].name)
+    writer = GGUFWriter(path, forms.FORMS[config.model_type].name)
     _describe(writer, GGUFType.MODEL, task)
     writer.add_file_type(FILE_TYPES[merged.dtype])
-    llama_cpp.write_hyperparameters(writer, config)
+    forms.write_hyperparameters(writer, config)
     words = vocabulary.of(encoder.tokenizer, config.vocab_size)
     vocabulary.write(writer, words, encoder.tokenizer, encoder.stops)
     _write(writer, lambda: _model_tensors(merged))
@@ -111,7 +111,7 @@ def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device:
     for key, value in load_gguf_checkpoint(path)["config"].items():
         if key.endswith("_token_id"):
             continue  # the tokenizer's, with which a config need not agree
-        wanted = llama_cpp.rope_theta(config) if key == "rope_theta" else getattr(config, key, value)
+        wanted = forms.rope_theta(config) if key == "rope_theta" else getattr(config, key, value)
         if isinstance(value, int | float) and wanted is not None and not math.isclose(value, wanted, rel_tol=1e-6):
             raise Unlike(f"its {key} is read as {value}, the model's is {wanted}")
     found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -179,25 +179,25 @@ def _alpha(recipe: Recipe) -> float:
 
 
 def _lora_tensors(tensors: Tensors, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    name_of = llama_cpp.names(config)
+    name_of = forms.names(config)
     for key, tensor in sorted(tensors.items()):
         module, _, part = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
         named = _known(name_of(module), module)
-        turned = llama_cpp.with_paired_rotary(f"{module}.weight", tensor, config) if part == "B" else tensor
+        turned = forms.with_paired_rotary(f"{module}.weight", tensor, config) if part == "B" else tensor
         yield f"{named}.weight.lora_{part.lower()}", turned.float()
 
 
 def _model_tensors(merged: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    name_of = llama_cpp.names(merged.config)
-    factors = llama_cpp.rope_factors(merged.config)
+    name_of = forms.names(merged.config)
+    factors = forms.rope_factors(merged.config)
     if factors is not None:
-        yield llama_cpp.ROPE_FACTORS, torch.tensor(factors)
+        yield forms.ROPE_FACTORS, torch.tensor(factors)
     for name, tensor in merged.state_dict().items():
         if name == "lm_head.weight" and merged.config.tie_word_embeddings:
             continue
         module, _, kind = name.rpartition(".")
         named = f"{_known(name_of(module), name)}.{kind}"
-        turned = llama_cpp.laid_out(name, tensor, merged.config)
+        turned = forms.laid_out(name, tensor, merged.config)
         yield named, turned.float() if turned.ndim == 1 or named.endswith(FP32) else turned
 
 
@@ -235,7 +235,7 @@ def _as_read(config: PretrainedConfig) -> PretrainedConfig:
     return LlamaConfig.from_dict(shared)
 
 
-def _processor(form: llama_cpp.Form, config: PretrainedConfig) -> TensorProcessor:
+def _processor(form: forms.Form, config: PretrainedConfig) -> TensorProcessor:
     """transformers' way back from llama.cpp's layout."""
     made: TensorProcessor = TENSOR_PROCESSORS.get(form.name, TensorProcessor)(config=config.to_dict())
     return made

@@ -22,13 +22,14 @@ from worker.trainer.artifact import read
 from worker.trainer.data import dataset
 from worker.trainer.data.dataset import Split, split
 from worker.trainer.data.encoding import Encoded, Encoder
-from worker.trainer.exports import gguf, merged, vocabulary
+from worker.trainer.exports import gguf, merged
 from worker.trainer.exports.fingerprint import Unlike, check_tensors, fingerprint
 from worker.trainer.forward import layout_probe
 from worker.trainer.forward.batches import batches, collate
 from worker.trainer.forward.interrupted import Interrupted
 from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import own_logits
+from worker.trainer.llama_cpp import vocabulary
 from worker.trainer.methods import Tally, sft
 from worker.trainer.model.base import Base, load_adapter, load_base
 from worker.trainer.protocol import Exported, MakeExport

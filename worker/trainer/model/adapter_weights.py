@@ -8,6 +8,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from worker.trainer.model.base import trainable
 from worker.trainer.model.full_weights import Adapted, FullWeights
 
+#: The file of a published adapter, and of a checkpoint.
+ADAPTER = "adapter_model.safetensors"
+
 Tensors = dict[str, torch.Tensor]
 
 

@@ -16,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from worker.trainer.model import adapter_weights
-from worker.trainer.training import checkpoint
 
 #: By the names of the model's parameters, and where those are.
 InitialAdapter = dict[str, torch.Tensor]
@@ -28,7 +27,7 @@ def load(folder: str, adapted: PeftModel) -> InitialAdapter:
     Raises ValueError unless the two have the same tensors.
     """
     own = adapter_weights.adapter_tensors(adapted)
-    adapter_weights.set_adapter(adapted, load_file(Path(folder) / checkpoint.ADAPTER))
+    adapter_weights.set_adapter(adapted, load_file(Path(folder) / adapter_weights.ADAPTER))
     found = {name: parameter.detach().clone() for name, parameter in _parameters(adapted).items()}
     adapter_weights.set_adapter(adapted, own)
     return found

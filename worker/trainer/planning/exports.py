@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from shared.errors import TrainingFailed
 from shared.schemas.requests import ExportName, Quantization
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.llama_cpp import forms, vocabulary
 from worker.trainer.protocol import Task
 
 
@@ -72,7 +72,7 @@ def _gguf_merged(task: Task, encoder: Encoder) -> Refusal:
 
 
 def _gguf(task: Task) -> Refusal:
-    found = llama_cpp.refusal(AutoConfig.from_pretrained(task.base_dir, local_files_only=True))
+    found = forms.refusal(AutoConfig.from_pretrained(task.base_dir, local_files_only=True))
     if found is None:
         return None
     return f"this base has {found}", "ask for merged, and convert it with llama.cpp's own script"

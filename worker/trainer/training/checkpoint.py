@@ -17,18 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from shared import disk
 from shared.schemas.results import Metrics, Recipe, Score
-from worker.trainer.artifact.metrics_file import read_metrics, write_metrics
-from worker.trainer.model.adapter_weights import Tensors, exact_tensors, set_adapter
+from worker.trainer.artifact.metrics_file import METRICS, read_metrics, write_metrics
+from worker.trainer.model.adapter_weights import ADAPTER, Tensors, exact_tensors, set_adapter
 from worker.trainer.model.base import trainable
 from worker.trainer.model.full_weights import Adapted
 from worker.trainer.training.random_state import set_torch_random, torch_random
 
-ADAPTER = "adapter_model.safetensors"
 BEST = "best.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BASE = "base.safetensors"
 STATE = "state.json"
-METRICS = "metrics.jsonl"
 
 #: What base.safetensors calls the losses of each held-out row.
 NATS = {"nats": "base_nats", "start": "start_nats"}

@@ -22,6 +22,7 @@ from worker.trainer.evaluation.evaluate import RowScores
 from worker.trainer.forward.batches import batches
 from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import log_likelihood
+from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import attach, load_base
 from worker.trainer.protocol import CheckpointSaved, Done
 from worker.trainer.training import checkpoint
@@ -110,7 +111,7 @@ def test_sizes_are_those_of_what_is_held(
     full = found.full_finetuning
     assert full.total_bytes == full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * frozen
     assert found.adapter_bytes == 4 * found.trainable_parameters
-    assert found.adapter_bytes < (tmp_path / "adapter" / checkpoint.ADAPTER).stat().st_size
+    assert found.adapter_bytes < (tmp_path / "adapter" / adapter_weights.ADAPTER).stat().st_size
     # Told in milliseconds, of which a step on so small a base takes few.
     assert found.trained_tokens / found.tokens_per_second == pytest.approx(found.train_seconds, abs=1e-3)
 

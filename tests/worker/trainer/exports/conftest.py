@@ -28,7 +28,6 @@ from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import attach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.protocol import MakeExport, Task
-from worker.trainer.training import checkpoint
 
 #: With what llama.cpp takes for granted.
 KINDS: dict[str, dict[str, Any]] = {
@@ -91,7 +90,7 @@ def _command(task: Task, work_dir: Path) -> MakeExport:
             torch.nn.init.normal_(parameter, std=0.05)
     folder = work_dir / "adapter"
     folder.mkdir()
-    save_file(adapter_weights.adapter_tensors(adapted), folder / checkpoint.ADAPTER)
+    save_file(adapter_weights.adapter_tensors(adapted), folder / adapter_weights.ADAPTER)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config(adapted, task, recipe)))
     off, on = (
         evaluate.score(base, adapted, rows.heldout, recipe, adapter=which, layout=layout).mean

@@ -20,9 +20,10 @@ from shared.schemas.requests import ExportName, Quantization
 from shared.schemas.results import Export
 from tests.worker.trainer.exports.conftest import KINDS, MakeCommand, made
 from worker.trainer.artifact.verify import TOLERANCE, TOLERANCE_INT8
-from worker.trainer.exports import gguf, llama_cpp, merged, vocabulary
+from worker.trainer.exports import gguf, merged
 from worker.trainer.exports.make import export
 from worker.trainer.forward.interrupted import Interrupted
+from worker.trainer.llama_cpp import forms, vocabulary
 from worker.trainer.protocol import MakeExport
 
 
@@ -146,24 +147,24 @@ Patch = pytest.MonkeyPatch
 
 
 def halves_left_apart(patch: Patch) -> None:
-    patch.setattr(llama_cpp, "with_paired_rotary", lambda name, tensor, config: tensor)
+    patch.setattr(forms, "with_paired_rotary", lambda name, tensor, config: tensor)
 
 
 def halves_paired_twice(patch: Patch) -> None:
-    once = llama_cpp.with_paired_rotary
-    patch.setattr(llama_cpp, "with_paired_rotary", lambda name, t, config: once(name, once(name, t, config), config))
+    once = forms.with_paired_rotary
+    patch.setattr(forms, "with_paired_rotary", lambda name, t, config: once(name, once(name, t, config), config))
 
 
 def names_exchanged(patch: Patch) -> None:
     """q and o are of one shape."""
-    right = llama_cpp.names
+    right = forms.names
 
     def wrong(config: Any) -> Callable[[str], str | None]:
         return lambda module: right(config)(
             module.replace("q_proj", "?").replace("o_proj", "q_proj").replace("?", "o_proj")
         )
 
-    patch.setattr(llama_cpp, "names", wrong)
+    patch.setattr(forms, "names", wrong)
 
 
 def another_theta(patch: Patch) -> None:
@@ -222,7 +223,7 @@ def a_tensor_changed(patch: Patch) -> None:
 
 
 def an_unshifted_norm(patch: Patch) -> None:
-    patch.setitem(llama_cpp.FORMS, "gemma2", replace(llama_cpp.FORMS["gemma2"], norm_offset=0.0))
+    patch.setitem(forms.FORMS, "gemma2", replace(forms.FORMS["gemma2"], norm_offset=0.0))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_stretched_rotary_frequencies_are_those_of_transformers(tmp_path: Path) 
         for rope in ({"rope_type": "default", "rope_theta": 500000.0}, llama3)
     )
     one, other = (AutoModelForCausalLM.from_config(config).model.rotary_emb.inv_freq for config in (plain, stretched))
-    factors = llama_cpp.rope_factors(stretched)
+    factors = forms.rope_factors(stretched)
     assert factors is not None
     torch.testing.assert_close(torch.tensor(factors), one / other)
-    assert llama_cpp.rope_factors(plain) is None
+    assert forms.rope_factors(plain) is None

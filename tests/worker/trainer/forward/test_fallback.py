@@ -18,6 +18,7 @@ from tests.worker.trainer.scarce_memory import Failing, limit_data, warnings_of,
 from worker.trainer.artifact import metrics_file
 from worker.trainer.forward import fallback
 from worker.trainer.forward.layout import Layout
+from worker.trainer.model import adapter_weights
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
 from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
@@ -54,7 +55,7 @@ def test_narrower_run_comes_to_the_same_but_for_rounding(
     """In fp32 and without dropout, where the same is the same."""
     monkeypatch.setattr(base_module, "_fast_bfloat16", lambda device: False)
     runs = [run(task, tmp_path / str(n), fallback_level=n, dropout=0.0, learning_rate=1e-4) for n in (0, 1, 2)]
-    whole, *narrower = [load_file(tmp_path / str(n) / "adapter" / checkpoint.ADAPTER) for n in (0, 1, 2)]
+    whole, *narrower = [load_file(tmp_path / str(n) / "adapter" / adapter_weights.ADAPTER) for n in (0, 1, 2)]
     assert len({adapter_bytes(tmp_path / str(n)) for n in (0, 1, 2)}) == 3
     for tensors in narrower:
         for name, tensor in tensors.items():
@@ -168,7 +169,10 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
     assert all(message.startswith("out of memory ") for message in said)
     for name in ("train_loss", "grad_norm"):
         limited, free = (
-            [getattr(line, name) for line in metrics_file.read_metrics(tmp_path / job / "adapter" / checkpoint.METRICS)]
+            [
+                getattr(line, name)
+                for line in metrics_file.read_metrics(tmp_path / job / "adapter" / metrics_file.METRICS)
+            ]
             for job in ("limited", "free")
         )
         assert limited == pytest.approx(free, rel=0.02)

@@ -25,6 +25,7 @@ from worker.trainer.forward import log_likelihood
 from worker.trainer.forward.batches import IGNORED, batches, trained_tokens
 from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import sft
+from worker.trainer.model import adapter_weights
 from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.planning.prepare import prepare
@@ -233,7 +234,7 @@ def test_a_checkpoint_holds_twelve_bytes_a_parameter(full: Callable[..., Task], 
     observer = run(full(trainer={"max_steps": 1}), tmp_path)
     report = observer.of(Done)[0].report
     folder = Path(observer.of(CheckpointSaved)[0].path)
-    weights, moments = load_file(folder / checkpoint.ADAPTER), load_file(folder / checkpoint.OPTIMIZER)
+    weights, moments = load_file(folder / adapter_weights.ADAPTER), load_file(folder / checkpoint.OPTIMIZER)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert sum(t.numel() for t in weights.values()) == report.trainable_parameters
     assert sum(t.numel() for n, t in moments.items() if ".exp_avg" in n) == 2 * report.trainable_parameters

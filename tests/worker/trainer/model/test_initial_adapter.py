@@ -27,7 +27,6 @@ from worker.trainer.methods import sft
 from worker.trainer.model import adapter_weights, initial_adapter
 from worker.trainer.model.base import Base, attach, load_base, trainable
 from worker.trainer.protocol import CheckpointSaved, Done, Measured, Task, Verify
-from worker.trainer.training import checkpoint
 
 LAYOUT = Layout(packing=True, chunked=True, micro_batch=8, pad=2)
 LORA = {"r": 4, "dropout": 0.1}
@@ -185,7 +184,7 @@ def test_an_adapter_that_only_started_has_no_effect(pairs: Task, source: tuple[R
     """Its own effect on the base is plain to see; what is missing is what this job did."""
     observer = run(pairs, tmp_path, total_steps=2)
     done = observer.of(Done)[0]
-    (Path(done.path) / checkpoint.ADAPTER).write_bytes((Path(source[1]) / checkpoint.ADAPTER).read_bytes())
+    (Path(done.path) / adapter_weights.ADAPTER).write_bytes((Path(source[1]) / adapter_weights.ADAPTER).read_bytes())
     with pytest.raises(TrainingFailed, match="those of the adapter that it started from, bit for bit") as failed:
         prove(pairs, observer, total_steps=2)
     assert failed.value.code == "adapter_no_effect"
@@ -198,7 +197,7 @@ def hatted(base: Base, recipe: Recipe, folder: Path) -> PeftModel:
     tensors = adapter_weights.adapter_tensors(adapted)
     torch.manual_seed(3)
     loud = {name: torch.randn_like(t) * 0.05 if ".lora_B" in name else t for name, t in tensors.items()}
-    save_file(loud, folder / checkpoint.ADAPTER)
+    save_file(loud, folder / adapter_weights.ADAPTER)
     return adapted
 
 
@@ -213,4 +212,4 @@ def assert_proven(task: Task, observer: Observer, **changes: object) -> None:
     assert (proof.base_deviation, proof.tuned_deviation) == (0, 0)
     assert proof.start_logit_difference is not None
     assert proof.start_logit_difference > 0
-    assert load_file(Path(observer.of(Done)[0].path) / checkpoint.ADAPTER).keys()
+    assert load_file(Path(observer.of(Done)[0].path) / adapter_weights.ADAPTER).keys()

@@ -13,7 +13,7 @@ from shared.errors import TrainingFailed
 from shared.schemas.requests import ExportName
 from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes
-from worker.trainer.exports import llama_cpp, vocabulary
+from worker.trainer.llama_cpp import forms, vocabulary
 from worker.trainer.planning.prepare import prepare
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -61,7 +61,7 @@ def test_a_window_that_no_context_outgrows() -> None:
         ("phi3", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "num_hidden_layers": 2}),
     ):
-        assert llama_cpp.refusal(AutoConfig.for_model(kind, max_position_embeddings=256, **options)) is None
+        assert forms.refusal(AutoConfig.for_model(kind, max_position_embeddings=256, **options)) is None
 
 
 def test_an_adapter_that_llama_cpp_does_not_know(make_task: MakeTask, write_rows: WriteRows) -> None:

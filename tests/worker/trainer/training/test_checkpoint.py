@@ -11,6 +11,8 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.worker.trainer.conftest import Child, MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
+from worker.trainer.artifact import metrics_file
+from worker.trainer.model import adapter_weights
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
 from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Stopped, Train, TrainerEvent
@@ -104,10 +106,10 @@ def test_spoiled_checkpoint_is_the_machines_fault_and_leaves_the_base_clean(
     base = load_base(task.base_dir, task.quantization)
     names = set(base.model.state_dict())
     monkeypatch.setattr(base_module, "load_base", lambda *args: base)
-    for member in (checkpoint.STATE, checkpoint.METRICS, checkpoint.ADAPTER, checkpoint.OPTIMIZER):
+    for member in (checkpoint.STATE, metrics_file.METRICS, adapter_weights.ADAPTER, checkpoint.OPTIMIZER):
         whole = (saved / member).read_bytes()
         (saved / member).unlink() if content is None else (saved / member).write_bytes(content)
-        if (content, member) != (b"", checkpoint.METRICS):  # a run without a line yet
+        if (content, member) != (b"", metrics_file.METRICS):  # a run without a line yet
             with pytest.raises((OSError, ValueError, SafetensorError)):
                 run(task, tmp_path / "again", resume_from=str(saved))
         assert set(base.model.state_dict()) == names

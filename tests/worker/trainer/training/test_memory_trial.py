@@ -23,7 +23,7 @@ from tests.worker.trainer.scarce_memory import Failing, limit_data, warnings_of,
 from worker.trainer.artifact import metrics_file
 from worker.trainer.model.base import load_base
 from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Task, Train
-from worker.trainer.training import checkpoint, memory_trial
+from worker.trainer.training import memory_trial
 from worker.trainer.training.loop import train
 
 
@@ -141,5 +141,5 @@ def test_child_whose_memory_is_limited_learns_it_from_the_trial(
         done = child.until(Done)
     assert first.metrics.step == 1
     assert done.fallback_level == 1
-    lines = metrics_file.read_metrics(tmp_path / "limited" / "adapter" / checkpoint.METRICS)
+    lines = metrics_file.read_metrics(tmp_path / "limited" / "adapter" / metrics_file.METRICS)
     assert len(lines) == recipe.total_steps

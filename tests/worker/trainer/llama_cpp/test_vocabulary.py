@@ -14,9 +14,9 @@ from transformers import AddedToken, AutoTokenizer, GemmaTokenizer, LlamaTokeniz
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from tests.tiny import CORPUS, tiny_tokenizer
-from worker.trainer.exports import vocabulary
 from worker.trainer.exports.fingerprint import Unlike
 from worker.trainer.exports.gguf import check_scores
+from worker.trainer.llama_cpp import vocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<eos>", "<bos>", "<mask>"]
 TEXTS = ["the hat of the milliner", "a  hat\n\tis", "Ünïcödé 帽子 🎩 don't", "12345 3.14"]
