@@ -30,10 +30,10 @@ class Mutant(NamedTuple):
 
 
 JOBS, SWEEPER, ATTEMPTS, LEASE = (
-    "tests/shared/test_jobs.py",
-    "tests/worker/test_sweeper.py",
-    "tests/worker/test_attempts.py",
-    "tests/worker/test_lease.py",
+    "tests/shared/database/test_jobs.py",
+    "tests/worker/background/test_sweeper.py",
+    "tests/worker/attempt/test_attempts.py",
+    "tests/worker/attempt/test_lease.py",
 )
 MUTANTS = {
     "a write of the holder without its epoch": Mutant(
@@ -76,7 +76,7 @@ MUTANTS = {
         "worker/trainer/artifact/verify.py",
         "    check(proof, command.report)\n",
         "",
-        "tests/worker/trainer/test_verify.py",
+        "tests/worker/trainer/artifact/test_verify.py",
     ),
     "a lease that does not freeze its trainer": Mutant(
         "worker/attempt/lease.py", "if late and not session.frozen:", "if False:", LEASE

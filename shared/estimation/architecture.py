@@ -1,6 +1,6 @@
 """What a model's config.json says of it: every linear module by its path, every parameter, what a token leaves behind.
 
-Owns: which architectures are known, and their arithmetic; tests/shared/test_architecture.py counts the real modules.
+Owns: which architectures are known, and their arithmetic; tests/shared/estimation/test_architecture.py counts the real modules.
 Pure: reads a dict, no file. Must not know about quantization, datasets or devices.
 """
 

@@ -1,7 +1,7 @@
 """Will it fit: peak memory and time of a LoRA run, by arithmetic on a base's architecture, before any GPU is held.
 
 Owns: the memory model, the FLOP of a token, and the one change that makes a run fit. Pure: no torch, no file, no clock.
-The model is of our own trainer on one device; tests/shared/test_fit.py holds it against allocations that were measured
+The model is of our own trainer on one device; tests/shared/estimation/test_memory_model.py holds it against allocations that were measured
 and against published figures. Bytes are bytes, GB are 1e9.
 """
 

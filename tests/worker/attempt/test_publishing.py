@@ -1,7 +1,7 @@
 """Between training and "succeeded": what comes back from the bucket, and what becomes of a job that is being proven.
 
 Attempts in this process, on a real bucket and database. The trainer is a small script, so that its proof can end in
-every way; the real one's are in tests/worker/trainer/test_verify.py.
+every way; the real one's are in tests/worker/trainer/artifact/test_verify.py.
 """
 
 from __future__ import annotations
