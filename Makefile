@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test soak bench bench-fit bench-full bench-gpu check released format lock clean
+.PHONY: help setup demo up down test soak bench bench-fit bench-full bench-gpu picture check released format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,11 @@ bench-fit: setup ## memory predicted against measured on this machine, about six
 
 bench-gpu: setup ## our training step on a CUDA device, on random weights in the shapes of 7B and 8B models
 	$(BIN)/python -m benchmarks.gpu
+
+picture: export MILLINER_DATA := $(CURDIR)/.milliner
+picture: setup ## draw the picture in the README from the job of `make demo`
+	@$(BIN)/milliner up --detach
+	@$(BIN)/python -m benchmarks.picture; status=$$?; $(BIN)/milliner down; exit $$status
 
 check: setup ## ruff, mypy strict, import contracts, migrations, docs
 	$(BIN)/ruff format --check .
