@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def main() -> None:
     job = next((job for job in jobs if job.report), None)
     if job is None or job.report is None:
         sys.exit("no job with a report; run make demo first")
-    console = Console(record=True, width=WIDTH, force_terminal=True, file=Path("/dev/null").open("w", encoding="utf-8"))
+    console = Console(record=True, width=WIDTH, force_terminal=True, file=io.StringIO())
     console.print(drawing(job))
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(TARGET), title="milliner report")
