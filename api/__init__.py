@@ -1,1 +1,5 @@
-"""HTTP: the OpenAI fine-tuning API over shared/. Knows nothing of the worker or the client."""
+"""The HTTP server: the OpenAI fine-tuning API on top of `shared`.
+
+Owns: routes, authentication of a request, and the conversion of database rows to response objects.
+Must not import `worker` or `client`.
+"""

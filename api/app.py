@@ -1,7 +1,7 @@
-"""The application: routes, the error envelope, request ids, the size limit.
+"""The FastAPI application: routes, error responses, request ids, the body size limit.
 
-Every answer that is not a success is `{"error": {message, type, param, code}}`, FastAPI's own 422 included: the
-official client shows a message only from that shape. `uvicorn api.app:app` serves it.
+Every unsuccessful response has the body `{"error": {message, type, param, code}}`, also where FastAPI would send its
+own 422: the official client reads error messages only from that shape. Run it with `uvicorn api.app:app`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ FORM_SLACK = 64 * 1024
 
 
 def create_app() -> FastAPI:
-    """A fresh application on this process's settings."""
+    """Create an application with the settings of this process."""
     app = FastAPI(title="Milliner", version=version("milliner"), lifespan=_lifespan, docs_url="/docs", redoc_url=None)
-    for noun in (files, jobs, estimate, preview, models, health):
-        app.include_router(noun.router)
+    for module in (files, jobs, estimate, preview, models, health):
+        app.include_router(module.router)
     app.add_exception_handler(MillinerError, _milliner_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(DataError, _unstorable)
+    app.add_exception_handler(DataError, _data_error)
     app.add_middleware(Envelope)
     return app
 
 
 class Envelope:
-    """Around every request: an id in the log and in `x-request-id`, a size limit, and an answer even when we break."""
+    """Middleware that gives every request an id, a body size limit and, if the handler fails, a 500 response.
+
+    The id is bound to the log and sent in the header `x-request-id`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -66,10 +69,10 @@ class Envelope:
         try:
             await self.app(scope, _limited(scope, receive), send_with_id)
         except Exception:
-            log.exception("request.broke", method=scope["method"], path=scope["path"])
+            log.exception("request.failed", method=scope["method"], path=scope["path"])
             if status == 0:
-                broken = MillinerError(f"the server broke on this request; its log has the cause under {request_id}")
-                await _answer(broken)(scope, receive, send_with_id)
+                error = MillinerError(f"internal server error; the server log has the cause under {request_id}")
+                await _response(error)(scope, receive, send_with_id)
         finally:
             elapsed = round(1000 * (time.perf_counter() - started), 1)
             log.info("request.served", method=scope["method"], path=scope["path"], status=status, ms=elapsed)
@@ -84,7 +87,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
-    """Count the body as it comes, so that one without a content-length is bounded too."""
+    """Wrap `receive` so that a body over the limit is a 413, also if it has no content-length."""
     upload = scope["method"] == "POST" and scope["path"] == "/v1/files"
     limit = get_settings().max_file_bytes + FORM_SLACK if upload else JSON_LIMIT
     seen = 0
@@ -94,8 +97,8 @@ def _limited(scope: Scope, receive: Receive) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > limit:
-            # An HTTPException, because FastAPI turns any other one that comes out of a body into a 400.
-            raise HTTPException(TooLarge.status, f"the body is over {limit:,} bytes, the most this endpoint takes")
+            # HTTPException, because FastAPI turns any other exception raised while reading a body into a 400.
+            raise HTTPException(TooLarge.status, f"the body is over {limit:,} bytes, the limit of this endpoint")
         return message
 
     return receive_limited
@@ -103,40 +106,41 @@ def _limited(scope: Scope, receive: Receive) -> Receive:
 
 async def _milliner_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MillinerError)
-    return _answer(error)
+    return _response(error)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """The first problem as OpenAI words it: `param` is the JSON path, the message says found and allowed."""
+    """Convert a pydantic error to a 400. `param` and `code` describe the first problem, the message up to five."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     lines = [f"{_path(p)}: {p['msg'].removeprefix('Value error, ')}{_found(p)}" for p in problems[:5]]
     if problems[0]["type"] == "json_invalid":
-        return _answer(InvalidRequest("the body is not JSON", code="invalid_json"))
+        return _response(InvalidRequest("the body is not JSON", code="invalid_json"))
     first, param = problems[0], _path(problems[0])
     if first["type"] == "unknown_parameter":
         param = first["ctx"]["key"] if param == "body" else f"{param}.{first['ctx']['key']}"
     code = first["type"] if first["type"] in ("unknown_parameter", "missing") else "invalid_value"
-    return _answer(InvalidRequest("; ".join(lines), param=param, code=code))
+    return _response(InvalidRequest("; ".join(lines), param=param, code=code))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """Unknown routes, wrong methods, bodies over the limit or cut off."""
+    """Convert errors of routing and of body parsing: unknown path, wrong method, body too large or incomplete."""
     assert isinstance(error, HTTPException)
     if error.status_code == TooLarge.status:
-        return _answer(TooLarge(error.detail))
+        return _response(TooLarge(error.detail))
     code = "unknown_url" if error.status_code in (404, 405) else InvalidRequest.code
     wrapped = InvalidRequest(f"{request.method} {request.url.path}: {error.detail}; see /docs", code=code)
     wrapped.status = error.status_code
-    return _answer(wrapped)
+    return _response(wrapped)
 
 
-async def _unstorable(request: Request, error: Exception) -> JSONResponse:
-    """Text in a path or a query that Postgres cannot hold, such as a NUL; bodies are checked before."""
-    return _answer(InvalidRequest("the URL holds characters that no id has", code="invalid_value"))
+async def _data_error(request: Request, error: Exception) -> JSONResponse:
+    """Report text in a path or query that Postgres cannot store, such as a NUL. Bodies are validated earlier."""
+    message = "the URL contains characters that are not allowed in an id, such as NUL"
+    return _response(InvalidRequest(message, code="invalid_value"))
 
 
-def _answer(error: MillinerError) -> JSONResponse:
+def _response(error: MillinerError) -> JSONResponse:
     body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     headers = {"x-should-retry": "false"} if isinstance(error, Conflict) else {}
     if isinstance(error, Unavailable) and error.retry_after is not None:
@@ -145,12 +149,14 @@ def _answer(error: MillinerError) -> JSONResponse:
 
 
 def _path(problem: dict[str, Any]) -> str:
-    """`("body","lora","r","int")` → `lora.r`: without where it came from and the arms of a union."""
+    """Convert a pydantic `loc` to a JSON path without the request part and the branches of a union.
+
+    `("body", "lora", "r", "int")` becomes `lora.r`.
+    """
     parts = [str(part) for part in problem["loc"] if part not in ("body", "query", "header", "path")]
-    arms = {"int", "float", "str", "literal['auto']", "constrained-int", "constrained-float", "list[str]"}
-    return (
-        ".".join(p for p in parts if p not in arms and not p.startswith(("literal", "constrained", "list["))) or "body"
-    )
+    branches = {"int", "float", "str", "literal['auto']", "constrained-int", "constrained-float", "list[str]"}
+    names = [p for p in parts if p not in branches and not p.startswith(("literal", "constrained", "list["))]
+    return ".".join(names) or "body"
 
 
 def _found(problem: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""What an endpoint may ask for: the caller's tenant, a database session, the bell.
+"""Dependencies of the endpoints: the caller's tenant, a database session, the doorbell that wakes workers.
 
-`SessionDep` commits before the response is sent (`scope="function"`): a failing commit is an error, never a 200. The
-tenant is looked up in a short transaction of its own, so that an upload holds no connection while bytes flow.
+`SessionDep` commits before the response is sent (`scope="function"`), so a failed commit is an error and never a 200.
+The tenant is looked up in its own short transaction, so an upload holds no connection while its body is received.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from shared.database.session import session_scope
 from shared.database.tables import Tenant
 from shared.database.tenants import authenticate
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `milliner keys add TENANT` makes one.")
+_bearer = HTTPBearer(auto_error=False, description="An API key; create one with `milliner keys add TENANT`.")
 
 
 def get_session() -> Iterator[Session]:
-    """One transaction for the length of the endpoint function."""
+    """Yield a session whose transaction lasts as long as the endpoint function."""
     with session_scope() as session:
         yield session
 
 
 def get_tenant(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Tenant:
-    """Who is calling; `AuthenticationFailed` otherwise."""
+    """Return the tenant of the API key. Raises AuthenticationFailed."""
     with session_scope() as session:
         return authenticate(session, credentials.credentials if credentials else None)
 
 
 def get_bell(request: Request) -> Bell:
-    """The process's doorbell."""
+    """Return the doorbell of this process."""
     bell: Bell = request.app.state.bell
     return bell
 

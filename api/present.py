@@ -1,4 +1,7 @@
-"""Rows → wire objects. Reads nothing from the database but what the row already holds."""
+"""Convert database rows to response objects.
+
+Must not query the database: everything comes from the row that is passed in.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def file_out(file: File) -> FileOut:
 
 
 def job_out(job: Job, *, queue_position: int | None = None) -> JobOut:
-    """The job as its owner sees it. "auto" is shown as the number it became, once a plan is there."""
+    """Convert a job. Once it has a plan, each "auto" in `method` is replaced by the resolved number."""
     request = JobCreate.model_validate(job.request)
     plan = Plan.model_validate(job.plan) if job.plan else None
     report = Report.model_validate(job.report) if job.report else None
@@ -131,20 +134,20 @@ def adapter_model_out(adapter: Adapter, owner: str) -> ModelOut:
 
 
 def _resolved(recipe: Recipe) -> Method:
-    """The method as asked for, with a number for each "auto"."""
+    """Return the requested method with a number in place of each "auto"."""
     names = ["n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if recipe.method == "dpo" else [])]
     return Method.of(recipe.method, **{name: getattr(recipe, name) for name in names})
 
 
 def _fit(plan: Plan | None, report: Report | None) -> Fit | None:
-    """Of the run, once there was one; until then the most that any of the workers would have to give."""
+    """Return the peak memory of the finished run, or the largest peak predicted for any known device until then."""
     if report is not None and report.fit is not None:
-        found = report.fit
-        return Fit(predicted_bytes=found.predicted_bytes, measured_bytes=found.measured_bytes, device=found.device.name)
+        run = report.fit
+        return Fit(predicted_bytes=run.predicted_bytes, measured_bytes=run.measured_bytes, device=run.device.name)
     if plan is None or plan.fit is None:
         return None
-    most = max(plan.fit.peaks, key=lambda peak: peak.predicted_bytes)
-    return Fit(predicted_bytes=most.predicted_bytes, measured_bytes=None, device=most.name)
+    largest = max(plan.fit.peaks, key=lambda peak: peak.predicted_bytes)
+    return Fit(predicted_bytes=largest.predicted_bytes, measured_bytes=None, device=largest.name)
 
 
 def _adapter_out(adapter: Adapter) -> AdapterOut:
@@ -163,14 +166,14 @@ def _artifacts(prefix: str, entries: list[Entry]) -> list[Artifact]:
 
 
 def _progress(job: Job) -> Progress | None:
-    """What the worker last wrote, with the ETA counted down since."""
+    """Return the last progress that the worker wrote, with the time since then subtracted from the ETA."""
     if not job.progress:
         return None
     step, total = int(job.progress["step"]), int(job.progress["total_steps"])
-    pace: float | None = job.progress["seconds_per_step"]
+    seconds_per_step: float | None = job.progress["seconds_per_step"]
     eta = None
-    if job.state == State.RUNNING and pace is not None:
-        eta = max(0, round((total - step) * pace - (time.time() - job.progress["at"])))
+    if job.state == State.RUNNING and seconds_per_step is not None:
+        eta = max(0, round((total - step) * seconds_per_step - (time.time() - job.progress["at"])))
     return Progress(
         step=step,
         total_steps=total,

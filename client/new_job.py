@@ -20,7 +20,7 @@ from client.terminal import follow_job, print_result
 from deploy.local.commands import AsJson, Data
 from shared.errors import InvalidRequest
 from shared.estimation.estimate import EstimateCreate
-from shared.schemas.preview import MOST_ROWS, PreviewCreate
+from shared.schemas.preview import MAX_ROWS, PreviewCreate
 from shared.schemas.requests import JobCreate, MethodName, Request
 
 Base = Annotated[str | None, typer.Option("--model", help="Base model; see: milliner models")]
@@ -155,7 +155,7 @@ def preview_rows(
     *,
     model: Base = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, max=MOST_ROWS, help="How many rows, from the first.", show_default="5")
+        int | None, typer.Option(min=1, max=MAX_ROWS, help="How many rows, from the first.", show_default="5")
     ] = None,
     line: Annotated[
         list[int] | None, typer.Option(metavar="N", min=1, help="Number of a row to show instead; may be repeated.")

@@ -1,7 +1,7 @@
-"""The stock `openai` client against your own server: nothing of Milliner is imported here.
+"""Use your own server with the official `openai` client. This example imports nothing of Milliner.
 
 milliner up --detach
-export OPENAI_BASE_URL=… OPENAI_API_KEY=…        # as `milliner up` has printed them
+export OPENAI_BASE_URL=… OPENAI_API_KEY=…        # `milliner up` prints both
 python examples/openai_client.py
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     if job.status != "succeeded":
         sys.exit(f"{job.error}")
 
-    # Pages of three on purpose: the client asks for the next ones by itself, until the server says that was all.
+    # A small page size to show paging: the client requests further pages until `has_more` is false.
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
     for event in reversed(events):
         print(f"event      {event.message}")

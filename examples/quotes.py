@@ -1,7 +1,7 @@
-"""The classic LoRA lesson: teach a small model one habit, `Quote by NAME: "…"`, and look at it before and after.
+"""Demo: train a LoRA that writes `Quote by NAME: "…"`, and compare the base model with the tuned one.
 
-Start a server first (`milliner up --detach`), then run this file. Run it again: what is ready is shown, what still
-trains is watched on.
+Start a server first (`milliner up --detach`), then run this file. A second run shows the finished job, or follows it if
+it is still running.
 """
 
 from __future__ import annotations
@@ -40,19 +40,21 @@ SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_K = 50, 5, 7, 128, 0.8, 50
 
 
 class Sample(TypedDict):
-    """`stopped`: the model ended it by itself, and was not cut at MAX_TOKENS."""
+    """A generated text. `stopped`: the model ended it with a stop token, before MAX_TOKENS."""
 
     text: str
     stopped: bool
 
 
 class Samples(TypedDict):
+    """Samples of both models, in the same order."""
+
     base: list[Sample]
     tuned: list[Sample]
 
 
-class Places(NamedTuple):
-    """Where the demo keeps its files, by job."""
+class Paths(NamedTuple):
+    """Where the demo stores its files: the base model, and per job the adapter and the samples."""
 
     base: Path
     adapter: Path
@@ -60,7 +62,7 @@ class Places(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, fetch and try the quotation adapter.")
+    parser = argparse.ArgumentParser(description="Train, download and try the quotation adapter.")
     parser.add_argument("--data", type=Path, help="folder of the local stack (default: MILLINER_DATA)")
     data: Path | None = parser.parse_args().data
     client, console = connect(data), show.console()
@@ -72,29 +74,29 @@ def main() -> None:
         try:
             job = follow(client, job.id, console)
         except KeyboardInterrupt:
-            sys.exit(f"\ndetached; {job.id} goes on. Run this again to come back to it.")
+            sys.exit(f"\ndetached; {job.id} continues on the server. Run this again to follow it.")
     if job.status != State.SUCCEEDED:
         console.print(show.outcome(job))
         sys.exit(1)
     folder = (data or get_settings().data).expanduser().resolve() / "demo"
-    places = Places(folder / BASE, folder / job.id / "adapter", folder / job.id / "samples.json")
-    base = fetch(client, job, places)
-    if not places.samples.exists():
+    paths = Paths(folder / BASE, folder / job.id / "adapter", folder / job.id / "samples.json")
+    base = fetch(client, job, paths)
+    if not paths.samples.exists():
         with console.status(f"writing {SAMPLES} samples with each model"):
-            samples = sample(places)
-        places.samples.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
-    present(job, base, places, json.loads(places.samples.read_text(encoding="utf-8")))
+            samples = sample(paths)
+        paths.samples.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    present(job, base, paths, json.loads(paths.samples.read_text(encoding="utf-8")))
 
 
 def find(client: OpenAI) -> Job | None:
-    """The newest demo job that has succeeded, else the newest that is still on its way."""
+    """Return the newest demo job that has an adapter, otherwise the newest unfinished one."""
     jobs = [job_of(wire) for wire in client.fine_tuning.jobs.list(metadata=METADATA)]
-    live = [job for job in jobs if job.adapter or job.status not in (State.SUCCEEDED, State.FAILED, State.CANCELLED)]
-    return next((job for job in live if job.adapter), live[0] if live else None)
+    usable = [job for job in jobs if job.adapter or job.status not in (State.SUCCEEDED, State.FAILED, State.CANCELLED)]
+    return next((job for job in usable if job.adapter), usable[0] if usable else None)
 
 
 def create(client: OpenAI) -> Job:
-    """Upload the quotations and ask for an adapter, as any program with the `openai` client would."""
+    """Upload the quotations and create a job, with the official `openai` client."""
     file = client.files.create(file=("quotes.jsonl", rows()), purpose="fine-tune")
     wire = client.fine_tuning.jobs.create(
         model=BASE,
@@ -109,7 +111,7 @@ def create(client: OpenAI) -> Job:
 
 
 def rows() -> io.BytesIO:
-    """One JSON row a quotation. A double quote inside of one becomes a single: the closing one is the lesson."""
+    """Return one JSON row per quotation. Inner double quotes become single ones, so only the last one ends it."""
     lines = []
     for quote in get_quotes():
         words = " ".join(quote["quote"].replace('"', "'").split())
@@ -117,28 +119,28 @@ def rows() -> io.BytesIO:
     return io.BytesIO("\n".join(lines).encode())
 
 
-def fetch(client: OpenAI, job: Job, places: Places) -> Model:
-    """Bring base and adapter here; what lies here already and has the right hash is not fetched again."""
+def fetch(client: OpenAI, job: Job, paths: Paths) -> Model:
+    """Download the base model and the adapter. Files that are present with the right hash are skipped."""
     base = Model.model_validate(client.models.retrieve(job.model).to_dict())
     adapter: list[Artifact] = job.adapter.files if job.adapter else []
-    download.pull(base.files or [], places.base)
-    download.pull(adapter, places.adapter)
+    download.pull(base.files or [], paths.base)
+    download.pull(adapter, paths.adapter)
     return base
 
 
-def sample(places: Places) -> Samples:
-    """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
-    logging.disable(logging.WARNING)  # what the libraries say while loading is not about this lesson
+def sample(paths: Paths) -> Samples:
+    """Generate with both models from the same prompt, seed and settings; the base with the adapter disabled."""
+    logging.disable(logging.WARNING)  # hide the libraries' messages about loading
     warnings.simplefilter("ignore", FutureWarning)
-    import torch  # noqa: PLC0415 (these three take seconds, and a second run needs none of them)
+    import torch  # noqa: PLC0415 (these imports take seconds, and a second run does not need them)
     from peft import PeftModel  # noqa: PLC0415 (as above)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (as above)
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 (as above)
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(places.base)
-    base = AutoModelForCausalLM.from_pretrained(places.base)
-    tuned = PeftModel.from_pretrained(base, places.adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(paths.base)
+    base = AutoModelForCausalLM.from_pretrained(paths.base)
+    tuned = PeftModel.from_pretrained(base, paths.adapter).eval()
     prompt = tokenizer(PROMPT, return_tensors="pt")
 
     def generate() -> list[Sample]:
@@ -157,39 +159,39 @@ def sample(places: Places) -> Samples:
         return [Sample(text=text, stopped=stop) for text, stop in zip(texts, stopped, strict=True)]
 
     with tuned.disable_adapter():
-        plain = generate()
-    return Samples(base=plain, tuned=generate())
+        base_samples = generate()
+    return Samples(base=base_samples, tuned=generate())
 
 
-def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
-    """Five samples side by side, and the numbers."""
+def present(job: Job, base: Model, paths: Paths, samples: Samples) -> None:
+    """Print SHOWN samples side by side, and the job's scores and cost."""
     console = show.console()
     pairs = Table("base", "tuned", title=f"“{PROMPT}”, continued", show_lines=True, expand=True)
-    for plain, tuned in list(zip(samples["base"], samples["tuned"], strict=True))[:SHOWN]:
-        pairs.add_row(*(Text(textwrap.shorten(one["text"], 300, placeholder=" …")) for one in (plain, tuned)))
+    for pair in list(zip(samples["base"], samples["tuned"], strict=True))[:SHOWN]:
+        pairs.add_row(*(Text(textwrap.shorten(one["text"], 300, placeholder=" …")) for one in pair))
     facts = Table("", "base", "tuned", box=None)
     if job.report:
         facts.add_row("held-out loss", f"{job.report.base.loss:.3f}", f"{job.report.tuned.loss:.3f}")
-    kept = {name: sum(map(keeps, group)) for name, group in samples.items() if isinstance(group, list)}
-    facts.add_row(f"of {SAMPLES} samples keep the pattern", *(f"{kept[name] / SAMPLES:.0%}" for name in kept))
+    matching = {name: sum(map(matches, group)) for name, group in samples.items() if isinstance(group, list)}
+    facts.add_row(f"of {SAMPLES} samples match the pattern", *(f"{matching[name] / SAMPLES:.0%}" for name in matching))
     facts.add_row("size", show.size(base.bytes), f"+ {show.size(job.adapter.bytes if job.adapter else None)}")
     console.print(pairs, facts)
     if job.report:
         console.print(show.verdict(job.report.change))
         console.print(f"trained in {show.duration(job.report.train_seconds)}, {job.report.trained_tokens:,} tokens")
-        console.print(f"the whole report: {places.adapter / 'report.json'}", soft_wrap=True)
+        console.print(f"full report: {paths.adapter / 'report.json'}", soft_wrap=True)
     uri = job.adapter.uri if job.adapter else ""
-    console.print(f"\nThe adapter lies in {uri}\nand in {places.adapter}. These three lines load it:\n", soft_wrap=True)
+    console.print(f"\nThe adapter is at {uri}\nand in {paths.adapter}. These three lines load it:\n", soft_wrap=True)
     console.print(
-        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{places.base}")\n'
-        f'  model = peft.PeftModel.from_pretrained(base, "{places.adapter}")\n'
-        f'  tokenizer = transformers.AutoTokenizer.from_pretrained("{places.adapter}")',
+        f'  base = transformers.AutoModelForCausalLM.from_pretrained("{paths.base}")\n'
+        f'  model = peft.PeftModel.from_pretrained(base, "{paths.adapter}")\n'
+        f'  tokenizer = transformers.AutoTokenizer.from_pretrained("{paths.adapter}")',
         soft_wrap=True,
     )
 
 
-def keeps(one: Sample) -> bool:
-    """The whole text is one quotation, closed, and the model stopped there by itself."""
+def matches(one: Sample) -> bool:
+    """Whether the whole text is one quotation with a closing quote, and the model stopped after it."""
     return one["stopped"] and PATTERN.fullmatch(one["text"].strip()) is not None
 
 

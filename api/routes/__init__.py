@@ -1,1 +1,1 @@
-"""One file a noun; an endpoint is its schema and one call into shared."""
+"""The endpoints, one module per resource. An endpoint validates its request and calls into `shared`."""

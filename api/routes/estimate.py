@@ -1,4 +1,7 @@
-"""`/v1/fine_tuning/estimate`: will it fit, how long, and what would make it fit. Nothing is tokenized."""
+"""`/v1/fine_tuning/estimate`: predict memory and time of a job and, if it does not fit, which change would make it fit.
+
+Must not tokenize, nor wait for a worker.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ router = APIRouter(prefix="/v1/fine_tuning/estimate", tags=["fine-tuning"])
 
 @router.post("")
 def create_estimate(body: EstimateCreate, tenant: TenantDep, session: SessionDep) -> Estimate:
-    """Memory and time of a job by arithmetic, from the base's config.json and what is known of the file."""
+    """Predict memory and time of a job from the base model's config.json and the number of tokens in the file.
+
+    Tokens come from the plan of an earlier job or dry run with the same file and base. Without one they are guessed
+    from the file's size. Nothing is tokenized.
+    """
     base = get_base_model(session, body.model)
     data = _data(session, tenant.id, body.training_file, base.name) if body.training_file is not None else None
     weighings = devices.weighings(session, digest=base.digest, quantization=body.quantization, kind=body.device)
@@ -25,7 +32,7 @@ def create_estimate(body: EstimateCreate, tenant: TenantDep, session: SessionDep
 
 
 def _data(session: Session, tenant_id: str, file_id: str, base: str) -> Data:
-    """What an earlier job or dry run has counted in this file with this base's tokenizer, or else a guess."""
+    """Return the token counts of an earlier plan with this file and base model, or a guess from the file's size."""
     file = get_file(session, tenant_id, file_id, param="training_file")
     plan = jobs.latest_plan(session, tenant_id, training_file=file_id, base=base)
     if plan is not None:

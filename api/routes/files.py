@@ -47,7 +47,7 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
 class UploadForm(Request):
-    """The fields of an upload, as OpenAI names them."""
+    """The form fields of an upload, named as in the OpenAI API."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
 
@@ -58,7 +58,10 @@ class UploadForm(Request):
 
 
 async def upload_form(request: fastapi.Request, tenant: TenantDep) -> AsyncIterator[UploadForm]:
-    """Read the body of a caller who has a key: FastAPI would spool a stranger's gigabytes before it asks who he is."""
+    """Parse the form after authentication.
+
+    With FastAPI's own form parameters, the whole body would be written to disk before the API key is checked.
+    """
     async with request.form(max_files=1, max_fields=8, max_part_size=FIELD_BYTES) as form:
         try:
             yield UploadForm.model_validate(dict(form))
@@ -68,13 +71,15 @@ async def upload_form(request: fastapi.Request, tenant: TenantDep) -> AsyncItera
 
 @router.post("", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}})
 def upload_file(form: Annotated[UploadForm, Depends(upload_form)], tenant: TenantDep, session: SessionDep) -> FileOut:
-    """Store a dataset. Every row is parsed: one that cannot be trained on makes the status `error`, with its line.
+    """Store a dataset and validate every row.
 
-    The body has been spooled to disk by now; it is read three times (hash, rows, bucket) in constant memory, and the
-    transaction begins after that.
+    The file is kept even if some rows are invalid; its `status` is then `error`, and `status_details` and `report` name
+    the rows by line.
     """
+    # The body is on disk by now. It is read three times in constant memory (hash, rows, upload to the bucket); the
+    # first query, and so the transaction, comes after that.
     if form.purpose != "fine-tune":
-        raise InvalidRequest(f"purpose {form.purpose!r}; allowed for uploads: 'fine-tune'", param="purpose")
+        raise InvalidRequest(f"found purpose {form.purpose!r}; allowed for uploads: 'fine-tune'", param="purpose")
     settings, stream = get_settings(), form.file.file
     size, digest = _measure(stream)
     if size > settings.max_file_bytes:
@@ -116,23 +121,21 @@ def list_files(
     order: Order = "desc",
     purpose: str | None = None,
 ) -> Page[FileOut]:
-    """The tenant's files, newest first."""
+    """List your files, newest first."""
     found = files.list_files(session, tenant.id, purpose=purpose, after=after, limit=limit, order=order)
     return page(found, file_out)
 
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, tenant: TenantDep, session: SessionDep) -> FileOut:
-    """One file, with the report on its rows."""
+    """Return one file with the validation report of its rows."""
     return file_out(files.get_file(session, tenant.id, file_id))
 
 
 @router.get("/{file_id}/content")
 def file_content(file_id: str, tenant: TenantDep) -> StreamingResponse:
-    """The bytes, as they were uploaded (or, for a result file, as they were written).
-
-    The row is read in a transaction of its own: no connection is held while bytes flow.
-    """
+    """Download the content of an uploaded dataset or of a result file (CSV), byte for byte."""
+    # Own short transaction: no database connection is held while the content is sent.
     with session_scope() as session:
         file = files.get_file(session, tenant.id, file_id)
     media = "text/csv" if file.purpose == "fine-tune-results" else "application/octet-stream"
@@ -145,7 +148,7 @@ def file_content(file_id: str, tenant: TenantDep) -> StreamingResponse:
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, tenant: TenantDep, session: SessionDep) -> Deleted:
-    """Delete a file that no unfinished job needs."""
+    """Delete a file. A 409 if an unfinished job uses it."""
     file = files.delete_file(session, tenant.id, file_id)
     after_commit(session, lambda: storage.delete(file.key))
     return Deleted(id=file_id, object="file")

@@ -1,4 +1,4 @@
-"""`/healthz`: this process lives. `/readyz`: it can serve. Both without a key."""
+"""`/healthz` (is the process alive?) and `/readyz` (can it serve requests?). Neither requires an API key."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """Always ok while the process answers; async, so that it needs no thread of a busy pool."""
+    """Return ok whenever the process is able to respond."""
+    # async, so that it does not wait for a thread of a busy pool.
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 def readyz(response: Response) -> dict[str, Any]:
-    """503 unless Postgres and S3 answer. Redis is reported but not required: it only makes jobs start sooner."""
+    """Return 503 unless Postgres and S3 respond. Redis is reported but not required; it makes jobs start sooner."""
     postgres = "ok"
     try:
         with session_scope() as session:

@@ -38,7 +38,11 @@ def create_job(
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
     x_stainless_retry_count: Annotated[int, Header()] = 0,
 ) -> JobOut:
-    """Accept a job. Answers once Postgres has it, whatever the broker does."""
+    """Create a fine-tuning job. Returns once it is committed to Postgres, even if the broker is down.
+
+    A repeated request with the same `Idempotency-Key` returns the same job. So does an automatic retry by the official
+    client: an identical body sent again within five minutes, marked by `x-stainless-retry-count`.
+    """
     _check_integrations(body)
     window = get_settings().retry_window_seconds if x_stainless_retry_count > 0 else None
     job, new = jobs.submit(session, tenant.id, body, idempotency_key=idempotency_key, retry_window=window)
@@ -46,14 +50,17 @@ def create_job(
         failpoint(Failpoint.BEFORE_SUBMIT_COMMIT)
         after_commit(session, lambda: failpoint(Failpoint.AFTER_SUBMIT_COMMIT))
         after_commit(session, lambda: bell.ring(Queue.PREPARE))
-    return _shown(session, job)
+    return _job_out(session, job)
 
 
 @router.get("")
 def list_jobs(
     request: Request, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 20
 ) -> Page[JobOut]:
-    """The tenant's jobs, newest first, dry runs left out; `metadata[k]=v` filters, `metadata=null` finds bare ones."""
+    """List your jobs, newest first, without dry runs.
+
+    `metadata[k]=v` keeps the jobs with this pair, `metadata=null` those without metadata.
+    """
     metadata: dict[str, str] | None = {}
     for key, value in request.query_params.multi_items():
         if (match := _METADATA.fullmatch(key)) and metadata is not None:
@@ -61,25 +68,25 @@ def list_jobs(
         elif key == "metadata" and value == "null":
             metadata = None
     found = jobs.list_jobs(session, tenant.id, metadata=metadata, after=after, limit=limit)
-    return page(found, lambda job: _shown(session, job))
+    return page(found, lambda job: _job_out(session, job))
 
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
-    """One job, with its phase, queue position, progress, plan, report and adapter."""
-    return _shown(session, jobs.get_job(session, tenant.id, job_id))
+    """Return one job with its phase, queue position, progress, plan, report and adapter."""
+    return _job_out(session, jobs.get_job(session, tenant.id, job_id))
 
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
-    """Cancel: at once where no worker holds the job, within one heartbeat otherwise."""
-    return _shown(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.CANCEL))
+    """Cancel a job: at once if no worker has it, otherwise within one heartbeat of its worker."""
+    return _job_out(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.CANCEL))
 
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, tenant: TenantDep, session: SessionDep) -> JobOut:
-    """Pause: a running job checkpoints and frees its slot."""
-    return _shown(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.PAUSE))
+    """Pause a job. A running job saves a checkpoint and frees its worker slot."""
+    return _job_out(session, jobs.set_desired_state(session, tenant.id, job_id, Desired.PAUSE))
 
 
 @router.post("/{job_id}/resume")
@@ -87,14 +94,14 @@ def resume_job(job_id: str, tenant: TenantDep, session: SessionDep, bell: BellDe
     """Resume a paused job from its last checkpoint."""
     job = jobs.set_desired_state(session, tenant.id, job_id, Desired.RUN)
     after_commit(session, lambda: bell.ring(Queue.TRAIN))
-    return _shown(session, job)
+    return _job_out(session, job)
 
 
 @router.get("/{job_id}/events")
 def list_events(
     job_id: str, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 20
 ) -> Page[Event]:
-    """The job's events, newest first."""
+    """List the events of a job, newest first."""
     jobs.get_job(session, tenant.id, job_id)
     match = _EVENT_ID.fullmatch(after or "")
     if after is not None and match is None:
@@ -107,7 +114,7 @@ def list_events(
 def list_checkpoints(
     job_id: str, tenant: TenantDep, session: SessionDep, after: str | None = None, limit: Limit = 10
 ) -> Page[CheckpointOut]:
-    """The job's checkpoints, newest first."""
+    """List the checkpoints of a job, newest first."""
     job = jobs.get_job(session, tenant.id, job_id)
     name = fine_tuned_name(job.base_model, job.tenant.name, job.request.get("suffix"), job.id)
     found = checkpoints.list_checkpoints(session, job_id, after=after, limit=limit)
@@ -115,17 +122,21 @@ def list_checkpoints(
 
 
 def _check_integrations(body: JobCreate) -> None:
-    """Only workers know how to reach a tracker; which there are, both are told."""
-    offered = get_settings().integrations
+    """Raise InvalidRequest for an integration that is not in MILLINER_INTEGRATIONS.
+
+    Only workers have the addresses and keys of trackers; the API knows just which ones are enabled.
+    """
+    enabled = get_settings().integrations
     for i, integration in enumerate(body.integrations or ()):
-        if integration.type not in offered:
+        if integration.type not in enabled:
             raise InvalidRequest(
-                f"this server tells nothing to {integration.type!r}; allowed: {', '.join(sorted(offered)) or 'none'}. "
-                f"Leave it out, or ask the operator to set MILLINER_INTEGRATIONS",
+                f"integration {integration.type!r} is not enabled on this server; "
+                f"enabled: {', '.join(sorted(enabled)) or 'none'}. "
+                f"Remove it from the request, or ask the operator to add it to MILLINER_INTEGRATIONS",
                 param=f"integrations.{i}.type",
                 code="integration_not_available",
             )
 
 
-def _shown(session: SessionDep, job: Job) -> JobOut:
+def _job_out(session: SessionDep, job: Job) -> JobOut:
     return job_out(job, queue_position=jobs.queue_position(session, job))

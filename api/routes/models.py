@@ -1,4 +1,4 @@
-"""`/v1/models`: the catalog of base models, shared by all, and the caller's fine-tuned ones."""
+"""`/v1/models`: the base models, which all tenants share, and the caller's fine-tuned models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(tenant: TenantDep, session: SessionDep) -> Page[Model]:
-    """All base models, then the tenant's fine-tuned ones, each oldest first."""
+    """List all base models, then your fine-tuned models, each group oldest first."""
     bases = [base_model_out(base) for base in base_models.list_base_models(session)]
     owned = [adapter_model_out(adapter, tenant.name) for adapter in adapters.list_adapters(session, tenant.id)]
     return Page(data=bases + owned, has_more=False)
@@ -27,7 +27,7 @@ def list_models(tenant: TenantDep, session: SessionDep) -> Page[Model]:
 
 @router.get("/{model:path}")
 def retrieve_model(model: str, tenant: TenantDep, session: SessionDep) -> Model:
-    """One model; a base comes with presigned URLs of its files."""
+    """Return one model; for a base model, with presigned URLs of its files."""
     base = base_models.find_base_model(session, model)
     if base is not None:
         return base_model_out(base, with_files=True)
@@ -36,7 +36,7 @@ def retrieve_model(model: str, tenant: TenantDep, session: SessionDep) -> Model:
 
 @router.delete("/{model:path}")
 def delete_model(model: str, tenant: TenantDep, session: SessionDep) -> Deleted:
-    """Delete a fine-tuned model that no unfinished job starts from, and its files; base models are the operator's."""
+    """Delete a fine-tuned model and its files. A 409 if an unfinished job starts from it; a 403 for a base model."""
     if base_models.find_base_model(session, model) is not None:
         raise PermissionDenied(f"{model!r} is a base model, shared by all tenants; only ft:… models can be deleted")
     adapter = adapters.delete_adapter(session, tenant.id, model)

@@ -1,6 +1,7 @@
-"""`/v1/fine_tuning/preview`: rows as tokens with their trained spans. A worker tokenizes; the request waits for it.
+"""`/v1/fine_tuning/preview`: rows as tokens, with the spans that are trained. A worker tokenizes them.
 
-Waiting holds neither a thread nor a database connection: each look at the row is a short query in the thread pool.
+The request polls the preview's row in Postgres until the worker has written its result. While it waits it holds neither
+a thread nor a database connection: each poll is a short query in the thread pool.
 """
 
 from __future__ import annotations
@@ -21,37 +22,43 @@ from shared.settings import get_settings
 
 router = APIRouter(prefix="/v1/fine_tuning/preview", tags=["fine-tuning"])
 
-LOOK_EVERY = 0.1
-#: As long as nobody has taken it: a ring may be lost.
-RING_EVERY = 2.0
+#: Seconds between two polls.
+POLL_SECONDS = 0.1
+#: Seconds between two rings while no worker has taken the preview: the broker may lose one.
+RING_SECONDS = 2.0
+#: Seconds, in the `Retry-After` header.
 RETRY_AFTER = 5
 
 
 @router.post("")
 async def create_preview(body: PreviewCreate, tenant: TenantDep, bell: BellDep) -> PreviewOut:
-    """Rows of the caller's file as this base's tokenizer sees them, by the code that training uses."""
-    preview_id = await run_in_threadpool(_ask, tenant.id, body)
-    asked_at, rung_at = time.monotonic(), -RING_EVERY
+    """Show rows of a file as tokens of this base model, with the tokens that are trained marked.
+
+    A worker computes this with the code that training uses. A 503 with `Retry-After` if it does not respond in time; a
+    retry within two minutes gets the same preview.
+    """
+    preview_id = await run_in_threadpool(_create, tenant.id, body)
+    started, last_ring = time.monotonic(), -RING_SECONDS
     while True:
-        result, is_taken = await run_in_threadpool(_look, preview_id)
+        result, is_taken = await run_in_threadpool(_poll, preview_id)
         if result is not None:
             return result
-        waited = time.monotonic() - asked_at
+        waited = time.monotonic() - started
         if waited > get_settings().preview_seconds:
-            raise _too_late(waited, is_taken=is_taken)
-        if not is_taken and waited - rung_at >= RING_EVERY:
+            raise _timed_out(waited, is_taken=is_taken)
+        if not is_taken and waited - last_ring >= RING_SECONDS:
             bell.ring(Queue.PREPARE)
-            rung_at = waited
-        await asyncio.sleep(LOOK_EVERY)
+            last_ring = waited
+        await asyncio.sleep(POLL_SECONDS)
 
 
-def _ask(tenant_id: str, body: PreviewCreate) -> str:
+def _create(tenant_id: str, body: PreviewCreate) -> str:
     with session_scope() as session:
         return previews.create(session, tenant_id, body)
 
 
-def _look(preview_id: str) -> tuple[PreviewOut | None, bool]:
-    """The answer, if there is one, and whether a worker is at it. Raises what the worker found wrong."""
+def _poll(preview_id: str) -> tuple[PreviewOut | None, bool]:
+    """Return the result, if it is there, and whether a worker has taken the preview. Raises the worker's error."""
     with session_scope() as session:
         preview, is_taken = previews.find(session, preview_id)
     if preview.error is not None:
@@ -64,9 +71,9 @@ def _error(found: PreviewError) -> MillinerError:
     return kind("; ".join(filter(None, (found.message, found.hint))), param=found.param, code=found.code)
 
 
-def _too_late(waited: float, *, is_taken: bool) -> Unavailable:
+def _timed_out(waited: float, *, is_taken: bool) -> Unavailable:
     if is_taken:
-        message = f"the preview is not ready after {waited:.0f} s: the file is large, or the worker busy; ask again"
+        message = f"the preview is not ready after {waited:.0f} s: the file is large or the worker busy; send it again"
         return Unavailable(message, code="preview_unfinished", retry_after=RETRY_AFTER)
-    message = f"no prepare worker answered within {waited:.0f} s: is one running, and not busy with a large file?"
+    message = f"no prepare worker took the preview within {waited:.0f} s; check that one is running and not busy"
     return Unavailable(message, code="no_prepare_worker", retry_after=RETRY_AFTER)

@@ -1,4 +1,4 @@
 """Read dataset files and turn rows into examples.
 
-Owns: file kinds (JSON lines, CSV, Parquet) and row formats. Must not know about tokens, HTTP or the database.
+Owns: file types (JSON lines, CSV, Parquet) and row formats. Must not depend on tokenizers, HTTP or the database.
 """

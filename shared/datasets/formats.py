@@ -1,10 +1,10 @@
-"""A row of a dataset → canonical `Example`, or `RowError(line, field, hint)`.
+"""Parse a row of a dataset to an `Example`, or report it as a `RowError`.
 
-Owns: what a row may look like, and how bad ones are reported. The upload endpoint and the trainer read files through
-`read_rows`, so a row means the same to both. Must not tokenize: chat templates belong to the model.
+Owns: the row formats, and how invalid rows are reported. The upload endpoint and the trainer both read files through
+`read_rows`, so both accept the same rows. File types are in `shared.datasets.readers`. Must not tokenize: chat
+templates belong to the model.
 
-To add a format: one function that turns a JSON object into an `Example`, and its entry in `FORMATS`. What kinds of file
-rows come in is `shared.datasets.readers`'s.
+To add a format, write a function that converts a JSON object to an `Example`, and add it to `FORMATS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a chat, as the model's template takes it. `trained` turns carry the loss."""
+    """One message of a chat, in the form that chat templates take. The loss is computed on `trained` turns."""
 
     message: dict[str, Any]
     trained: bool
@@ -32,7 +32,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Rendered by the base model's chat template; loss on the trained turns."""
+    """A conversation, to be rendered by the base model's chat template. The loss is on the trained turns."""
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -40,7 +40,10 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`prompt` conditions, `completion` (and the end of sequence) carries the loss. A text row has an empty prompt."""
+    """A prompt and its completion. The loss is on `completion` and the end-of-sequence token.
+
+    A text row has an empty prompt.
+    """
 
     prompt: str
     completion: str
@@ -48,7 +51,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """The same prompt answered twice, one answer preferred to the other."""
+    """Two answers to the same prompt, the preferred one and the rejected one."""
 
     chosen: Chat | Completion
     rejected: Chat | Completion
@@ -56,7 +59,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class LabelledExample:
-    """A text, or a pair of texts, and its label. A label that came as an integer is its digits."""
+    """A text or a pair of texts, and its label. An integer label is converted to a string of digits."""
 
     text: str
     pair: str | None
@@ -69,7 +72,7 @@ Example = Chat | Completion | Preference | LabelledExample
 class RowError(Exception):
     """A row that cannot be trained on. `field` is a JSON path such as `messages[1].role`.
 
-    `ends_file` says that it stands for the rest of the file, of which nobody knows what it holds.
+    With `ends_file`, the rest of the file could not be read, so an unknown number of rows is missing.
     """
 
     def __init__(self, line: int, field: str, message: str, hint: str, *, ends_file: bool = False) -> None:
@@ -85,89 +88,93 @@ class RowError(Exception):
 
 
 class _Bad(Exception):
-    """Raised inside a format function: (field, message, hint); `read_rows` adds the line."""
+    """Raised by a format function with (field, message, hint); `read_rows` adds the line."""
 
 
 def chat(row: dict[str, Any]) -> Chat:
-    """`{"messages":[{role,content,weight?,tool_calls?}],"tools"?}`, loss on assistant turns of weight 1."""
+    """Parse `{"messages":[{role,content,weight?,tool_calls?}],"tools"?}`; loss on assistant turns of weight 1."""
     messages = _non_empty(row, "messages", "a non-empty array of {role, content} objects")
     return _conversation(row, "messages", [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)])
 
 
 def sharegpt(row: dict[str, Any]) -> Chat:
-    """`{"conversations":[{from,value,weight?}],"system"?,"tools"?}`, another spelling of a chat."""
-    said = _non_empty(row, "conversations", "a non-empty array of {from, value} objects")
-    turns = [_said(part, f"conversations[{i}]") for i, part in enumerate(said)]
+    """Parse a ShareGPT chat: `{"conversations":[{from,value,weight?}],"system"?,"tools"?}`."""
+    messages = _non_empty(row, "conversations", "a non-empty array of {from, value} objects")
+    turns = [_sharegpt_turn(message, f"conversations[{i}]") for i, message in enumerate(messages)]
     return _conversation(row, "conversations", [*_system(row), *turns])
 
 
 def instruction(row: dict[str, Any]) -> Chat:
-    """`{"instruction","input"?,"output","system"?}`, a chat of one question: the instruction, a blank line, the input.
+    """Parse an Alpaca row, `{"instruction","input"?,"output","system"?}`, to a chat with one question.
 
-    Not Alpaca's own "Below is an instruction": whoever asks the tuned model afterwards asks by its chat template.
+    The question is the instruction, a blank line, and the input. Alpaca's own prompt ("Below is an instruction …") is
+    not used, because the tuned model will be called with its chat template.
     """
-    asked, given, answer = row["instruction"], row.get("input"), row.get("output")
-    if not isinstance(asked, str) or not asked:
-        raise _Bad("instruction", f"found {_found(asked)}", "a non-empty string")
-    if not isinstance(given, str | None):
-        raise _Bad("input", f"found {_found(given)}", "a string, or none")
-    if not isinstance(answer, str) or not answer:
-        raise _Bad("output", f"found {_found(answer)}", "a non-empty string")
-    question = {"role": "user", "content": f"{asked}\n\n{given}" if given else asked}
-    return Chat((*_system(row), Turn(question, False), Turn({"role": "assistant", "content": answer}, True)))
+    task, context, output = row["instruction"], row.get("input"), row.get("output")
+    if not isinstance(task, str) or not task:
+        raise _Bad("instruction", f"found {_found(task)}", "a non-empty string")
+    if not isinstance(context, str | None):
+        raise _Bad("input", f"found {_found(context)}", "a string, or leave it out")
+    if not isinstance(output, str) or not output:
+        raise _Bad("output", f"found {_found(output)}", "a non-empty string")
+    question = {"role": "user", "content": f"{task}\n\n{context}" if context else task}
+    return Chat((*_system(row), Turn(question, False), Turn({"role": "assistant", "content": output}, True)))
 
 
 def completion(row: dict[str, Any]) -> Completion:
-    """`{"prompt","completion"}`, loss on the completion."""
-    prompt, answer = row["prompt"], row.get("completion")
+    """Parse `{"prompt","completion"}`; loss on the completion."""
+    prompt, completed = row["prompt"], row.get("completion")
     if not isinstance(prompt, str):
         raise _Bad("prompt", f"found {_found(prompt)}", "a string")
-    if not isinstance(answer, str) or not answer:
-        raise _Bad("completion", f"found {_found(answer)}", "a non-empty string")
-    return Completion(prompt, answer)
+    if not isinstance(completed, str) or not completed:
+        raise _Bad("completion", f"found {_found(completed)}", "a non-empty string")
+    return Completion(prompt, completed)
 
 
 def text(row: dict[str, Any]) -> Completion:
-    """`{"text"}`, loss on all of it."""
+    """Parse `{"text"}`; loss on the whole text."""
     return Completion("", _string(row, "text"))
 
 
 def preference(row: dict[str, Any]) -> Preference:
-    """`{"prompt","chosen","rejected"}`: strings, or messages, where both answers may begin with the prompt."""
+    """Parse `{"prompt","chosen","rejected"}`: all strings, or messages.
+
+    With messages, both answers may begin with the prompt; `prompt` may then be absent.
+    """
     prompt, keys = row.get("prompt"), ("chosen", "rejected")
     if isinstance(row["chosen"], str):
         if not isinstance(prompt, str):
-            raise _Bad("prompt", f"found {_found(prompt)}", "a string, as the answers are")
+            raise _Bad("prompt", f"found {_found(prompt)}", "a string, because the answers are strings")
         for key in keys:
             if not isinstance(row.get(key), str) or not row[key]:
-                raise _Bad(key, f"found {_found(row.get(key))}", "a non-empty string, as the other answer is")
+                raise _Bad(key, f"found {_found(row.get(key))}", "a non-empty string")
         return _preference(*(Completion(prompt, row[key]) for key in keys))
     answers = [_turns(row, key) for key in keys]
-    asked = [Turn({"role": "user", "content": prompt}, False)] if isinstance(prompt, str) else []
+    before = [Turn({"role": "user", "content": prompt}, False)] if isinstance(prompt, str) else []
     if isinstance(prompt, str) and all(len(answer) > 1 for answer in answers):
-        asked = []  # UltraFeedback's: the prompt by itself, and again in both conversations
+        before = []  # UltraFeedback repeats the prompt at the start of both conversations
     elif prompt is not None and not isinstance(prompt, str):
-        asked = _turns(row, "prompt")
-        if all(answer[: len(asked)] == asked for answer in answers):
-            asked = []
+        before = _turns(row, "prompt")
+        if all(answer[: len(before)] == before for answer in answers):
+            before = []
     tools = row.get("tools") or []
-    return _preference(*(_answered(asked, answer, key, tools) for key, answer in zip(keys, answers, strict=True)))
+    return _preference(*(_answer(before, answer, key, tools) for key, answer in zip(keys, answers, strict=True)))
 
 
 def preferred_output(row: dict[str, Any]) -> Preference:
-    """`{"input":{"messages","tools"?},"preferred_output":[…],"non_preferred_output":[…]}`, OpenAI's."""
-    given = row.get("input")
-    if not isinstance(given, dict) or "messages" not in given:
-        raise _Bad("input", f"found {_found(given)}", 'an object with "messages"')
-    asked, tools = _turns(given, "messages"), given.get("tools") or []
+    """Parse OpenAI's format, `{"input":{"messages","tools"?},"preferred_output":[…],"non_preferred_output":[…]}`."""
+    prompt = row.get("input")
+    if not isinstance(prompt, dict) or "messages" not in prompt:
+        raise _Bad("input", f"found {_found(prompt)}", 'an object with "messages"')
+    before, tools = _turns(prompt, "messages"), prompt.get("tools") or []
     keys = ("preferred_output", "non_preferred_output")
-    return _preference(*(_answered(asked, _turns(row, key), key, tools) for key in keys))
+    return _preference(*(_answer(before, _turns(row, key), key, tools) for key in keys))
 
 
 def labelled(row: dict[str, Any]) -> LabelledExample:
-    """`{"text","text_pair"?,"label"}`, or the texts in one of GLUE's words (`PAIRS`); the label a string or an integer.
+    """Parse `{"text","text_pair"?,"label"}`. The texts may have GLUE's names instead (`PAIRS`).
 
-    `1` and `"1"` are one label: CSV knows only strings.
+    The label is a string or an integer; `1` and `"1"` are the same label, because CSV has only strings.
     """
     label = row["label"]
     if not isinstance(label, str | int) or isinstance(label, bool):
@@ -175,14 +182,15 @@ def labelled(row: dict[str, Any]) -> LabelledExample:
     label = str(label)
     if not label.strip() or not label.isprintable() or len(label) > LONGEST_LABEL:
         raise _Bad("label", f"found {_found(label)}", f"a name of 1 to {LONGEST_LABEL} printable characters")
-    whole = next((pair for pair in PAIRS if all(name in row for name in pair if name is not None)), None)
-    first, second = whole or next((pair for pair in PAIRS if pair[0] in row), PAIRS[-1])
-    alone = second is None or (second == "text_pair" and row.get(second) is None)
-    return LabelledExample(_string(row, first), None if alone else _string(row, str(second)), label)
+    complete = next((pair for pair in PAIRS if all(name in row for name in pair if name is not None)), None)
+    first, second = complete or next((pair for pair in PAIRS if pair[0] in row), PAIRS[-1])
+    is_single = second is None or (second == "text_pair" and row.get(second) is None)
+    return LabelledExample(_string(row, first), None if is_single else _string(row, str(second)), label)
 
 
-#: The key that marks a row's format → the function that reads it. The first one found counts: a preference has a
-#: `prompt` as well and may have `messages`, Alpaca's rows have a `text` with the instruction rendered into it.
+#: Parser of each format, by the key that identifies it (the marker). The order matters, because the first key that a
+#: row has wins: a preference also has a `prompt` and may have `messages`; Alpaca's rows also have a `text`, which holds
+#: the rendered prompt.
 FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "chosen": preference,
     "preferred_output": preferred_output,
@@ -193,7 +201,8 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Example]] = {
     "label": labelled,
     "text": text,
 }
-#: What one or two texts to be classified are called, here and in GLUE's datasets; the first one that is whole counts.
+#: Names of the one or two texts of a classification row, ours first, then those of GLUE's datasets. The first entry
+#: whose keys are all present wins.
 PAIRS = (
     ("text", "text_pair"),
     ("premise", "hypothesis"),
@@ -205,16 +214,16 @@ PAIRS = (
     ("sentence", None),
     ("text", None),
 )
-#: Characters of a label. What is longer is a text in the wrong column.
+#: Most characters of a label. A longer one is probably a text in the wrong column.
 LONGEST_LABEL = 100
-#: Every key that a format reads; the columns of a table.
+#: Every key that some format reads; also the columns to read from a Parquet file.
 KEYS = (
     *FORMATS,
     *("tools", "system", "completion", "input", "output", "rejected", "non_preferred_output"),
     *("text_pair", "premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
     *("sentence", "question", "passage"),
 )
-#: ShareGPT's names → ours.
+#: ShareGPT's speakers → chat roles.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -226,9 +235,10 @@ SPEAKERS = {
 
 
 def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Example | RowError]]:
-    """Yield (1-based line, Example or RowError) in constant memory; blank lines are passed over.
+    """Yield (1-based line, Example or RowError) for each row, in constant memory. Blank lines are skipped.
 
-    The first good row decides the file's format. An empty file yields one RowError at line 1.
+    The first valid row sets the format of the file; rows of another format are errors. An empty file yields one
+    RowError at line 1.
     """
     marker: str | None = None
     line = 0
@@ -250,7 +260,7 @@ def read_rows(stream: BinaryIO, *, max_row_bytes: int) -> Iterator[tuple[int, Ex
 
 
 def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
-    """Parse every row; count the good ones, count the bad ones, keep the first `MAX_PROBLEMS` of those."""
+    """Parse every row. Count valid and invalid rows, and keep the first `MAX_PROBLEMS` errors."""
     rows, bad, format_ = 0, 0, None
     problems: list[RowProblem] = []
     for _, row in read_rows(stream, max_row_bytes=max_row_bytes):
@@ -265,7 +275,7 @@ def check_file(stream: BinaryIO, *, max_row_bytes: int) -> FileReport:
 
 
 def kind(example: Example) -> str:
-    """What a file of such rows is called."""
+    """Return the name of an example's format: preference, classification, chat, completion or text."""
     if isinstance(example, Preference):
         return "preference"
     if isinstance(example, LabelledExample):
@@ -274,7 +284,7 @@ def kind(example: Example) -> str:
 
 
 def describe(report: FileReport) -> str:
-    """The problems of a file in one sentence, for an error message."""
+    """Summarize the problems of a file in one sentence, for an error message."""
     shown = "; ".join(
         f"line {p.line}: {p.field + ': ' if p.field else ''}{p.message} (allowed: {p.hint})"
         for p in report.problems[:5]
@@ -284,7 +294,7 @@ def describe(report: FileReport) -> str:
 
 
 def misfit(method: MethodName, format_: str | None) -> str | None:
-    """Why a file of this format cannot be trained on with that method; None where it can."""
+    """Return why a file of this format cannot be used with this method, or None if it can."""
     fitting: MethodName = "supervised"
     if format_ == "preference":
         fitting = "dpo"
@@ -298,7 +308,7 @@ def misfit(method: MethodName, format_: str | None) -> str | None:
         "classification": "rows with a label (text, or a pair of texts, and label)",
     }
     return (
-        f"found {format_} rows; method {method!r} trains on {allowed[method]}: choose method {fitting!r}, or mend the "
+        f"found {format_} rows; method {method!r} trains on {allowed[method]}: choose method {fitting!r}, or fix the "
         "file"
     )
 
@@ -316,9 +326,9 @@ def _marker(row: dict[str, Any]) -> str:
 
 
 def _string(row: dict[str, Any], key: str) -> str:
-    if not isinstance(said := row.get(key), str) or not said:
-        raise _Bad(key, f"found {_found(said)}", "a non-empty string")
-    return said
+    if not isinstance(value := row.get(key), str) or not value:
+        raise _Bad(key, f"found {_found(value)}", "a non-empty string")
+    return value
 
 
 def _non_empty(row: dict[str, Any], key: str, hint: str) -> list[Any]:
@@ -346,41 +356,43 @@ def _turns(row: dict[str, Any], key: str) -> list[Turn]:
     return [_turn(message, f"{key}[{i}]") for i, message in enumerate(messages)]
 
 
-def _answered(asked: list[Turn], answer: list[Turn], key: str, tools: Any) -> Chat:
-    """The last assistant turn of the answer is what is weighed; all before it is prompt."""
+def _answer(before: list[Turn], answer: list[Turn], key: str, tools: Any) -> Chat:
+    """Build one side of a preference. Only the last turn of the answer is trained; everything before it is prompt."""
     if not answer[-1].trained:
         raise _Bad(
-            f"{key}[{len(answer) - 1}]", "is no answer to weigh", "an assistant message, of weight 1, at the end"
+            f"{key}[{len(answer) - 1}]",
+            "is not a trained assistant message",
+            "an assistant message of weight 1 at the end",
         )
-    before = [Turn(turn.message, False) for turn in (*asked, *answer[:-1])]
-    return Chat((*before, answer[-1]), _tools(tools))
+    prompt = [Turn(turn.message, False) for turn in (*before, *answer[:-1])]
+    return Chat((*prompt, answer[-1]), _tools(tools))
 
 
 def _preference(chosen: Chat | Completion, rejected: Chat | Completion) -> Preference:
     if chosen == rejected:
         raise _Bad("", "both answers are the same", "two answers, one better than the other")
     if isinstance(chosen, Chat) and isinstance(rejected, Chat) and chosen.turns[:-1] != rejected.turns[:-1]:
-        raise _Bad("", "the two answers follow different prompts", "conversations that differ in their last message")
+        raise _Bad("", "the two answers have different prompts", "conversations that differ only in the last message")
     return Preference(chosen, rejected)
 
 
 def _system(row: dict[str, Any]) -> list[Turn]:
-    """The system message that some write beside the conversation."""
+    """Return the system message from the key `system`, which some datasets have next to the conversation."""
     system = row.get("system") or ""
     if not isinstance(system, str):
-        raise _Bad("system", f"found {_found(system)}", "a string, or none")
+        raise _Bad("system", f"found {_found(system)}", "a string, or leave it out")
     return [Turn({"role": "system", "content": system}, False)] if system else []
 
 
-def _said(part: Any, where: str) -> Turn:
-    if not isinstance(part, dict):
-        raise _Bad(where, f"found {_found(part)}", "an object with from and value")
-    speaker, value = part.get("from"), part.get("value")
+def _sharegpt_turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, dict):
+        raise _Bad(where, f"found {_found(message)}", "an object with from and value")
+    speaker, value = message.get("from"), message.get("value")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise _Bad(f"{where}.from", f"found {_found(speaker)}", "one of " + ", ".join(SPEAKERS))
     if not isinstance(value, str):
         raise _Bad(f"{where}.value", f"found {_found(value)}", "a string")
-    weight = {"weight": part["weight"]} if "weight" in part else {}
+    weight = {"weight": message["weight"]} if "weight" in message else {}
     return _turn({"role": SPEAKERS[speaker], "content": value} | weight, where)
 
 
@@ -404,7 +416,7 @@ def _turn(message: Any, where: str) -> Turn:
 
 
 def _joined(parts: list[Any], where: str) -> str:
-    """OpenAI's content parts; only text can be trained on here."""
+    """Join OpenAI's content parts. Only text parts are supported."""
     for i, part in enumerate(parts):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise _Bad(f"{where}.content[{i}]", f"found {_found(part)}", 'text parts: {"type":"text","text":"…"}')

@@ -1,8 +1,9 @@
-"""A Parquet file on stdin → JSON lines on stdout, one a row: the child process of `shared.datasets.readers`.
+"""Convert a Parquet file on stdin to JSON lines on stdout, one per row. Child process of `shared.datasets.readers`.
 
-Owns: pyarrow, which nothing else imports, and the limits under which a stranger's bytes are unpacked. A page of a few
-kilobytes may unpack to gigabytes whatever the file's own figures say, so the kernel holds this process to `MEMORY`;
-where it ends, or breaks, it ends alone. Must not judge rows. What ends a file early is one JSON object on stderr.
+Owns: pyarrow, which no other module imports, and the limits for decompressing untrusted files. A page of a few
+kilobytes may decompress to gigabytes, whatever sizes the file declares. So the kernel limits the memory of this process
+(`MEMORY_LIMIT`), and a crash does not affect the parent. Must not validate rows. If the file cannot be read to its end,
+the reason is one JSON object on stderr.
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-#: Address space; pyarrow itself maps a third of it. Pages of an ordinary file have a megabyte.
-MEMORY = 1024**3
-#: What all rows may unpack to: as much as a file of JSON lines may hold by default (`max_file_bytes`).
-UNPACKED = 8 * 1024**3
-#: Rows unpacked at once: few, because each may have megabytes. More is no faster.
+#: Bytes of address space. pyarrow alone maps a third of it; pages of a usual file have one megabyte.
+MEMORY_LIMIT = 1024**3
+#: Most decompressed bytes of all rows: the default limit of a JSON lines file (`max_file_bytes`).
+DECOMPRESSED_LIMIT = 8 * 1024**3
+#: Rows decompressed at once. Few, because a row may have megabytes; more is no faster.
 BATCH_ROWS = 32
-#: Bytes read ahead of a column.
-AHEAD = 1024**2
+#: Bytes read ahead per column.
+READ_AHEAD = 1024**2
 
 
 class Refused(Exception):
-    """The rest of the file cannot be had: (message, hint)."""
+    """The rest of the file cannot be read: (message, hint)."""
 
 
 def main(markers: list[str], columns: list[str]) -> int:
-    """Write the rows' `columns`, nulls left out, of a file that has one of `markers`. 0, or 1 with a word on stderr."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pa.set_memory_pool(pa.system_memory_pool())  # the others map more than they use
+    """Write the `columns` of each row without nulls; the file must have at least one column of `markers`.
+
+    Returns the exit code: 0, or 1 with the reason on stderr.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    pa.set_memory_pool(pa.system_memory_pool())  # the other pools map more than they use
     pa.set_io_thread_count(1)
     pa.set_cpu_count(1)
     try:
@@ -43,39 +47,44 @@ def main(markers: list[str], columns: list[str]) -> int:
     except Refused as refused:
         message, hint = refused.args
     except MemoryError:
-        message = f"a page or a row of it unpacks to more than {MEMORY:,} bytes allow"
-        hint = "pages of a few megabytes and smaller rows"
+        message = f"a page or row of the Parquet file needs more than {MEMORY_LIMIT:,} bytes of memory"
+        hint = "smaller rows, and pages of a few megabytes"
     except UnicodeDecodeError:
-        message, hint = "the row holds text that is not UTF-8", "strings in UTF-8"
+        message, hint = "the row contains text that is not UTF-8", "strings in UTF-8"
     except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
-        message, hint = f"the Parquet file is broken: {str(error).strip()}", "the whole file, as its writer closed it"
+        message, hint = f"the Parquet file is broken: {str(error).strip()}", "a complete file"
     else:
         return 0
     sys.stderr.write(json.dumps({"message": message, "hint": hint}))
     return 1
 
 
-def lines(stream: BinaryIO, markers: list[str], columns: list[str], *, unpacked: int = UNPACKED) -> Iterator[bytes]:
-    """One JSON object a row, each at most a batch after the file gave it. Raises Refused and what pyarrow raises."""
-    file = pq.ParquetFile(stream, buffer_size=AHEAD, pre_buffer=False)
+def lines(
+    stream: BinaryIO, markers: list[str], columns: list[str], *, limit: int = DECOMPRESSED_LIMIT
+) -> Iterator[bytes]:
+    """Yield one JSON object per row, reading a batch at a time. Raises Refused, and the errors of pyarrow.
+
+    `limit` is in decompressed bytes of all rows.
+    """
+    file = pq.ParquetFile(stream, buffer_size=READ_AHEAD, pre_buffer=False)
     wanted = [name for name in file.schema_arrow.names if name in columns]
     if not set(wanted) & set(markers):
         found = ", ".join(json.dumps(name, ensure_ascii=False) for name in file.schema_arrow.names[:6])
         raise Refused(f"found columns {found or 'none'}", "one or more of " + ", ".join(markers))
-    if (claimed := _claimed(file.metadata, wanted)) > unpacked:
-        raise Refused(f"its rows unpack to {claimed:,} bytes", f"at most {unpacked:,} bytes; several files")
+    if (declared := _declared_bytes(file.metadata, wanted)) > limit:
+        raise Refused(f"the rows decompress to {declared:,} bytes", f"at most {limit:,} bytes; split the file")
     written = 0
     for batch in file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
         for row in _rows(batch):
             line = json.dumps(_without_nulls(row), ensure_ascii=False, default=_plain).encode(errors="surrogatepass")
             written += len(line)
-            if written > unpacked:
-                raise Refused(f"its rows unpack to more than {unpacked:,} bytes", "several files")
+            if written > limit:
+                raise Refused(f"the rows decompress to more than {limit:,} bytes", "at most that; split the file")
             yield line + b"\n"
 
 
-def _claimed(metadata: pq.FileMetaData, wanted: list[str]) -> int:
-    """What the wanted columns unpack to, by the file's own account."""
+def _declared_bytes(metadata: pq.FileMetaData, wanted: list[str]) -> int:
+    """Return the decompressed size of the wanted columns, as the file's metadata declares it."""
     total = 0
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -86,7 +95,7 @@ def _claimed(metadata: pq.FileMetaData, wanted: list[str]) -> int:
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """All at once where that goes; else one by one, so that those before a broken one are had."""
+    """Convert all rows at once. If one is not UTF-8, convert them one by one, so that the rows before it are kept."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="lossy")
     except UnicodeDecodeError:
@@ -95,14 +104,17 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A struct has every field that any row has; those of other rows are null in this one, and mean nothing."""
+    """Drop null fields. A Parquet struct has the fields of all rows; those that a row did not have are null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _plain(value: object) -> str:
-    """Some writers mark strings as bytes. A byte that is not UTF-8 becomes half a surrogate, which the reader names."""
+    """Convert a value that JSON lacks to a string. Some writers store strings as bytes.
+
+    A byte that is not UTF-8 becomes an unpaired surrogate, which the parent reports.
+    """
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 

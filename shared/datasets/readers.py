@@ -1,7 +1,7 @@
-"""A dataset file → its rows as JSON objects, each with its line: JSON lines, CSV or Parquet, told by content.
+"""Read the rows of a dataset file as JSON objects with their lines: JSON lines, CSV or Parquet, detected by content.
 
-Owns: file types, encodings, and how much of a file is held at once: never more than a row. Must not know what a row
-means (`shared.datasets.formats` does), nor a file's name: the trainer has none, and a name may lie.
+Owns: file types, encodings, and memory use, which is at most one row at a time. Must not interpret rows
+(`shared.datasets.formats` does), nor use the file's name: the trainer has none, and a name may be wrong.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import IO, Any
 from shared import linux
 
 SAMPLE = '{"messages":[{"role":"user","content":"…"},{"role":"assistant","content":"…"}]}'
-ONE_OBJECT = "one JSON object a line, such as " + SAMPLE
+ONE_OBJECT = "one JSON object per line, such as " + SAMPLE
 BOM = b"\xef\xbb\xbf"
 HEAD = 64 * 1024
 DELIMITERS = ",;\t"
-#: For a lone column: whatever would part fields elsewhere is text there, quoted or not, and so is this.
-PARTS_NOTHING = "\x1f"
-#: What else people send → what it begins with.
-FOREIGN = {
+#: Delimiter for a CSV with a single column, where commas, semicolons and tabs are text. Its own occurrences are text
+#: too: `_row` joins the fields again.
+NO_DELIMITER = "\x1f"
+#: First bytes of other types of files that people upload → what to call them.
+UNSUPPORTED = {
     b"\x1f\x8b": "compressed with gzip",
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
     b"BZh": "compressed with bzip2",
@@ -36,12 +37,12 @@ FOREIGN = {
     b"\xfe\xff": "text in UTF-16",
 }
 
-# The csv module has one limit a process, 128 KiB a field; ours is a row's bytes, counted as they are read.
+# The csv module has one limit per process, by default 128 KiB per field. Ours is the bytes of a row (`_RecordLines`).
 csv.field_size_limit(2**31 - 1)
 
 
 class Unreadable(Exception):
-    """A row, or where `ends_file` the rest of a file, that is no JSON object: (message, hint)."""
+    """A row that is not a JSON object; with `ends_file`, the rest of the file cannot be read."""
 
     def __init__(self, message: str, hint: str, *, ends_file: bool = False) -> None:
         super().__init__(message)
@@ -56,11 +57,11 @@ Row = tuple[int, dict[str, Any] | Unreadable]
 def raw_rows(
     stream: IO[bytes], *, markers: Collection[str], columns: Collection[str], max_row_bytes: int
 ) -> Generator[Row]:
-    """Yield (1-based line, object or Unreadable) in constant memory; blank lines are passed over.
+    """Yield (1-based line, object or Unreadable) for each row, in constant memory. Blank lines are skipped.
 
-    `markers` are the keys of which every table has one, in a CSV header or as a Parquet column; `columns` those that
-    are read from Parquet. A CSV row has the line that it begins at, a Parquet row its number. Parquet needs a stream
-    with a `fileno`.
+    A CSV header and the columns of a Parquet file must have at least one of `markers`. Of a Parquet file only `columns`
+    are read. The line of a CSV row is the one that it begins at, that of a Parquet row is its number. Parquet needs a
+    stream with a `fileno`.
     """
     head = stream.read(HEAD)
     stream.seek(0)
@@ -72,11 +73,11 @@ def raw_rows(
     elif delimiter := _delimiter(start, markers):
         yield from _csv(stream, delimiter, max_row_bytes)
     else:
-        yield 1, Unreadable(_foreign(head), f"JSON lines, such as {SAMPLE}; CSV with a header; or Parquet")
+        yield 1, Unreadable(_unsupported(head), f"JSON lines, such as {SAMPLE}; CSV with a header; or Parquet")
 
 
 def found(value: Any) -> str:
-    """A value as it is shown in a message: JSON, so that control characters are escaped."""
+    """Format a value for a message: as JSON, which escapes control characters, and at most 40 characters long."""
     shown = json.dumps(value, ensure_ascii=False)
     return "nothing" if value is None else shown if len(shown) <= 40 else shown[:39] + "…"
 
@@ -96,7 +97,7 @@ def _json_lines(stream: IO[bytes], limit: int) -> Iterator[Row]:
 
 
 def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, bytes), or None for a line over `limit`, of which no more than `limit` bytes are ever held."""
+    """Yield (line number, bytes), or None in place of a line over `limit`. At most `limit` bytes are held in memory."""
     number = 0
     while raw := stream.readline(limit + 1):
         number += 1
@@ -114,13 +115,13 @@ def _object(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise Unreadable(f"not JSON at column {error.colno}: {error.msg}", ONE_OBJECT) from None
     except ValueError as error:
-        raise Unreadable(f"not JSON that we can hold: {error}", "numbers of at most 4,300 digits") from None
+        raise Unreadable(f"unsupported JSON: {error}", "numbers of at most 4,300 digits") from None
     except RecursionError:
         raise Unreadable("the JSON is nested too deeply", ONE_OBJECT) from None
     if not isinstance(row, dict):
         raise Unreadable(f"found {found(row)}", ONE_OBJECT)
     if b"\\ud" in raw.lower() and not _is_unicode(row):
-        raise Unreadable("found half of a surrogate pair (\\ud8xx alone)", "whole characters")
+        raise Unreadable("found an unpaired surrogate (\\ud8xx alone)", "valid Unicode text")
     return row
 
 
@@ -147,14 +148,14 @@ def _too_long(limit: int) -> Unreadable:
 
 
 class _RecordLines:
-    """The lines that `csv.reader` takes for one record: numbered, decoded, and capped in sum."""
+    """Lines for `csv.reader`: numbered, decoded, and limited in total bytes per record."""
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
-        self.began = 0
+        self.first_line = 0
         self._lines, self._limit, self._held = _lines(stream, limit), limit, 0
 
     def begin(self) -> None:
-        """The next line is the first of a record."""
+        """Start a record at the next line."""
         self._held = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -163,36 +164,36 @@ class _RecordLines:
     def __next__(self) -> str:
         number, raw = next(self._lines)
         if not self._held:
-            self.began = number
+            self.first_line = number
         if raw is None:
             raise _too_long(self._limit)
         self._held += len(raw)
         if self._held > self._limit:
-            raise Unreadable(f"a row of more than {self._limit:,} bytes begins here", "close every quote that opens")
+            raise Unreadable(f"the row that begins here has more than {self._limit:,} bytes", "close every quote")
         if b"\0" in raw:
             raise Unreadable(f"byte {raw.index(0) + 1} of the line is NUL", "save the file as text in UTF-8")
         return _text(raw)
 
 
 def _csv(stream: IO[bytes], delimiter: str, limit: int) -> Iterator[Row]:
-    """RFC 4180, with the delimiter and the line ends that spreadsheets write."""
+    """Read RFC 4180, with any delimiter and line ending that spreadsheets write."""
     header: list[str] | None = None
     for line, fields in _records(stream, delimiter, limit):
         try:
             if isinstance(fields, Unreadable):
                 raise fields
             if header is not None:
-                yield line, _under(header, fields, delimiter)
+                yield line, _row(header, fields, delimiter)
             else:
                 header = _header(fields)
         except Unreadable as error:
             yield line, error
             if header is None:
-                return  # without a header nothing below it has a meaning
+                return  # without a header, no row can be read
 
 
 def _records(stream: IO[bytes], delimiter: str, limit: int) -> Iterator[tuple[int, list[str] | Unreadable]]:
-    """The line at which each record begins, and its fields. After a broken record comes the next line."""
+    """Yield the first line and the fields of each record. After an invalid record, read on at the next line."""
     lines = _RecordLines(stream, limit)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -200,32 +201,32 @@ def _records(stream: IO[bytes], delimiter: str, limit: int) -> Iterator[tuple[in
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            said = str(error).partition(" - ")[0]
-            yield lines.began, Unreadable(f"not CSV: {said}", 'quotes that close, and "" for a quote inside them')
+            cause = str(error).partition(" - ")[0]
+            yield lines.first_line, Unreadable(f"not CSV: {cause}", 'closed quotes, and "" for a quote inside them')
         except Unreadable as error:
-            yield lines.began, error
+            yield lines.first_line, error
         else:
             if fields is None:
                 return
             if fields:
-                yield lines.began, fields
+                yield lines.first_line, fields
 
 
 def _header(fields: list[str]) -> list[str]:
     names = [field.strip() for field in fields]
-    twice = next((name for i, name in enumerate(names) if name and name in names[:i]), None)
-    if twice is not None:
-        raise Unreadable(f"the header names {found(twice)} twice", "each column once")
+    repeated = next((name for i, name in enumerate(names) if name and name in names[:i]), None)
+    if repeated is not None:
+        raise Unreadable(f"the header names {found(repeated)} twice", "each column once")
     return names
 
 
-def _under(header: list[str], fields: list[str], delimiter: str) -> dict[str, Any]:
-    if delimiter == PARTS_NOTHING:
+def _row(header: list[str], fields: list[str], delimiter: str) -> dict[str, Any]:
+    if delimiter == NO_DELIMITER:
         fields = [delimiter.join(fields)]
     if len(fields) != len(header):
         columns = f"{len(header)} column" + "s" * (len(header) != 1)
         raise Unreadable(
-            f"found {len(fields)} fields for {columns}", f"quotes around a field that holds {found(delimiter)}"
+            f"found {len(fields)} fields for {columns}", f"quotes around a field that contains {found(delimiter)}"
         )
     return dict(zip(header, fields, strict=True))
 
@@ -234,12 +235,12 @@ def _under(header: list[str], fields: list[str], delimiter: str) -> dict[str, An
 
 
 def _parquet(stream: IO[bytes], markers: Collection[str], columns: Collection[str], limit: int) -> Iterator[Row]:
-    """A child unpacks the file into JSON lines: what a stranger's file does to it, it does not do to us."""
+    """Let a child process convert the file to JSON lines, so that a malicious file cannot harm this process."""
     number, command = 0, [sys.executable, "-m", "shared.datasets.parquet_child", ",".join(markers), ",".join(columns)]
     descriptor = stream.fileno()
     position = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
-        # In our process group, to be frozen and killed with us.
+        # Same process group, so that the child is stopped and killed with this process.
         with linux.spawn(
             command, env=linux.inherited(*linux.BASIC), stdin=descriptor, stderr=subprocess.PIPE, new_session=False
         ) as child:
@@ -248,40 +249,40 @@ def _parquet(stream: IO[bytes], markers: Collection[str], columns: Collection[st
             try:
                 for number, row in _json_lines(child.stdout, limit):
                     yield number, row
-                said = child.stderr.read()
+                reason = child.stderr.read()
                 child.wait()
             finally:
                 child.kill()
     finally:
-        # The child has moved the offset that we share, and the stream's buffer believes to know it.
+        # The child has moved the file offset, which both processes share, without the stream's buffer noticing.
         os.lseek(descriptor, position, os.SEEK_SET)
     if child.returncode != 0:
-        yield number + 1, _last_words(said, child.returncode)
+        yield number + 1, _child_error(reason, child.returncode)
 
 
-def _last_words(said: bytes, code: int) -> Unreadable:
+def _child_error(reason: bytes, code: int) -> Unreadable:
     try:
-        return Unreadable(**json.loads(said), ends_file=True)
+        return Unreadable(**json.loads(reason), ends_file=True)
     except (ValueError, TypeError):
-        message = f"the Parquet file ended its reader (exit code {code})"
+        message = f"the Parquet reader crashed on this file (exit code {code})"
         return Unreadable(message, "a file written by another library", ends_file=True)
 
 
-# ---------------------------------------------------------------- which of them
+# ---------------------------------------------------------------- file type
 
 
 def _delimiter(start: bytes, markers: Collection[str]) -> str | None:
-    """What parts the first line's fields, if one of these is a marker."""
+    """Return the delimiter of a CSV header, or None if no delimiter gives a field that is a marker."""
     line = start.splitlines()[0].decode(errors="replace")
     for delimiter in DELIMITERS:
         header = next(csv.reader([line], delimiter=delimiter))
         if any(field.strip() in markers for field in header):
-            return delimiter if len(header) > 1 else PARTS_NOTHING
+            return delimiter if len(header) > 1 else NO_DELIMITER
     return None
 
 
-def _foreign(head: bytes) -> str:
-    for signature, kind in FOREIGN.items():
+def _unsupported(head: bytes) -> str:
+    for signature, kind in UNSUPPORTED.items():
         if head.startswith(signature):
             return f"the file is {kind}"
     line = head.removeprefix(BOM).lstrip().splitlines()[0]

@@ -1,8 +1,9 @@
-"""`manifest.json` of a published adapter, and its signature beside it.
+"""Schema of `manifest.json`, which is published with every adapter.
 
-Owns: what a manifest says, and how it is signed: Ed25519 over its bytes, 64 of them raw in `manifest.json.sig`, which
-`openssl pkeyutl -verify -rawin` checks as well as we do. The manifest names the hash of every other file and the public
-key, so one signature covers all. Must not touch a bucket or a database.
+Owns: the content of a manifest and the format of its signature. The signature is Ed25519 over the bytes of
+`manifest.json`; `manifest.json.sig` holds its 64 raw bytes, so `openssl pkeyutl -verify -rawin` can check it. The
+manifest lists the hash of every other file and the public key, so one signature covers them all. Signing itself is in
+`shared/signing.py`. Must not access a bucket or a database.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SIGNATURE = "manifest.json.sig"
 
 
 class HashedFile(BaseModel):
-    """A file of the folder; SHA-256 in hex."""
+    """A published file: path within the adapter's folder, size in bytes, SHA-256 in hex."""
 
     path: str
     bytes: int
@@ -26,7 +27,7 @@ class HashedFile(BaseModel):
 
 
 class Base(BaseModel):
-    """The frozen model. `digest` is over the hashes of all its files."""
+    """The base model that was trained on. `digest` is a hash over the hashes of all its files."""
 
     name: str
     public_id: str
@@ -36,21 +37,24 @@ class Base(BaseModel):
 
 
 class Dataset(BaseModel):
+    """A dataset file: its id and the SHA-256 of its content, in hex."""
+
     id: str
     sha256: str
 
 
 class Start(BaseModel):
-    """The adapter that training began with; the hash is that of its weights."""
+    """The adapter that training started from. `sha256` is the hash of its weights, in hex."""
 
     name: str
     sha256: str
 
 
 class Manifest(BaseModel):
-    """Where an adapter comes from, what was proven of it, and the hash of each of its files but this and its signature.
+    """The origin of an adapter, its verification result (`proof`), and the hashes of its files.
 
-    `signed_by` is the public key (32 bytes, base64); None says that it is not signed.
+    `files` lists every file except the manifest and its signature. `signed_by` is the Ed25519 public key (32 bytes,
+    base64), or null if the manifest is not signed.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -70,5 +74,5 @@ class Manifest(BaseModel):
     files: list[HashedFile]
 
     def text(self) -> bytes:
-        """The bytes that are stored, hashed and signed."""
+        """Return the exact bytes that are stored, hashed and signed."""
         return self.model_dump_json(indent=1).encode() + b"\n"

@@ -1,7 +1,7 @@
-"""Memory that training takes: what there is, what was predicted, what was measured, and what the one says of the other.
+"""Schemas for the memory of a training run: available, predicted and measured.
 
-Owns: the wire objects of `fit` on a job, and the rule that corrects a prediction. The arithmetic is in shared/estimation/memory_model.py.
-Pure. Bytes are bytes.
+Owns: the objects behind `fit` on a job. The prediction is in `shared/estimation/memory_model.py`, its correction by
+earlier runs in `shared/estimation/correction.py`. Pure. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Kind = Literal["cuda", "cpu"]
 
 
 class Device(Wire):
-    """What a trainer runs on: `name` as its maker calls it, `memory_bytes` as far as a trainer may have them."""
+    """A device that a trainer runs on: the manufacturer's `name`, and the memory that a trainer may use."""
 
     kind: Kind
     name: str
@@ -24,22 +24,23 @@ class Device(Wire):
 
 
 class Weighing(Wire):
-    """Of one run, the peak by arithmetic alone and the peak that was measured."""
+    """The peak memory of one run: computed by the memory model without correction, and measured."""
 
     computed_bytes: int
     measured_bytes: int
 
 
 class KnownDevice(Device):
-    """A device that has reported itself, and how runs of one base at one quantization came out on it, newest first."""
+    """A device that a worker has reported, with the measured runs of one base model and quantization, newest first."""
 
     weighings: list[Weighing] = Field(default_factory=list)
 
 
 class PredictedPeak(Wire):
-    """The peak on a device; where none has reported itself, on a kind of device, and then nobody knows if it `fits`.
+    """The predicted peak memory on one device.
 
-    `computed_bytes` are by arithmetic alone, `predicted_bytes` corrected by what earlier runs took.
+    `computed_bytes` is the result of the memory model, `predicted_bytes` the same after correction by earlier runs. If
+    no worker has reported a device, the prediction is for a device kind: `name`, `memory_bytes` and `fits` are null.
     """
 
     kind: Kind
@@ -51,7 +52,7 @@ class PredictedPeak(Wire):
 
 
 class PlannedFit(Wire):
-    """The heaviest micro-batch that the run will meet, `rows` of `length` tokens, and the peak it leads to."""
+    """The largest micro-batch of the planned run, `rows` of `length` tokens, and its peak memory per device."""
 
     rows: int
     length: int
@@ -59,10 +60,11 @@ class PlannedFit(Wire):
 
 
 class MeasuredFit(Wire):
-    """The same, on the device that the run was on and with the micro-batch that it ended with.
+    """Predicted and measured peak memory on the device of the run, for the micro-batch that the run ended with.
 
-    `measured_bytes` are of the whole attempt: the process at its largest on a CPU, what was taken from the GPU there.
-    `rehearsed_bytes` were the peak when the heaviest micro-batch had been tried; None where that was left out.
+    `rows` and `length` (tokens) describe its largest micro-batch. `measured_bytes` is the peak of the whole attempt: of
+    the process on a CPU, of GPU memory on a GPU. `rehearsed_bytes` is the peak after the memory trial, which runs the
+    largest micro-batch before the first step; null if there was no trial.
     """
 
     device: Device
@@ -75,7 +77,10 @@ class MeasuredFit(Wire):
 
 
 class Fit(Wire):
-    """On a job: the peak as it was predicted and as it was measured; `measured_bytes` is null until the job is done."""
+    """Peak memory of a job on `device`: predicted, and measured. `measured_bytes` is null until the job is done.
+
+    Until then the prediction is for the device with the largest predicted peak.
+    """
 
     predicted_bytes: int
     measured_bytes: int | None

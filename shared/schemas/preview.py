@@ -1,7 +1,7 @@
-"""Rows of a dataset as the base's tokenizer sees them, and which of their tokens carry the loss.
+"""Schemas of a dataset preview: rows as tokens of a base model, with the tokens that carry the loss marked.
 
-Owns: the wire objects of `POST /fine_tuning/preview`. The rows of the table are shared/database/previews.py's, the tokens come
-from the trainer. Must not know about HTTP or tables.
+Owns: request and response of `POST /fine_tuning/preview`. The database table is in `shared/database/previews.py`; the
+trainer produces the tokens. Must not depend on HTTP or tables.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from pydantic import Field
 from shared.schemas.requests import Request, Text, TrainerParams, Wire
 from shared.schemas.results import JobError, RowProblem
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 Line = Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class PreviewCreate(Request):
-    """A job's own fields, and which rows: those of `lines`, or the first `rows`. Of `trainer`, `max_length` counts."""
+    """Which rows of a file to show: those that begin at the 1-based `lines`, or otherwise the first `rows`.
+
+    `model`, `training_file` and `trainer` are as in a job. Of `trainer`, only `max_length` has an effect.
+    """
 
     model: Text
     training_file: Text
-    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 5
-    lines: Annotated[list[Line], Field(min_length=1, max_length=MOST_ROWS)] | None = None
+    rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 5
+    lines: Annotated[list[Line], Field(min_length=1, max_length=MAX_ROWS)] | None = None
     trainer: TrainerParams = TrainerParams()
 
 
 class Segment(Wire):
-    """Tokens that follow one another and are all trained or all not, all special or all not."""
+    """Consecutive tokens with the same `trained` and the same `special` flag, as `text` and as token `ids`."""
 
     text: str
     trained: bool
@@ -40,10 +43,11 @@ Answer = Literal["chosen", "rejected"]
 
 
 class PreviewRow(Wire):
-    """One row after the cut, as it would be trained on. `tokens` are those of the whole row, `trained_tokens` after it.
+    """One row as it is trained on, cut at `max_length`.
 
-    The first token of a row is never trained: nothing comes before it that could predict it. A preference makes two of
-    these, one for each `answer`. Of a row to be classified no token is trained, but what gives it its `label`.
+    `tokens` counts the whole row, before the cut; `trained_tokens` counts after the cut. The first token of a row is
+    never trained, because no token precedes it. A preference row gives two of these, one per `answer`. A classification
+    row has a `label` and no trained tokens: only the label is learned.
     """
 
     line: int
@@ -56,7 +60,7 @@ class PreviewRow(Wire):
 
 
 class PreviewOut(Wire):
-    """`problems` are the rows among those looked at that cannot be trained on."""
+    """The requested rows as tokens. `problems` lists the requested rows that cannot be trained on."""
 
     object: Literal["fine_tuning.preview"] = "fine_tuning.preview"
     format: str | None
@@ -67,6 +71,6 @@ class PreviewOut(Wire):
 
 
 class PreviewError(JobError):
-    """Why there is no preview. `retryable` is false for what the user must mend, as in the trainer's `failed`."""
+    """Why a preview failed. `retryable` is false if the user must fix something, as in the trainer's `failed`."""
 
     retryable: bool

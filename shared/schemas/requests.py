@@ -1,9 +1,9 @@
-"""The wire contract: the words that all speak, and what the official `openai` client sends.
+"""Request objects of the API, and the enums that all parts of the system share.
 
-Owns: one pydantic class per concept, used by the API, stored as JSON on the job, and handed to the trainer. Field names
-and types follow `openai.types.fine_tuning` (openai 3.52); what we add are extra fields in the same style. What training
-answers is in `shared/schemas/results.py`, what the API answers in `shared/schemas/responses.py`.
-Must not know about HTTP, tables or torch.
+Owns: one pydantic class per concept, used by the API, stored as JSON on the job, and sent to the trainer. Field names
+and types follow `openai.types.fine_tuning` (openai 3.52); our own fields are in the same style. Results of training are
+in `shared/schemas/results.py`, responses of the API in `shared/schemas/responses.py`.
+Must not depend on HTTP, tables or torch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pydantic_core import PydanticCustomError
 
 def _storable(text: str) -> str:
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds a NUL or half of a surrogate pair; only whole Unicode characters are allowed")
+        raise ValueError("contains a NUL or an unpaired surrogate; allowed: Unicode text without NUL")
     return text
 
 
 Auto = Literal["auto"]
-Text = Annotated[str, AfterValidator(_storable)]  # what Postgres can hold
+Text = Annotated[str, AfterValidator(_storable)]  # text that Postgres can store
 TrackerName = Annotated[Text, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
 Metadata = dict[
     Annotated[Text, StringConstraints(max_length=64)],
@@ -41,7 +41,7 @@ Metadata = dict[
 
 
 class State(StrEnum):
-    """A job's state, in the words of the OpenAI API (`paused` too, though its client has no enum for it)."""
+    """State of a job, named as in the OpenAI API. Its official client has no enum value for `paused`."""
 
     VALIDATING = "validating_files"
     QUEUED = "queued"
@@ -56,7 +56,7 @@ TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 
 
 class Desired(StrEnum):
-    """What the user wants of a job. The supervisor reads it with each heartbeat; no sweeper writes it."""
+    """The state that the user has asked for. The worker reads it with each heartbeat; the sweeper never writes it."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -64,7 +64,7 @@ class Desired(StrEnum):
 
 
 class Phase(StrEnum):
-    """The finer truth inside a state."""
+    """What a worker is currently doing with a job, within its state."""
 
     TOKENIZING = "tokenizing"
     STAGING = "staging"
@@ -77,13 +77,13 @@ class Phase(StrEnum):
 
 
 class Wire(BaseModel):
-    """Base of what we send."""
+    """Base class of every object that is sent or stored."""
 
     model_config = ConfigDict(protected_namespaces=())
 
 
 class Request(Wire):
-    """Base of what we accept: an unknown key is an error that names it and what is allowed."""
+    """Base class of every object that is accepted. An unknown key is an error that lists the allowed keys."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -103,7 +103,10 @@ class Request(Wire):
 
 
 class Hyperparameters(Request):
-    """OpenAI's three knobs. `batch_size` is examples per optimizer step, whatever the packing."""
+    """OpenAI's three hyperparameters. `batch_size` is the number of examples per optimizer step, packed or not.
+
+    "auto" is resolved per dataset and shown in the job's plan.
+    """
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
@@ -111,20 +114,29 @@ class Hyperparameters(Request):
 
 
 class DpoHyperparameters(Hyperparameters):
-    """`beta` holds the tuned model to the base: the higher, the closer (Rafailov et al. 2023, arXiv:2305.18290)."""
+    """Hyperparameters of DPO. A higher `beta` keeps the tuned model closer to the reference; "auto" is 0.1.
+
+    Direct preference optimization: Rafailov et al. 2023, arXiv:2305.18290.
+    """
 
     beta: Auto | Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = "auto"
 
 
 class Supervised(Request):
+    """Settings of method `supervised`."""
+
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
 class Dpo(Request):
+    """Settings of method `dpo`."""
+
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
 class Classification(Request):
+    """Settings of method `classification`."""
+
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
@@ -132,7 +144,7 @@ MethodName = Literal["supervised", "dpo", "classification"]
 
 
 class Method(Request):
-    """How to train, its settings under the type's own name. Any other type is refused by name."""
+    """The training method. Its settings go under the key that equals `type`; settings of another type are an error."""
 
     type: MethodName = "supervised"
     supervised: Supervised | None = None
@@ -144,13 +156,13 @@ class Method(Request):
         settings = {"supervised": self.supervised, "dpo": self.dpo, "classification": self.classification}
         if any(found is not None for type_, found in settings.items() if type_ != self.type):
             raise ValueError(
-                f"holds the settings of another type; with type {self.type!r} only method.{self.type} is allowed"
+                f"contains settings of another type; with type {self.type!r} only method.{self.type} is allowed"
             )
         return self
 
     @property
     def settings(self) -> Supervised | Dpo | Classification | None:
-        """Those of its type, if any were given."""
+        """The settings of this type, or None if the request has none."""
         match self.type:
             case "supervised":
                 return self.supervised
@@ -161,21 +173,22 @@ class Method(Request):
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """Those of its type."""
+        """The hyperparameters of this type; the defaults if the request has none."""
         if self.settings is None:
             return DpoHyperparameters() if self.type == "dpo" else Hyperparameters()
         return self.settings.hyperparameters
 
     @classmethod
     def of(cls, type_: MethodName, **hyperparameters: Any) -> Self:
-        """A method with all its settings spelled out."""
+        """Create a method of this type with these hyperparameters."""
         return cls.model_validate({"type": type_, type_: {"hyperparameters": hyperparameters}})
 
 
 class Lora(Request):
-    """Adapter shape (Hu et al. 2021, arXiv:2106.09685). "auto" is resolved per dataset and shown on the job.
+    """Settings of the LoRA adapter (Hu et al. 2021, arXiv:2106.09685). The job shows what "auto" is resolved to.
 
-    `loraplus_lr_ratio` is how many times the rate B learns at (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+    `loraplus_lr_ratio` is the learning rate of the B matrices divided by that of the A matrices (LoRA+, Hayou et al.
+    2024, arXiv:2402.12354); null means the same rate for both.
     """
 
     r: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
@@ -188,7 +201,11 @@ class Lora(Request):
 
 
 class Quantization(StrEnum):
-    """How the frozen base is held: NF4 with double quantization (QLoRA, arXiv:2305.14314), LLM.int8(), or bf16."""
+    """Quantization of the frozen base model during training.
+
+    `nf4` is 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314), `int8` is LLM.int8()
+    (arXiv:2208.07339), `none` is bf16.
+    """
 
     NF4 = "nf4"
     INT8 = "int8"
@@ -196,10 +213,11 @@ class Quantization(StrEnum):
 
 
 class ExportName(StrEnum):
-    """A form that an adapter is published in beside its own, in this order.
+    """An additional format in which an adapter is published. Exports are made in this order.
 
-    `merged` lays it on the base's original weights, `merged_dequantized` on those that it was trained against, both as
-    a folder of safetensors. The GGUF files are llama.cpp's: the adapter alone, and what `merged` holds.
+    `merged` adds the adapter to the base model's original weights, `merged_dequantized` to the dequantized weights that
+    it was trained on; both are folders of safetensors. `gguf_adapter` is the adapter alone, `gguf_merged` the model of
+    `merged`, as GGUF files for llama.cpp.
     """
 
     MERGED = "merged"
@@ -210,14 +228,17 @@ class ExportName(StrEnum):
 
 def _each_once(names: list[ExportName]) -> list[ExportName]:
     if repeated := sorted({name.value for name in names if names.count(name) > 1}):
-        raise ValueError(f"names {', '.join(repeated)} more than once; each export is made once")
+        raise ValueError(f"names {', '.join(repeated)} more than once; list each export once")
     return names
 
 
 class TrainerParams(Request):
-    """Settings of the loop that OpenAI does not have. Steps are optimizer steps.
+    """Training settings beyond OpenAI's. Steps are optimizer steps, lengths are tokens.
 
-    `full_finetuning` trains all weights of a small base instead of an adapter on it.
+    Longer rows are cut at `max_length`. `packing` puts several short rows into one sequence. `micro_batch` is the
+    number of rows per forward pass; with packing it stands for tokens (`micro_batch` times the longest row, or times
+    128 if that is more). `gradient_checkpointing` recomputes activations to save memory. Neither of the two changes the
+    result. `full_finetuning` trains all weights of a small base model instead of an adapter.
     """
 
     max_length: Auto | Annotated[int, Field(ge=8, le=131072)] = "auto"
@@ -227,14 +248,16 @@ class TrainerParams(Request):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     eval_every: Annotated[int, Field(ge=1)] | None = None
     save_every: Annotated[int, Field(ge=1)] | None = None
-    early_stopping: Annotated[int, Field(ge=1, description="evaluations without improvement")] | None = None
-    skip_bad_rows: Annotated[int, Field(ge=0, description="rows of a file that may be bad and are left out")] = 0
+    early_stopping: Annotated[int, Field(ge=1, description="stop after N evaluations without improvement")] | None = (
+        None
+    )
+    skip_bad_rows: Annotated[int, Field(ge=0, description="leave out up to N bad rows per file")] = 0
     full_finetuning: bool = False
     exports: Annotated[list[ExportName], AfterValidator(_each_once)] = []
 
 
 class Wandb(Request):
-    """A run at Weights & Biases, as OpenAI has it. Without a `name` it bears the job's id."""
+    """A run at Weights & Biases; the fields are OpenAI's. `name` defaults to the job's id."""
 
     project: TrackerName
     name: Annotated[Text, StringConstraints(min_length=1, max_length=128)] | None = None
@@ -243,7 +266,7 @@ class Wandb(Request):
 
 
 class Mlflow(Request):
-    """A run in an experiment of an MLflow server. Without a `run_name` it bears the job's id."""
+    """A run in an experiment of an MLflow server. `run_name` defaults to the job's id."""
 
     experiment: Annotated[Text, StringConstraints(min_length=1, max_length=250)]
     run_name: Annotated[Text, StringConstraints(min_length=1, max_length=250)] | None = None
@@ -257,11 +280,11 @@ class Mlflow(Request):
 
     @field_validator("tags")
     @classmethod
-    def _none_of_ours(cls, value: dict[str, str]) -> dict[str, str]:
-        """A job finds its run again by such a tag, and must not find another's."""
+    def _no_reserved_tags(cls, value: dict[str, str]) -> dict[str, str]:
+        """Reject tags that we set ourselves: a resumed job finds its run by such a tag, and must not find another."""
         if reserved := sorted(key for key in value if key.startswith(("mlflow.", "milliner."))):
             raise ValueError(
-                f"{reserved[0]!r} is reserved; allowed: keys that begin with neither mlflow. nor milliner."
+                f"{reserved[0]!r} is reserved; allowed: keys that start with neither mlflow. nor milliner."
             )
         return value
 
@@ -270,9 +293,10 @@ TrackerKind = Literal["wandb", "mlflow"]
 
 
 class Integration(Request):
-    """A tracker that is told of a job, its settings under the type's own name. Where it lives, the server alone says.
+    """An experiment tracker that the job's metrics are sent to. Its settings go under the key that equals `type`.
 
-    The key of another type is left out on the wire: OpenAI's has none.
+    The operator of the server configures the tracker's address and key. In a response, the key of the other type is
+    absent, as in OpenAI's API.
     """
 
     type: TrackerKind
@@ -281,19 +305,22 @@ class Integration(Request):
 
     @model_validator(mode="after")
     def _settings_of_its_type(self) -> Self:
-        told = {name for name in get_args(TrackerKind) if getattr(self, name) is not None}
-        if told != {self.type}:
-            found = ", ".join(sorted(told)) or "none"
+        present = {name for name in get_args(TrackerKind) if getattr(self, name) is not None}
+        if present != {self.type}:
+            found = ", ".join(sorted(present)) or "none"
             raise ValueError(
-                f"of type {self.type!r} needs its settings under {self.type!r} and no other; found: {found}"
+                f"type {self.type!r} needs its settings under {self.type!r} and under no other type; found: {found}"
             )
         return self
 
 
 class JobCreate(Request):
-    """POST /fine_tuning/jobs. The old top-level `hyperparameters` and `method.supervised.hyperparameters` are twins.
+    """Request body of `POST /fine_tuning/jobs`.
 
-    `from_checkpoint` is what the adapter starts as; `model` may name it too, and the base is then its base.
+    `hyperparameters` is the deprecated place for `method.<type>.hyperparameters`; the latter takes precedence.
+    `from_checkpoint` names the adapter or checkpoint that training starts from. `model` may name it instead; the base
+    model is then the one of that adapter. A job with `dry_run` validates the files and makes a plan, but does not
+    train.
     """
 
     model: Text
@@ -305,7 +332,7 @@ class JobCreate(Request):
     suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] | None = None
     metadata: Metadata | None = None
     integrations: list[Integration] | None = None
-    trainer: TrainerParams = TrainerParams()  # before the two that are checked against it
+    trainer: TrainerParams = TrainerParams()  # before `lora` and `quantization`, whose validators read it
     lora: Lora = Lora()
     quantization: Quantization = Quantization.NF4
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
@@ -314,7 +341,7 @@ class JobCreate(Request):
 
     @field_validator("metadata")
     @classmethod
-    def _sixteen_pairs(cls, value: Metadata | None) -> Metadata | None:
+    def _at_most_16_pairs(cls, value: Metadata | None) -> Metadata | None:
         if value is not None and len(value) > 16:
             raise ValueError(f"metadata has {len(value)} pairs; at most 16 are allowed")
         return value
@@ -324,49 +351,55 @@ class JobCreate(Request):
     def _one_of_each_type(cls, value: list[Integration] | None) -> list[Integration] | None:
         types = [integration.type for integration in value or ()]
         if len(set(types)) < len(types):
-            raise ValueError(f"names {', '.join(types)}; a job has one run at each tracker: each type once")
+            raise ValueError(f"found {', '.join(types)}; a job has one run per tracker: list each type once")
         return value
 
     @field_validator("trainer")
     @classmethod
-    def _a_classifier_has_an_adapter(cls, value: TrainerParams, info: ValidationInfo) -> TrainerParams:
+    def _no_full_finetuning_with_classification(cls, value: TrainerParams, info: ValidationInfo) -> TrainerParams:
         method = info.data.get("method")
         if value.full_finetuning and isinstance(method, Method) and method.type == "classification":
-            raise ValueError("full_finetuning is of text: allowed with the methods supervised and dpo; leave it out")
+            raise ValueError(
+                "full_finetuning is not supported with method classification; it is allowed with the methods "
+                "supervised and dpo"
+            )
         return value
 
     @field_validator("lora")
     @classmethod
-    def _no_adapter_on_what_is_trained_whole(cls, value: Lora, info: ValidationInfo) -> Lora:
+    def _no_lora_with_full_finetuning(cls, value: Lora, info: ValidationInfo) -> Lora:
         if _is_full(info) and value != Lora():
-            raise ValueError("trainer.full_finetuning trains all weights and has no adapter; leave one of the two out")
+            raise ValueError(
+                "is not allowed with trainer.full_finetuning, which trains all weights and has no adapter; remove one "
+                "of the two"
+            )
         return value
 
     @field_validator("quantization")
     @classmethod
-    def _nothing_quantized_is_trained(cls, value: Quantization, info: ValidationInfo) -> Quantization:
+    def _no_quantization_with_full_finetuning(cls, value: Quantization, info: ValidationInfo) -> Quantization:
         if _is_full(info) and value is not Quantization.NONE:
-            raise ValueError('trainer.full_finetuning trains no quantized weights; allowed: "none", or leave it out')
+            raise ValueError('trainer.full_finetuning needs unquantized weights; allowed: "none", or leave it out')
         return value
 
     @model_validator(mode="after")
-    def _full_finetuning_is_not_quantized(self) -> Self:
+    def _default_quantization_of_full_finetuning(self) -> Self:
         if self.trainer.full_finetuning:
-            self.quantization = Quantization.NONE  # said, or left out
+            self.quantization = Quantization.NONE  # the request had "none" or nothing
         return self
 
     @model_validator(mode="after")
-    def _one_place_for_hyperparameters(self) -> Self:
-        told = self.method.hyperparameters
+    def _merge_hyperparameters(self) -> Self:
+        hyperparameters = self.method.hyperparameters
         settings = self.method.settings
         if self.hyperparameters is not None and not (settings and "hyperparameters" in settings.model_fields_set):
-            told = self.hyperparameters
-        self.method = Method.of(self.method.type, **told.model_dump(exclude_unset=True))
+            hyperparameters = self.hyperparameters
+        self.method = Method.of(self.method.type, **hyperparameters.model_dump(exclude_unset=True))
         self.hyperparameters = self.method.hyperparameters
         return self
 
 
 def _is_full(info: ValidationInfo) -> bool:
-    """Does a job that is being read train all weights? Only what is right so far is in `info.data`."""
+    """Whether the job under validation trains all weights. `info.data` holds only the fields that are valid so far."""
     trainer = info.data.get("trainer")
     return isinstance(trainer, TrainerParams) and trainer.full_finetuning

@@ -1,6 +1,7 @@
-"""What the API answers, in the words of `openai.types.fine_tuning` and `openai.types.file_object` (openai 3.52).
+"""Response objects of the API.
 
-Must not know about HTTP, tables or torch.
+Owns: their fields. Names and types follow `openai.types.fine_tuning` and `openai.types.file_object` (openai 3.52);
+fields beyond those are ours. Must not depend on HTTP, tables or torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from shared.schemas.results import Export, FileReport, JobError, Metrics, Plan, 
 
 
 class File(Wire):
+    """An uploaded dataset or a result file. Times are Unix seconds.
+
+    `status` is `error` if the file has rows that cannot be trained on; `status_details` describes the first ones in
+    words, `report` lists them.
+    """
+
     id: str
     object: Literal["file"] = "file"
     bytes: int
@@ -40,6 +47,8 @@ class File(Wire):
 
 
 class Progress(Wire):
+    """Progress of a running job in optimizer steps. `eta_seconds` is null unless the job is running."""
+
     step: int
     total_steps: int
     percent: float
@@ -48,7 +57,7 @@ class Progress(Wire):
 
 
 class Artifact(Wire):
-    """One file in the bucket; `url` is presigned and short-lived."""
+    """A file in the bucket: path, size in bytes, SHA-256 in hex. `url` is presigned and expires soon."""
 
     path: str
     bytes: int
@@ -57,7 +66,10 @@ class Artifact(Wire):
 
 
 class AdapterOut(Wire):
-    """`signed_by` is the public key (Ed25519, base64) that the manifest's signature is by, if it has one."""
+    """A published adapter: its `uri` in the bucket, total size in bytes, files, verification result and exports.
+
+    `signed_by` is the public key (Ed25519, base64) of the manifest's signature; null if the manifest is not signed.
+    """
 
     uri: str
     bytes: int
@@ -68,6 +80,13 @@ class AdapterOut(Wire):
 
 
 class Job(Wire):
+    """A fine-tuning job. Times are Unix seconds.
+
+    `hyperparameters` and `method` show the request, with numbers in place of "auto" once there is a `plan`. `phase` is
+    what the worker is doing, `reason` why the job has its `status`. `queue_position` counts from 1 and is null unless
+    the job is queued; `attempt` counts how often a worker has started on the job.
+    """
+
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
@@ -106,6 +125,8 @@ class Job(Wire):
 
 
 class Event(Wire):
+    """An event of a job. For type `metrics`, `data` holds the numbers of the step."""
+
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -116,6 +137,8 @@ class Event(Wire):
 
 
 class Checkpoint(Wire):
+    """A checkpoint of a job, saved after optimizer step `step_number`."""
+
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
@@ -126,7 +149,10 @@ class Checkpoint(Wire):
 
 
 class Model(Wire):
-    """A base model of the catalog, or a tenant's fine-tuned one (`base` and `job` set)."""
+    """A base model, or a fine-tuned model of the caller. Only the latter has `base` and `job`.
+
+    `bytes` is the total size of its files. `files` is set only where a single base model is retrieved.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -143,6 +169,8 @@ class Model(Wire):
 
 
 class Deleted(Wire):
+    """Confirmation that an object was deleted."""
+
     id: str
     object: str
     deleted: Literal[True] = True
@@ -152,7 +180,10 @@ Item = TypeVar("Item", bound=Wire)
 
 
 class Page(Wire, Generic[Item]):
-    """A keyset page. `has_more` is honest: one row more than asked for was looked for."""
+    """A page of a list. Pass `last_id` as `after` to get the next page.
+
+    `has_more` is exact: the query fetches one row more than the page holds.
+    """
 
     object: Literal["list"] = "list"
     data: list[Item]

@@ -1,6 +1,7 @@
-"""What training resolves, counts, measures and proves, or why it failed: on the wire, on the pipe, as JSON on a job.
+"""Results of training: recipe, plan, report, proof, exports, metrics, errors.
 
-Must not know about HTTP, tables or torch.
+Owns: their schemas, as sent over HTTP, sent by the trainer to the worker, and stored as JSON on a job.
+Must not depend on HTTP, tables or torch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from shared.schemas.requests import ExportName, MethodName, Quantization, Text, 
 
 
 class Recipe(Wire):
-    """Every number that training uses, resolved before the job is queued and shown on it. `beta` is DPO's.
+    """Every number that training uses. It is resolved before the job is queued, and shown on the job.
 
-    `labels` are a classification's: the model answers with a label's place in this list.
-    With `full_finetuning` all weights are trained: `r` and `alpha` are 0, and the rest of the LoRA's is not used.
-    `gradient_checkpointing` is null where no device was known: then a GPU does it and a CPU does not.
+    `beta` is set for DPO only, `labels` for classification only; the model's output index is a position in `labels`.
+    With `full_finetuning`, all weights are trained: `r` and `alpha` are 0, and the other LoRA settings are not used.
+    `gradient_checkpointing` is null if no device was known; it is then on for a GPU and off for a CPU. `total_steps`,
+    `warmup_steps`, `save_every` and `eval_every` are optimizer steps, `max_length` is in tokens.
     """
 
     method: MethodName = "supervised"
@@ -55,7 +57,7 @@ class Recipe(Wire):
 
 
 class RowProblem(Wire):
-    """A row that cannot be trained on: where, what is wrong, and what would be right."""
+    """A row that cannot be trained on: 1-based line, JSON path of the field, what was found, and what is allowed."""
 
     line: int
     field: str
@@ -64,7 +66,10 @@ class RowProblem(Wire):
 
 
 class FileReport(Wire):
-    """What parsing every row of a dataset found. `problems` holds the first ones; `bad_rows` counts all."""
+    """Result of parsing every row of a dataset. `rows` counts the valid rows.
+
+    `bad_rows` counts all invalid rows; `problems` lists the first ones.
+    """
 
     rows: int
     bad_rows: int
@@ -73,33 +78,36 @@ class FileReport(Wire):
 
 
 class LengthBucket(Wire):
-    """How many rows are of at most `upto` tokens, a power of two, and of more than the bucket before."""
+    """Number of rows with at most `upto` tokens (a power of two) and more than half of that."""
 
     upto: int
     rows: int
 
 
 class Repeat(Wire):
-    """A row that is, token for token and label for label, the one of line `of`."""
+    """The row at `line` has the same tokens and the same trained tokens or label as the row at line `of`."""
 
     line: int
     of: int
 
 
 class LabelCount(Wire):
-    """How many rows have this label."""
+    """Number of rows with this label."""
 
     label: str
     rows: int
 
 
 class DataReport(FileReport):
-    """The training file as tokens. `rows` are all that can be trained on; `bad_rows` were skipped at the user's word.
+    """Statistics of the training file after tokenization.
 
-    Tokens and lengths are those of whole rows, before the cut. `dropped_rows` have nothing trained left after it.
-    `stop_rows` of those that are kept end in a trained stop token, mostly `stop_token`. `duplicates` and
-    `heldout_overlap` name the first lines; the latter are held-out rows that are trained on as well. `labels` are those
-    of a classification in the order of the recipe; rows that are held out are counted too.
+    `rows` counts the valid rows, including held-out ones; `bad_rows` were left out because of `trainer.skip_bad_rows`.
+    Tokens and lengths are of whole rows, before they are cut at the maximum length. `truncated_rows` are longer than
+    that; `dropped_rows` have no trained token left after the cut. `duplicate_rows` repeat an earlier row;
+    `heldout_overlap_rows` are held-out rows that are also in the training rows. `duplicates` and `heldout_overlap` list
+    the first of these. `stop_rows` end, after the cut, in a trained stop token; `stop_token` is the most frequent one.
+    `double_bos_rows` begin with two beginning-of-sequence tokens. `labels` counts the rows per label for a
+    classification, held-out rows included, in the order of the recipe.
     """
 
     tokens: int
@@ -122,9 +130,13 @@ class DataReport(FileReport):
 
 
 class Plan(Wire):
-    """What a `prepare` worker found in the dataset, and the recipe that follows from it. Counts are exact.
+    """Result of validation: exact counts of the dataset, warnings, and the resolved recipe.
 
-    `fit` is null for a base whose architecture shared/estimation/architecture.py does not know.
+    `rows` counts the valid rows of the training file. `heldout_rows` are scored; they are the validation file, or part
+    of the training file. `tokens` and `trained_tokens` count the rows to train on once per epoch, after the cut;
+    `longest_row` is in tokens, before the cut. `fit` is null if the memory model does not support the base model's
+    architecture. `fallback_levels` is the number of settings, the planned one included, that the trainer can step
+    through when memory runs out.
     """
 
     rows: int
@@ -142,15 +154,17 @@ class Plan(Wire):
 
 
 class Score(Wire):
-    """Mean over the trained tokens of the held-out rows; loss in nats.
+    """Loss (in nats), accuracy and number of trained tokens on the held-out rows.
 
-    Of DPO the loss is the mean over pairs, which is log 2 where nothing was learned; accuracy and tokens are those of
-    the chosen answers. `reward_accuracy` is the share of pairs whose chosen answer gained on the rejected one, ties
-    halved, and `reward_margin` by how much, times beta, in nats; `chosen_loss` is the chosen answers' own, in nats a
-    token.
+    Supervised: `loss` and `token_accuracy` are means over the trained tokens.
 
-    Of classification all is counted in rows, one label each: loss and accuracy are means over them, `tokens` their
-    number. `macro_f1` is the mean over the labels that they have, or were given, of the F1 of each.
+    DPO: `loss` is the mean over pairs; it is log 2 if nothing was learned. `token_accuracy` and `tokens` are those of
+    the chosen answers. `reward_accuracy` is the share of pairs in which the likelihood of the chosen answer, relative
+    to the reference, grew more than that of the rejected one; a tie counts half. `reward_margin` is the mean
+    difference, times beta, in nats. `chosen_loss` is the loss of the chosen answers alone, in nats per token.
+
+    Classification: `loss` and `token_accuracy` are means over rows, and `tokens` is the number of rows. `macro_f1` is
+    the mean F1 over all labels that occur among the rows or the predictions.
     """
 
     loss: float
@@ -161,15 +175,19 @@ class Score(Wire):
     chosen_loss: float | None = None
     macro_f1: float | None = None
 
-    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property, pydantic asks for one
+    @computed_field  # type: ignore[prop-decorator]  # mypy rejects decorated properties, pydantic needs one
     @property
     def perplexity(self) -> float | None:
-        """e to the loss of a token, held below what a JSON number can be; a loss of pairs or of labels has none."""
+        """e to the power of the loss per token; null for DPO and classification. Capped to stay a finite number."""
         return math.exp(min(self.loss, 700.0)) if self.reward_margin is None and self.macro_f1 is None else None
 
 
 class Verdict(StrEnum):
-    """What the interval of the change says: it lies below 0, holds it, lies above; or one row gives none."""
+    """Where the 95 % interval of the loss change lies.
+
+    `better`: entirely below 0. `same`: it contains 0. `worse`: entirely above 0. `unknown`: a single row gives no
+    interval.
+    """
 
     BETTER = "better"
     SAME = "same"
@@ -178,11 +196,12 @@ class Verdict(StrEnum):
 
 
 class LossChange(Wire):
-    """Tuned loss minus base loss, in nats a token, of DPO a pair, of classification a row: below 0 is better.
+    """Change of the held-out loss by training: loss after minus loss before. Below 0 is better.
 
-    `low` and `high` are the 95 % percentile interval of a paired bootstrap: rows are drawn with replacement `resamples`
-    times, each bringing the tokens and both losses that it has. None where a single row was held out. `caveats` say in
-    words what the interval does not know.
+    In nats per token (supervised), per pair (DPO) or per row (classification). `low` and `high` are the bounds of the
+    95 % percentile interval of a paired bootstrap: held-out rows are drawn with replacement `resamples` times, each
+    with its tokens and both losses. They are null if only one row is held out. `caveats` lists reasons, in words, to
+    trust the interval less.
     """
 
     loss: float
@@ -195,16 +214,17 @@ class LossChange(Wire):
 
 
 class Continuation(Wire):
-    """What a model wrote. `ended`: it came to a stop token by itself, and was not cut."""
+    """Text that a model generated. `ended` is true if it stopped with a stop token, false if it was cut off."""
 
     text: Text
     ended: bool
 
 
 class Sample(Wire):
-    """A held-out row's prompt, continued at temperature 0; without special tokens, and long texts shortened.
+    """A held-out row's prompt, and its continuation at temperature 0 by the base and by the tuned model.
 
-    Of classification the prompt is the text, the rest are labels: the row's own, and those that the models gave it.
+    `reference` is the row's own continuation. Special tokens are left out, and long texts are shortened. For
+    classification, `prompt` is the text, `reference` the row's label, `base` and `tuned` the predicted labels.
     """
 
     line: int
@@ -215,16 +235,16 @@ class Sample(Wire):
 
 
 class Majority(Wire):
-    """What there is to beat: the label of most training rows, and the share of the held-out rows that have it."""
+    """The majority baseline: the most frequent label of the training rows, and its accuracy on the held-out rows."""
 
     label: str
     accuracy: float
 
 
 class FullFineTuning(Wire):
-    """What training every parameter in fp32 with AdamW would hold, by arithmetic: nobody measured it.
+    """Memory that training all parameters in fp32 with AdamW would take, in bytes. Computed, not measured.
 
-    Activations come on top, as they do in the job's own peak.
+    Activations are not included; they come on top.
     """
 
     weights_bytes: int
@@ -234,14 +254,14 @@ class FullFineTuning(Wire):
 
 
 class Report(Wire):
-    """Base against tuned, on the same rows, with the same weights and precision; and what it took.
+    """Base against tuned model on the same held-out rows, at the same quantization and precision, and the cost.
 
-    A job that went on from another's adapter has the score of that as `start`, and in `start_change` what it made of
-    it. `kept_step` is the step whose adapter this is: not the last of `steps` where early stopping found a better one.
-    `heldout_lines` are the 1-based lines that were carved out of the training file, 200 at most; with a validation
-    file, or where none was carved, there are none to name. `base_bytes` are those of the frozen base as it was held,
-    `base_fp32_bytes` what it would be unquantized. `train_seconds` are spent in optimizer steps, over all attempts;
-    `peak_memory_bytes` is of the last attempt, with the interpreter on a CPU.
+    `start` and `start_change` are set if training started from another job's adapter: its score, and the change since.
+    `kept_step` is the optimizer step of the published adapter; with early stopping it can be earlier than `steps`.
+    `heldout_lines` are the 1-based lines, 200 at most, that were split off the training file; empty with a validation
+    file, or if nothing was split off. `base_bytes` is the size in memory of the frozen base, quantized as it was;
+    `base_fp32_bytes` is its size in fp32. `train_seconds` counts optimizer steps only, over all attempts.
+    `peak_memory_bytes` is of the last attempt; on a CPU it includes the Python interpreter.
     """
 
     base: Score
@@ -271,7 +291,10 @@ class Report(Wire):
 
 
 class Servable(Wire):
-    """Whether vLLM takes what is published, by its source; the least that `--max-lora-rank` must say for an adapter."""
+    """Whether vLLM can serve the published files, according to its source code (not tried), and if not, why.
+
+    `max_lora_rank` is the smallest valid value of `--max-lora-rank` for the adapter; null for a fully fine-tuned model.
+    """
 
     servable: bool
     max_lora_rank: int | None
@@ -279,11 +302,13 @@ class Servable(Wire):
 
 
 class Proof(Wire):
-    """What a clean process saw of the published files, on the report's held-out rows.
+    """Verification of the published files by a new process, on the report's held-out rows.
 
-    `base` and `tuned` were measured anew; a loss may be off the report's by `tolerance`, as a share of it or of one nat
-    where it is less. `max_logit_difference` is the largest that the adapter makes on a row, and
-    `start_logit_difference` the largest that training has made, where it began with another job's adapter.
+    `base` and `tuned` are scored again. `base_deviation` and `tuned_deviation` are the differences from the report's
+    losses in nats; allowed is `tolerance` times the loss, or times 1 nat if the loss is smaller. `max_logit_difference`
+    is the largest difference of a logit with and without the adapter. `start_logit_difference` is the largest between
+    this adapter and the one that training started from, or null if there is none. `tensors` counts the tensors of the
+    adapter or model. `tokenizer_sha256` covers tokenizer, chat template and special tokens.
     """
 
     base: Score
@@ -299,11 +324,12 @@ class Proof(Wire):
 
 
 class Export(Wire):
-    """A form that the adapter was published in besides, loaded again before it was; or why there is none (`error`).
+    """An export of the adapter, which was loaded and checked before it was published; or the `error` if it failed.
 
-    `path` is where it begins among the adapter's files. `loss` is on the held-out rows, in nats a token, of DPO over
-    the chosen answers; `difference` is that loss less the adapter's own, and `max_logit_difference` the largest between
-    the two on a few rows. Nothing is scored of an adapter in GGUF: its tensors are the adapter's, bit for bit.
+    `path` is its folder among the adapter's files, `bytes` its size. `loss` is on the held-out rows, in nats per
+    token (for DPO, of the chosen answers); `difference` is that loss minus the adapter's. `max_logit_difference` is the
+    largest difference of a logit from the adapter's on a few rows. `gguf_adapter` has no scores: its tensors equal the
+    adapter's bit for bit.
     """
 
     name: ExportName
@@ -316,9 +342,10 @@ class Export(Wire):
 
 
 class Metrics(Wire):
-    """One optimizer step, or an evaluation at that step. Losses in nats per trained token, of DPO per pair.
+    """Metrics of one optimizer step, or of an evaluation after it.
 
-    Of classification they are per row, and so are the accuracies.
+    Losses are in nats per trained token (supervised), per pair (DPO) or per row (classification). Accuracies are per
+    token, for classification per row.
     """
 
     step: int
@@ -339,13 +366,13 @@ class Metrics(Wire):
     tokens_per_second: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """As trackers want them, which make a chart of each name and a group of what comes before a slash.
+        """Return the metrics for a tracker, as `train/NAME` and `valid/NAME`: trackers group charts by this prefix.
 
-        OpenAI's `full_valid_…` are left out: they are the `valid_…` once more.
+        OpenAI's `full_valid_…` are left out, because they equal `valid_…`.
         """
-        found: dict[str, float] = self.model_dump(exclude_none=True, exclude={"step", "total_steps"})
+        values: dict[str, float] = self.model_dump(exclude_none=True, exclude={"step", "total_steps"})
         grouped = {}
-        for name, value in found.items():
+        for name, value in values.items():
             group = "valid" if name.startswith("valid_") else "train"
             if not name.startswith("full_valid_"):
                 grouped[f"{group}/{name.removeprefix(group + '_')}"] = float(value)
@@ -353,7 +380,10 @@ class Metrics(Wire):
 
 
 class JobError(Wire):
-    """Why a job failed. `code`, `message`, `param` are OpenAI's; the rest is ours."""
+    """Why a job failed. `code`, `message` and `param` are OpenAI's fields.
+
+    `hint` says what to do, `step` is the optimizer step of the failure, `last_log_lines` the end of the trainer's log.
+    """
 
     code: str
     message: str

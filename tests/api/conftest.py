@@ -1,4 +1,4 @@
-"""A dataset and a job that stays put, for tests that look at them from all sides."""
+"""A dataset and a paused job, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dataset(client: openai.OpenAI, quotes: bytes) -> FileObject:
 
 @pytest.fixture
 def paused(client: openai.OpenAI, dataset: FileObject, stack: Record) -> Iterator[FineTuningJob]:
-    """A job that no worker takes: it is paused before the dataset is looked at."""
+    """A job that no worker takes: it is paused before its dataset is validated."""
     job = client.fine_tuning.jobs.create(
         model=BASE, training_file=dataset.id, metadata={"shelf": "top"}, extra_body={"priority": -100}
     )

@@ -1,4 +1,4 @@
-"""The envelope around every answer: the shape of errors, request ids, limits, health."""
+"""What every response has: the shape of errors, request ids, size limits. Also health checks and models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def http(stack: Record) -> Iterator[httpx.Client]:
         ("GET", "/v1/models/acme%2Fnone", 404),
     ],
 )
-def test_every_error_has_the_envelope(http: httpx.Client, method: str, path: str, status: int) -> None:
+def test_every_error_has_the_same_shape(http: httpx.Client, method: str, path: str, status: int) -> None:
     answer = http.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == ERROR
@@ -46,8 +46,8 @@ def test_a_body_over_the_limit_is_refused(http: httpx.Client) -> None:
     assert set(answer.json()["error"]) == ERROR
 
 
-def test_a_stranger_without_a_key_cannot_make_us_read(http: httpx.Client) -> None:
-    """The answer comes before the body is looked at, however large it says it is."""
+def test_a_request_without_a_key_is_rejected_before_its_body_is_read(http: httpx.Client) -> None:
+    """The response comes at once, although the declared body is large and never sent."""
     with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as raw:
         raw.sendall(
             b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 8000000000\r\n"
@@ -58,25 +58,27 @@ def test_a_stranger_without_a_key_cannot_make_us_read(http: httpx.Client) -> Non
 
 
 @pytest.mark.parametrize("body", [{}, {"purpose": "fine-tune"}, {"purpose": "fine-tune", "colour": "red"}])
-def test_a_form_with_something_missing_is_told(http: httpx.Client, body: dict[str, str]) -> None:
+def test_an_upload_with_a_missing_or_unknown_field_is_a_400(http: httpx.Client, body: dict[str, str]) -> None:
     answer = http.post("/v1/files", data=body, files={"other": b"x"} if not body else None)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == ERROR
 
 
 @pytest.mark.parametrize("path", ["/v1/files/%00", "/v1/models/a%00b", "/v1/fine_tuning/jobs?after=%00"])
-def test_what_postgres_cannot_hold_is_no_server_error(http: httpx.Client, path: str) -> None:
+def test_text_that_postgres_cannot_store_is_a_400(http: httpx.Client, path: str) -> None:
     answer = http.get(path)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == ERROR
 
 
-def test_health(http: httpx.Client) -> None:
+def test_health_checks_report_every_service(http: httpx.Client) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"ready": True, "postgres": "ok", "s3": "ok", "redis": "ok"}
 
 
-def test_models(client: openai.OpenAI, stranger: openai.OpenAI) -> None:
+def test_base_models_are_listed_with_files_and_cannot_be_deleted(
+    client: openai.OpenAI, stranger: openai.OpenAI
+) -> None:
     (base,) = (model for model in client.models.list() if model.id == "SmolLM2-135M-Instruct")
     assert base.owned_by == "milliner"
     shown = stranger.models.retrieve(base.id)

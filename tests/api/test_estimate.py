@@ -1,4 +1,4 @@
-"""The estimate by the official client: a base's stored config, the caller's own file, and no job."""
+"""Estimates through the official client: from the base model's stored config and the caller's file, without a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ask(client: openai.OpenAI, **body: Any) -> Estimate:
     return Estimate.model_validate(client.post("/fine_tuning/estimate", cast_to=object, body={"model": BASE} | body))
 
 
-def test_the_base_is_counted_from_its_stored_config(client: openai.OpenAI) -> None:
+def test_parameters_are_counted_from_the_stored_config(client: openai.OpenAI) -> None:
     answer = ask(client, lora={"r": 8}, device_memory_bytes=32 * 10**9)
     base = client.models.retrieve(BASE)
     assert answer.object == "fine_tuning.estimate"
@@ -27,7 +27,7 @@ def test_the_base_is_counted_from_its_stored_config(client: openai.OpenAI) -> No
     assert (answer.tokens, answer.seconds) == (None, None)
 
 
-def test_a_file_is_guessed_and_makes_no_job(client: openai.OpenAI, dataset: FileObject) -> None:
+def test_an_estimate_for_a_file_creates_no_job(client: openai.OpenAI, dataset: FileObject) -> None:
     before = [job.id for job in client.fine_tuning.jobs.list(limit=5).data]
     answer = ask(client, training_file=dataset.id, hyperparameters={"n_epochs": 1})
     assert answer.tokens_source in ("file_size", "plan")
@@ -37,7 +37,7 @@ def test_a_file_is_guessed_and_makes_no_job(client: openai.OpenAI, dataset: File
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         ({"model": "gpt-4o"}, "model", f"allowed: {BASE}"),
         ({"training_file": "file-nope"}, "training_file", "no file 'file-nope'"),
@@ -49,11 +49,11 @@ def test_a_file_is_guessed_and_makes_no_job(client: openai.OpenAI, dataset: File
         ({"dry_run": True}, "dry_run", "unknown key 'dry_run'"),
     ],
 )
-def test_a_wrong_question_is_told_what_is_allowed(
-    client: openai.OpenAI, body: dict[str, Any], param: str, said: str
+def test_an_invalid_request_says_what_is_allowed(
+    client: openai.OpenAI, body: dict[str, Any], param: str, message: str
 ) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         ask(client, **body)
     assert refused.value.status_code in (400, 404)
     assert refused.value.param == param
-    assert said in refused.value.message
+    assert message in refused.value.message

@@ -1,4 +1,4 @@
-"""Files through the official client: what goes up comes down, and bad rows are told by line."""
+"""Files through the official client: upload and download, and invalid rows reported by line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from openai.types import FileObject
 from deploy.local.folder import Record
 
 
-def test_a_file_goes_up_and_comes_down(client: openai.OpenAI, quotes: bytes) -> None:
+def test_a_file_is_uploaded_downloaded_and_deleted(client: openai.OpenAI, quotes: bytes) -> None:
     file = client.files.create(file=("q.jsonl", quotes), purpose="fine-tune")
     assert client.files.wait_for_processing(file.id).status == "processed"
     assert (file.object, file.bytes, file.filename, file.purpose) == ("file", len(quotes), "q.jsonl", "fine-tune")
@@ -35,7 +35,7 @@ def test_a_file_goes_up_and_comes_down(client: openai.OpenAI, quotes: bytes) -> 
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b'{"text":"x"}\n' * 6 + b'{"text": oops}\n', "line 7: not JSON at column 10"),
         (b'{"messages":[{"role":"robot","content":"x"}]}', 'line 1: messages[0].role: found "robot"'),
@@ -47,16 +47,16 @@ def test_a_file_goes_up_and_comes_down(client: openai.OpenAI, quotes: bytes) -> 
         (b"PK\x03\x04", "line 1: the file is a ZIP archive or a spreadsheet (allowed: JSON lines"),
     ],
 )
-def test_a_broken_file_is_kept_and_its_rows_are_told(client: openai.OpenAI, body: bytes, said: str) -> None:
+def test_an_invalid_file_is_kept_and_its_rows_are_reported(client: openai.OpenAI, body: bytes, message: str) -> None:
     file = client.files.create(file=("broken.jsonl", body), purpose="fine-tune")
     assert file.status == "error"
-    assert said in (file.status_details or "")
+    assert message in (file.status_details or "")
     assert "allowed" in (file.status_details or "")
     problem = extra(file)["report"]["problems"][0]
     assert set(problem) == {"line", "field", "message", "hint"}
 
 
-def test_csv_and_parquet_go_up(client: openai.OpenAI) -> None:
+def test_csv_and_parquet_are_accepted(client: openai.OpenAI) -> None:
     table = io.BytesIO()
     pq.write_table(pa.table({"instruction": ["Say it"] * 3, "output": ["hello"] * 3}), table)
     for name, body, form in (
@@ -70,7 +70,7 @@ def test_csv_and_parquet_go_up(client: openai.OpenAI) -> None:
         assert client.files.content(file.id).read() == body
 
 
-def test_pages_reach_every_file_once(client: openai.OpenAI) -> None:
+def test_pages_list_every_file_once(client: openai.OpenAI) -> None:
     row = b'{"text":"x"}'
     made = [client.files.create(file=(f"{i}.jsonl", row), purpose="fine-tune").id for i in range(5)]
     seen = [file.id for file in client.files.list(limit=2)]
@@ -82,26 +82,26 @@ def test_pages_reach_every_file_once(client: openai.OpenAI) -> None:
     assert upwards == seen[::-1]
 
 
-def test_wrong_purposes_are_refused(client: openai.OpenAI) -> None:
+def test_an_unsupported_purpose_is_an_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="allowed for uploads: 'fine-tune'"):
         client.files.create(file=("a.jsonl", b"{}"), purpose="assistants")
 
 
-def test_a_file_that_expires(client: openai.OpenAI) -> None:
+def test_a_file_can_expire(client: openai.OpenAI) -> None:
     after: Any = {"anchor": "created_at", "seconds": 3600}
     file = client.files.create(file=("a.jsonl", b'{"text":"x"}'), purpose="fine-tune", expires_after=after)
     assert file.expires_at is not None
     assert abs(file.expires_at - time.time() - 3600) < 60
 
 
-def test_a_file_in_use_is_not_deleted(client: openai.OpenAI, dataset: FileObject, paused: object) -> None:
+def test_a_file_in_use_cannot_be_deleted(client: openai.OpenAI, dataset: FileObject, paused: object) -> None:
     with pytest.raises(openai.ConflictError, match="still needs file") as refused:
         client.files.delete(dataset.id)
     assert refused.value.response.headers["x-should-retry"] == "false"
 
 
 def test_an_upload_takes_constant_memory(client: openai.OpenAI, stack: Record, tmp_path: Path) -> None:
-    """120 MB go through the API; its peak memory grows by less than a third of that."""
+    """The peak memory of the API grows by less than 40 MB during an upload of 120 MB."""
     path = tmp_path / "big.jsonl"
     row = json.dumps({"text": "x" * 1000}) + "\n"
     with path.open("w") as out:
@@ -115,7 +115,7 @@ def test_an_upload_takes_constant_memory(client: openai.OpenAI, stack: Record, t
 
 
 def peak_memory(stack: Record) -> int:
-    """Bytes: the high-water mark of the API process."""
+    """The peak memory of the API process, in bytes."""
     status = Path(f"/proc/{stack.pids.api}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

@@ -1,4 +1,4 @@
-"""Jobs through the official client, as far as no training is needed: create, list, page, cancel, be told why not."""
+"""Jobs through the official client, without training: create, list, page, cancel, and errors of invalid requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = "SmolLM2-135M-Instruct"
 WANDB: Any = {"type": "wandb", "wandb": {"project": "hats", "name": "felt", "tags": ["a"]}}
 
 
-def test_a_job_shows_all_that_was_asked(client: openai.OpenAI, paused: FineTuningJob, dataset: FileObject) -> None:
+def test_a_job_shows_its_request(client: openai.OpenAI, paused: FineTuningJob, dataset: FileObject) -> None:
     job = client.fine_tuning.jobs.retrieve(paused.id)
     assert (job.object, job.model, job.training_file) == ("fine_tuning.job", BASE, dataset.id)
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == ("auto", "auto")
@@ -30,21 +30,21 @@ def test_a_job_shows_all_that_was_asked(client: openai.OpenAI, paused: FineTunin
     assert extra(job)["priority"] == -100
 
 
-def test_old_and_new_hyperparameters_are_twins(client: openai.OpenAI, dataset: FileObject) -> None:
-    asked: Any = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
-    old = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id, hyperparameters=asked)
-    method: Any = {"type": "supervised", "supervised": {"hyperparameters": asked}}
+def test_deprecated_and_current_hyperparameters_are_equivalent(client: openai.OpenAI, dataset: FileObject) -> None:
+    wanted: Any = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    old = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id, hyperparameters=wanted)
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": wanted}}
     new = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id, method=method)
     for job in (old, new):
         assert job.method is not None
         assert job.method.supervised is not None
-        assert job.hyperparameters.model_dump() == asked
+        assert job.hyperparameters.model_dump() == wanted
         assert job.method.supervised.hyperparameters is not None
-        assert job.method.supervised.hyperparameters.model_dump() == asked
+        assert job.method.supervised.hyperparameters.model_dump() == wanted
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_a_preference_job_shows_its_beta_and_wants_preferences(client: openai.OpenAI) -> None:
+def test_a_dpo_job_shows_its_beta_and_requires_preferences(client: openai.OpenAI) -> None:
     row = {"prompt": "a", "chosen": "hat", "rejected": "cap"}
     file = client.files.create(file=("pairs.jsonl", json.dumps(row).encode()), purpose="fine-tune")
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3}}}
@@ -71,7 +71,7 @@ def test_a_job_shows_its_integrations(client: openai.OpenAI, dataset: FileObject
     assert (shown.type, shown.wandb.project, shown.wandb.name, shown.wandb.tags) == ("wandb", "hats", "felt", ["a"])
 
 
-def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
+def test_a_classification_job_requires_labels(client: openai.OpenAI) -> None:
     file = client.files.create(file=("labels.csv", b"sentence,label\nfelt,1\nwool,0\n"), purpose="fine-tune")
     method: Any = {"type": "classification", "classification": {"hyperparameters": {"n_epochs": 3}}}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method)
@@ -84,7 +84,7 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         ({"model": "gpt-4o"}, "model", f"allowed: {BASE}"),
         ({"training_file": "file-nope"}, "training_file", "upload one"),
@@ -100,11 +100,11 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
         (
             {"integrations": [{"type": "mlflow", "mlflow": {"experiment": "e"}}]},
             "integrations.0.type",
-            "allowed: wandb",
+            "enabled: wandb",
         ),
         ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb' or 'mlflow' (found 'comet')"),
         ({"integrations": [{"type": "wandb"}]}, "integrations.0", "needs its settings under 'wandb'"),
-        ({"integrations": [WANDB, WANDB]}, "integrations", "each type once"),
+        ({"integrations": [WANDB, WANDB]}, "integrations", "list each type once"),
         (
             {"integrations": [{"type": "wandb", "wandb": {"project": "p", "base_url": "http://169.254.169.254"}}]},
             "integrations.0.wandb.base_url",
@@ -134,19 +134,19 @@ def test_a_classification_job_wants_labels(client: openai.OpenAI) -> None:
         ({"extra_body": {"colour": "red"}}, "colour", "unknown key 'colour'"),
     ],
 )
-def test_a_wrong_request_is_told_what_is_allowed(
-    client: openai.OpenAI, dataset: FileObject, body: dict[str, Any], param: str, said: str
+def test_an_invalid_request_says_what_is_allowed(
+    client: openai.OpenAI, dataset: FileObject, body: dict[str, Any], param: str, message: str
 ) -> None:
     request = {"model": BASE, "training_file": dataset.id} | body
     with pytest.raises(openai.APIStatusError) as refused:
         client.fine_tuning.jobs.create(**request)
     assert refused.value.status_code in (400, 404)
     assert refused.value.param == param
-    assert said in refused.value.message
+    assert message in refused.value.message
     assert refused.value.request_id
 
 
-def test_pages_and_filters(client: openai.OpenAI, dataset: FileObject) -> None:
+def test_jobs_are_paged_and_filtered_by_metadata(client: openai.OpenAI, dataset: FileObject) -> None:
     made = []
     for i in range(5):
         job = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id, metadata={"batch": "p", "i": str(i)})
@@ -163,7 +163,7 @@ def test_pages_and_filters(client: openai.OpenAI, dataset: FileObject) -> None:
     assert not set(made) & {job.id for job in client.fine_tuning.jobs.list(limit=100, extra_query=bare)}
 
 
-def test_events_come_newest_first_and_page_to_the_end(client: openai.OpenAI, dataset: FileObject) -> None:
+def test_events_are_listed_newest_first_on_all_pages(client: openai.OpenAI, dataset: FileObject) -> None:
     job = client.fine_tuning.jobs.create(model=BASE, training_file=dataset.id)
     client.fine_tuning.jobs.cancel(job.id)
     wait(client, job.id, "cancelled")
@@ -179,7 +179,7 @@ def test_events_come_newest_first_and_page_to_the_end(client: openai.OpenAI, dat
     assert refused.value.response.headers["x-should-retry"] == "false"
 
 
-def test_retries_of_the_client_make_one_job(stack: Record, dataset: FileObject) -> None:
+def test_a_repeated_request_creates_one_job(stack: Record, dataset: FileObject) -> None:
     body = {"model": BASE, "training_file": dataset.id, "seed": 77}
     headers = {"authorization": f"Bearer {stack.api_key}"}
     with httpx.Client(base_url=stack.base_url, headers=headers) as http:
@@ -197,7 +197,7 @@ def test_retries_of_the_client_make_one_job(stack: Record, dataset: FileObject) 
     assert (other.status_code, other.headers["x-should-retry"]) == (409, "false")
 
 
-def test_a_frozen_broker_holds_up_no_request(client: openai.OpenAI, stack: Record, dataset: FileObject) -> None:
+def test_a_stopped_broker_delays_no_request(client: openai.OpenAI, stack: Record, dataset: FileObject) -> None:
     os.kill(stack.pids.valkey, signal.SIGSTOP)
     try:
         slowest, ids = 0.0, []
@@ -207,14 +207,14 @@ def test_a_frozen_broker_holds_up_no_request(client: openai.OpenAI, stack: Recor
             slowest = max(slowest, time.perf_counter() - started)
     finally:
         os.kill(stack.pids.valkey, signal.SIGCONT)
-    # A publish to the frozen broker takes 4 s until its time-outs strike: no request may have waited for one.
+    # A publish to a stopped broker times out after 4 s. No request may have waited for it.
     assert slowest < 3
     for job_id in ids:
         client.fine_tuning.jobs.cancel(job_id)
         wait(client, job_id, "cancelled")
 
 
-def test_a_bad_body_is_no_server_error(stack: Record) -> None:
+def test_an_invalid_body_is_a_400(stack: Record) -> None:
     headers = {"authorization": f"Bearer {stack.api_key}", "content-type": "application/json"}
     with httpx.Client(base_url=stack.base_url, headers=headers) as http:
         bodies = [{"model": None}, {"model": "a\0"}, {"model": "\ud800"}, {"\ud800": 1}, {"metadata": {"k\0": ""}}]

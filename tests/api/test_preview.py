@@ -1,4 +1,4 @@
-"""The preview by the official client, answered by the stack's own worker; and when there is none to answer."""
+"""Previews through the official client, with the worker of the test stack and without any worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = [
 
 
 def ask(client: openai.OpenAI, **body: Any) -> PreviewOut:
-    """The tests' machine may be busy: the client's own tries find what the first one has begun."""
+    """Request a preview. If the machine is busy, the client's retries get the preview that the first try began."""
     answer = client.with_options(max_retries=9).post(
         "/fine_tuning/preview", cast_to=object, body={"model": BASE} | body
     )
@@ -43,8 +43,8 @@ def chats(client: openai.OpenAI) -> FileObject:
     return client.files.create(file=("chats.jsonl", body), purpose="fine-tune")
 
 
-def test_a_chat_of_a_real_model(client: openai.OpenAI, chats: FileObject) -> None:
-    """SmolLM2's template adds a system message; the answer and its end are trained, the newline after it is not."""
+def test_a_chat_shows_its_trained_tokens(client: openai.OpenAI, chats: FileObject) -> None:
+    """SmolLM2's template adds a system message. Trained are the answer and its end token, not the newline after it."""
     out = ask(client, training_file=chats.id)
     [row] = out.rows
     assert [segment.text for segment in row.segments if segment.trained] == ["Felt.\nOr straw.", "<|im_end|>"]
@@ -59,7 +59,7 @@ def test_a_chat_of_a_real_model(client: openai.OpenAI, chats: FileObject) -> Non
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "param", "said"),
+    ("body", "status", "param", "message"),
     [
         ({"model": "gpt-4o"}, 404, "model", "base model 'gpt-4o' not found"),
         ({"training_file": "file-nope"}, 404, "training_file", "no file 'file-nope'"),
@@ -70,16 +70,16 @@ def test_a_chat_of_a_real_model(client: openai.OpenAI, chats: FileObject) -> Non
         ({"line": 3}, 400, "line", "unknown key 'line'"),
     ],
 )
-def test_a_wrong_question_is_told_what_is_allowed(
-    client: openai.OpenAI, chats: FileObject, body: dict[str, Any], status: int, param: str, said: str
+def test_an_invalid_request_says_what_is_allowed(
+    client: openai.OpenAI, chats: FileObject, body: dict[str, Any], status: int, param: str, message: str
 ) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         ask(client, **{"training_file": chats.id} | body)
     assert (refused.value.status_code, refused.value.param) == (status, param)
-    assert said in refused.value.message
+    assert message in refused.value.message
 
 
-def test_what_the_trainer_finds_wrong_is_told_as_on_a_job(client: openai.OpenAI) -> None:
+def test_errors_of_the_trainer_are_those_of_a_job(client: openai.OpenAI) -> None:
     file = client.files.create(file=("empty.jsonl", b""), purpose="fine-tune")
     with pytest.raises(openai.BadRequestError, match="line 1: the file is empty") as refused:
         ask(client, training_file=file.id)
@@ -87,8 +87,10 @@ def test_what_the_trainer_finds_wrong_is_told_as_on_a_job(client: openai.OpenAI)
 
 
 @pytest.fixture
-def alone(stack: Record, database: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TestClient, str]]:
-    """An API on a database that no worker looks at, and the id of a file there."""
+def without_worker(
+    stack: Record, database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TestClient, str]]:
+    """An API on a database that no worker uses, and the id of a file in it."""
     monkeypatch.setenv("MILLINER_DATABASE_URL", database.url.set(drivername="postgresql").render_as_string(False))
     monkeypatch.setenv("MILLINER_REDIS_URL", stack.redis_url.replace("/0", "/9"))
     monkeypatch.setenv("MILLINER_PREVIEW_SECONDS", "0.3")
@@ -113,16 +115,16 @@ def alone(stack: Record, database: Engine, monkeypatch: pytest.MonkeyPatch) -> I
         cached.cache_clear()
 
 
-def test_without_a_worker_it_says_so_and_the_question_stays(alone: tuple[TestClient, str]) -> None:
-    """A second try is the same question, so what is done meanwhile is found."""
-    http, file_id = alone
+def test_without_a_worker_a_preview_is_a_503_and_stays_queued(without_worker: tuple[TestClient, str]) -> None:
+    """A retry gets the same preview, so work that was done in the meantime is not lost."""
+    http, file_id = without_worker
     body = {"model": file_id, "training_file": file_id}
     answers = [http.post("/v1/fine_tuning/preview", json=body) for _ in range(2)]
     for answer in answers:
         error = answer.json()["error"]
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         assert (error["code"], error["type"]) == ("no_prepare_worker", "server_error")
-        assert "is one running" in error["message"]
+        assert "check that one is running" in error["message"]
     with session_scope() as session:
         [preview] = session.query(Preview).filter_by(training_file=file_id)
     assert (preview.taken_at, preview.finished_at) == (None, None)

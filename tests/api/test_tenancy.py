@@ -1,4 +1,4 @@
-"""Another tenant's objects do not exist. The matrix is made from the routes, so a new one fails here until listed."""
+"""Objects of another tenant are not found. The cases come from the routes: a new route must be listed here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from api.deps import get_session
 from deploy.local.folder import Record
 
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
-#: Routes that name no object: a stranger's answer holds none of ours.
+#: Routes without an object in the path: the response to another tenant contains none of our objects.
 COLLECTIONS = {
     ("GET", "/v1/files"),
     ("POST", "/v1/files"),
@@ -48,18 +48,18 @@ def test_every_route_is_listed_here() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(OBJECTS))
-def test_anothers_object_is_not_found(
+def test_objects_of_another_tenant_are_not_found(
     stranger: openai.OpenAI, dataset: FileObject, paused: FineTuningJob, method: str, path: str
 ) -> None:
-    mine = {"{file_id}": dataset.id, "{job_id}": paused.id, "{model}": f"ft:x:local::{paused.id[6:]}"}
-    nobodys = {"{file_id}": "file-0", "{job_id}": "ftjob-0", "{model}": "ft:x:local::0"}
-    mine_said, nobodys_said = (ask(stranger, method, fill(path, names)) for names in (mine, nobodys))
-    assert (mine_said.status_code, nobodys_said.status_code) == (404, 404)
-    assert mine_said.json()["error"]["code"] == nobodys_said.json()["error"]["code"]
+    ours = {"{file_id}": dataset.id, "{job_id}": paused.id, "{model}": f"ft:x:local::{paused.id[6:]}"}
+    missing = {"{file_id}": "file-0", "{job_id}": "ftjob-0", "{model}": "ft:x:local::0"}
+    for_ours, for_missing = (ask(stranger, method, fill(path, names)) for names in (ours, missing))
+    assert (for_ours.status_code, for_missing.status_code) == (404, 404)
+    assert for_ours.json()["error"]["code"] == for_missing.json()["error"]["code"]
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(ROUTES - OPEN))
-def test_no_key_no_entry(stack: Record, method: str, path: str) -> None:
+def test_a_missing_or_unknown_key_is_a_401(stack: Record, method: str, path: str) -> None:
     for key in (None, "mln_0000000000000000_" + "A" * 43):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         answer = httpx.request(method, stack.base_url.removesuffix("/v1") + path, headers=headers)
@@ -67,13 +67,15 @@ def test_no_key_no_entry(stack: Record, method: str, path: str) -> None:
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-def test_a_strangers_lists_are_empty(stranger: openai.OpenAI, dataset: FileObject, paused: FineTuningJob) -> None:
+def test_lists_show_no_objects_of_another_tenant(
+    stranger: openai.OpenAI, dataset: FileObject, paused: FineTuningJob
+) -> None:
     assert list(stranger.files.list()) == []
     assert list(stranger.fine_tuning.jobs.list()) == []
     assert all(model.owned_by == "milliner" for model in stranger.models.list())
 
 
-def test_a_strangers_job_cannot_use_our_file(stranger: openai.OpenAI, dataset: FileObject) -> None:
+def test_a_job_cannot_use_a_file_of_another_tenant(stranger: openai.OpenAI, dataset: FileObject) -> None:
     with pytest.raises(openai.NotFoundError, match="no file"):
         stranger.fine_tuning.jobs.create(model="SmolLM2-135M-Instruct", training_file=dataset.id)
     own = stranger.files.create(file=("a.jsonl", b'{"text":"x"}'), purpose="fine-tune")
@@ -84,16 +86,18 @@ def test_a_strangers_job_cannot_use_our_file(stranger: openai.OpenAI, dataset: F
     stranger.files.delete(own.id)
 
 
-@pytest.mark.parametrize("question", ["estimate", "preview"])
-def test_a_strangers_question_cannot_use_our_file(stranger: openai.OpenAI, dataset: FileObject, question: str) -> None:
+@pytest.mark.parametrize("route", ["estimate", "preview"])
+def test_estimates_and_previews_cannot_use_a_file_of_another_tenant(
+    stranger: openai.OpenAI, dataset: FileObject, route: str
+) -> None:
     body = {"model": "SmolLM2-135M-Instruct", "training_file": dataset.id}
     with pytest.raises(openai.NotFoundError, match="no file") as refused:
-        stranger.post(f"/fine_tuning/{question}", cast_to=httpx.Response, body=body)
+        stranger.post(f"/fine_tuning/{route}", cast_to=httpx.Response, body=body)
     assert (refused.value.code, refused.value.param) == ("file_not_found", "training_file")
 
 
-def test_every_session_commits_before_the_answer() -> None:
-    """A plain `yield` dependency commits after the 200 is sent, and a failed commit still shows 200."""
+def test_every_session_commits_before_the_response() -> None:
+    """By default a `yield` dependency ends after the 200 is sent; a failed commit would go unnoticed."""
     found = 0
     for module in pkgutil.iter_modules(api.routes.__path__, "api.routes."):
         for route in importlib.import_module(module.name).router.routes:

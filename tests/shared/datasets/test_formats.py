@@ -1,4 +1,4 @@
-"""Every format, good rows and bad ones: a bad row is named by line and field, with what would be right."""
+"""Every row format, with valid and invalid rows. An invalid row is reported by line and field, with what is allowed."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ BETTER = Preference(
 CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
 
 
-def asked(question: str, *, system: str | None = None) -> Chat:
-    """A chat of one question, answered with hello."""
+def one_question(question: str, *, system: str | None = None) -> Chat:
+    """A chat with one question, answered with "hello"."""
     before = [Turn({"role": "system", "content": system}, False)] if system else []
     return Chat((*before, Turn({"role": "user", "content": question}, False), Turn(BOT, True)))
 
@@ -63,15 +63,15 @@ GOOD: list[tuple[dict[str, Any], Example]] = [
     ({"prompt": "2+2=", "completion": "4"}, Completion("2+2=", "4")),
     ({"prompt": "", "completion": "4"}, Completion("", "4")),
     ({"text": "Quote by ADA: “…”"}, Completion("", "Quote by ADA: “…”")),
-    ({"instruction": "Say", "output": "hello"}, asked("Say")),
-    ({"instruction": "Say", "input": "", "output": "hello", "text": "Below is …"}, asked("Say")),
-    ({"instruction": "Say", "input": None, "output": "hello"}, asked("Say")),
-    ({"instruction": "Say", "input": "it", "output": "hello"}, asked("Say\n\nit")),
-    ({"instruction": "Say", "output": "hello", "system": "Be brief"}, asked("Say", system="Be brief")),
-    ({"conversations": [HUMAN, GPT]}, asked("hi")),
-    ({"conversations": [{"from": "system", "value": "Be brief"}, HUMAN, GPT]}, asked("hi", system="Be brief")),
-    ({"conversations": [HUMAN, GPT], "system": "Be brief"}, asked("hi", system="Be brief")),
-    ({"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]}, asked("hi")),
+    ({"instruction": "Say", "output": "hello"}, one_question("Say")),
+    ({"instruction": "Say", "input": "", "output": "hello", "text": "Below is …"}, one_question("Say")),
+    ({"instruction": "Say", "input": None, "output": "hello"}, one_question("Say")),
+    ({"instruction": "Say", "input": "it", "output": "hello"}, one_question("Say\n\nit")),
+    ({"instruction": "Say", "output": "hello", "system": "Be brief"}, one_question("Say", system="Be brief")),
+    ({"conversations": [HUMAN, GPT]}, one_question("hi")),
+    ({"conversations": [{"from": "system", "value": "Be brief"}, HUMAN, GPT]}, one_question("hi", system="Be brief")),
+    ({"conversations": [HUMAN, GPT], "system": "Be brief"}, one_question("hi", system="Be brief")),
+    ({"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]}, one_question("hi")),
     ({"conversations": [HUMAN, GPT | {"weight": 0}, {"from": "tool", "value": "4"}, GPT], "tools": [{}]},
      Chat((Turn(USER, False), Turn(BOT, False), Turn({"role": "tool", "content": "4"}, False), Turn(BOT, True)),
           ({},))),
@@ -106,8 +106,8 @@ BAD = [
     ("{}", "", "found keys none"),
     ('{"question": 1}', "", 'found keys "question"'),
     ('{"te\\u0000xt": 1}', "", r'found keys "te\u0000xt"'),
-    ('{"text": "\\ud800"}', "", "half of a surrogate pair"),
-    ('{"text": ' + "1" * 4500 + "}", "", "not JSON that we can hold"),
+    ('{"text": "\\ud800"}', "", "unpaired surrogate"),
+    ('{"text": ' + "1" * 4500 + "}", "", "unsupported JSON"),
     ('{"messages": []}', "messages", "found []"),
     ('{"messages": "hi"}', "messages", 'found "hi"'),
     ('{"messages": [7]}', "messages[0]", "found 7"),
@@ -147,7 +147,7 @@ BAD = [
     (
         '{"chosen": [{"role": "user", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
         "chosen[0]",
-        "is no answer to weigh",
+        "is not a trained assistant message",
     ),
     ('{"chosen": [{"role": "assistant", "content": "x"}]}', "rejected", "is missing"),
     ('{"text": "x", "label": null}', "label", "found nothing"),
@@ -173,17 +173,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "example"), GOOD)
-def test_a_good_row(row: dict[str, Any], example: Example) -> None:
+def test_valid_rows_are_parsed(row: dict[str, Any], example: Example) -> None:
     assert parse(json.dumps(row)) == [(1, example)]
 
 
-def test_every_format_has_a_good_row() -> None:
+def test_every_format_and_key_has_a_valid_row() -> None:
     assert {next(key for key in FORMATS if key in row) for row, _ in GOOD} == set(FORMATS)
     assert {key for row, _ in GOOD for key in row} == {*KEYS, "idx"}
 
 
 @pytest.mark.parametrize(("line", "field", "message"), BAD)
-def test_a_bad_row_is_named(line: str, field: str, message: str) -> None:
+def test_an_invalid_row_is_reported_by_field(line: str, field: str, message: str) -> None:
     ((number, error),) = parse(line)
     assert isinstance(error, RowError)
     assert (number, error.line, error.field) == (1, 1, field)
@@ -191,7 +191,7 @@ def test_a_bad_row_is_named(line: str, field: str, message: str) -> None:
     assert error.hint
 
 
-def test_bad_rows_among_good_ones_keep_their_line_numbers() -> None:
+def test_invalid_rows_are_reported_by_line() -> None:
     good = json.dumps({"text": "x"})
     lines = [good, "", good, "{oops", good, json.dumps({"prompt": "a", "completion": "b"})]
     found = parse("\n".join(lines))
@@ -202,20 +202,20 @@ def test_bad_rows_among_good_ones_keep_their_line_numbers() -> None:
 
 
 @pytest.mark.parametrize(("method", "format_"), [("supervised", "text"), ("dpo", "preference")])
-def test_a_file_fits_one_method(method: MethodName, format_: str) -> None:
+def test_a_format_is_accepted_by_one_method_only(method: MethodName, format_: str) -> None:
     labels = kind(LabelledExample("hats", None, "good"))
     assert misfit("classification", labels) is misfit(method, format_) is misfit(method, None) is None
     assert f"method {method!r} trains on" in str(misfit(method, labels))
-    assert str(misfit(method, labels)).endswith("choose method 'classification', or mend the file")
-    assert str(misfit("classification", format_)).endswith(f"choose method {method!r}, or mend the file")
+    assert str(misfit(method, labels)).endswith("choose method 'classification', or fix the file")
+    assert str(misfit("classification", format_)).endswith(f"choose method {method!r}, or fix the file")
 
 
-def test_a_row_without_its_label_is_named() -> None:
+def test_a_row_without_a_label_among_labelled_rows_is_an_error() -> None:
     found = parse('{"text": "hats", "label": 1}\n{"text": "caps"}')
     assert "a 'text' row in a file of 'label' rows" in str(found[1][1])
 
 
-def test_csv_and_json_lines_have_the_same_labels() -> None:
+def test_csv_and_json_lines_give_the_same_labels() -> None:
     rows = [{"text": f"hat {i}", "label": i} for i in range(3)]
     table = "text,label\n" + "".join(f"hat {i},{i}\n" for i in range(3))
     assert [example for _, example in parse(table)] == [
@@ -230,13 +230,13 @@ def test_an_empty_file_is_one_error() -> None:
         assert error.message == "the file is empty"
 
 
-def test_bytes_that_are_not_utf8_are_found() -> None:
+def test_invalid_utf8_is_reported_by_byte() -> None:
     ((_, error),) = list(read_rows(io.BytesIO('{"text": "Caf\xe9"}\n'.encode("latin-1")), max_row_bytes=LIMIT))
     assert isinstance(error, RowError)
     assert "byte 14 of the line is not UTF-8" in error.message
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_fine() -> None:
+def test_a_byte_order_mark_and_windows_line_endings_are_accepted() -> None:
     body = '\ufeff{"text": "x"}\r\n{"text": "y"}\r\n'.encode()
     rows = list(read_rows(io.BytesIO(body), max_row_bytes=LIMIT))
     assert rows == [(1, Completion("", "x")), (2, Completion("", "y"))]
@@ -255,7 +255,7 @@ def test_a_line_that_is_too_long_is_skipped_in_constant_memory() -> None:
     assert peak < 1_000_000
 
 
-def test_the_report_counts_all_and_shows_the_first() -> None:
+def test_the_report_counts_all_problems_and_lists_the_first() -> None:
     report = check_file(io.BytesIO(b'{"text":"x"}\n' + b"oops\n" * 50), max_row_bytes=LIMIT)
     assert (report.rows, report.bad_rows, report.format, len(report.problems)) == (1, 50, "text", MAX_PROBLEMS)
     sentence = describe(report)
