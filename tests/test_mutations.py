@@ -49,13 +49,13 @@ MUTANTS = {
         JOBS,
     ),
     "a transition without the epoch": Mutant(
-        "shared/database/jobs.py",
+        "shared/database/state_machine.py",
         "guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]",
         "guard += [Job.lease_owner.is_not(None)]",
         JOBS,
     ),
     "a claim that does not lock its row": Mutant(
-        "shared/database/jobs.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
+        "shared/database/claims.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
     ),
     "a success that does not ask for the wish": Mutant(
         "shared/database/attempts.py",
