@@ -1,4 +1,4 @@
-"""Jobs and the rows that go with them, written as the API and a worker write them."""
+"""Create jobs and their rows in the same way as the API and a worker do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state machine, on a real Postgres: who may move a job, and what a worker without a lease can do (nothing)."""
+"""Jobs on a real Postgres: who may change a state, and that a worker without the lease can write nothing."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def empty(database: Engine) -> None:
         session.execute(text("TRUNCATE jobs, job_events, job_metrics, checkpoints, adapters CASCADE"))
 
 
-def test_every_reason_is_a_move_and_every_end_is_reached() -> None:
+def test_every_reason_has_a_move_and_every_terminal_state_is_reachable() -> None:
     assert set(MOVES) == set(Reason)
     assert {move.target for move in MOVES.values()} >= TERMINAL
     assert not any(move.source & TERMINAL for move in MOVES.values())
 
 
-def test_a_job_goes_all_the_way(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_a_job_goes_from_submission_to_success(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     assert job.state == State.VALIDATING
     prepared = claim(database, Queue.PREPARE)
@@ -96,7 +96,7 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
         assert [checkpoint.step for checkpoint in checkpoints.latest_checkpoints(session, job.id)] == [8]
 
 
-def test_terminal_states_absorb_even_hand_written_sql(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_hand_written_sql_cannot_leave_a_terminal_state(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     with session_scope(database) as session:
         jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
@@ -161,11 +161,13 @@ def test_claims_go_by_priority_then_fair_share_then_age(database: Engine, datase
     stranger = other_tenant(database)
     other = queued(database, stranger, copied(database, dataset, stranger))
     order = [claim(database, Queue.TRAIN).id for _ in range(4)]
-    # After the urgent one, the first tenant has one running, so the other tenant comes before its older jobs.
+    # With the urgent job running, the first tenant has one running job, so the other tenant's job comes before its own.
     assert order == [urgent.id, other.id, first.id, second.id]
 
 
-def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_cancel_is_immediate_without_a_lease_and_a_request_with_one(
+    database: Engine, tenant: Tenant, dataset: str
+) -> None:
     idle = queued(database, tenant, dataset)
     with session_scope(database) as session:
         assert jobs.set_desired_state(session, tenant.id, idle.id, Desired.CANCEL).state == State.CANCELLED
@@ -182,7 +184,7 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
     assert read(database, busy.id).reason == Reason.CANCELLED
 
 
-def test_a_cancel_that_was_accepted_cannot_be_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_an_accepted_cancel_cannot_be_undone(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     claim(database, Queue.TRAIN)
     with session_scope(database) as session:
@@ -193,19 +195,19 @@ def test_a_cancel_that_was_accepted_cannot_be_taken_back(database: Engine, tenan
                 jobs.set_desired_state(session, tenant.id, job.id, other)
 
 
-@pytest.mark.parametrize("letting_go", ["released", "crashed", "reclaimed"])
-@pytest.mark.parametrize(("wish", "state"), [(Desired.CANCEL, State.CANCELLED), (Desired.PAUSE, State.PAUSED)])
-def test_a_wish_survives_whatever_happens_to_the_worker(
-    database: Engine, tenant: Tenant, dataset: str, letting_go: str, wish: Desired, state: State
+@pytest.mark.parametrize("end", ["released", "crashed", "reclaimed"])
+@pytest.mark.parametrize(("desired", "state"), [(Desired.CANCEL, State.CANCELLED), (Desired.PAUSE, State.PAUSED)])
+def test_a_requested_state_is_reached_however_the_attempt_ends(
+    database: Engine, tenant: Tenant, dataset: str, end: str, desired: Desired, state: State
 ) -> None:
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        jobs.set_desired_state(session, tenant.id, job.id, wish)
+        jobs.set_desired_state(session, tenant.id, job.id, desired)
     with session_scope(database) as session:
-        if letting_go == "released":
+        if end == "released":
             assert attempts.release(session, job.id, epoch)
-        elif letting_go == "crashed":
+        elif end == "crashed":
             assert attempts.crash(session, job.id, epoch, OOPS, **CRASH)
         else:
             expire(session, job.id)
@@ -248,8 +250,8 @@ def test_a_crash_waits_before_the_next_attempt(database: Engine, tenant: Tenant,
         assert claims.to_ring_for(session, Queue.TRAIN, backoff=0, limit=9) == []
 
 
-def test_a_slot_gives_back_what_it_does_not_know_of(database: Engine, tenant: Tenant, dataset: str) -> None:
-    """Its claim was committed, and the answer lost."""
+def test_a_slot_releases_a_claim_that_it_does_not_know_of(database: Engine, tenant: Tenant, dataset: str) -> None:
+    """The claim was committed, but the reply was lost."""
     mine, other = queued(database, tenant, dataset), queued(database, tenant, dataset)
     with session_scope(database) as session:
         for owner in ("me", "you"):
@@ -268,7 +270,7 @@ def test_a_cancel_wins_over_a_failure(database: Engine, tenant: Tenant, dataset:
     assert read(database, job.id).state == State.CANCELLED
 
 
-def test_a_paused_dataset_is_still_read_and_then_waits(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_a_job_paused_during_validation_is_validated_first(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     with session_scope(database) as session:
         jobs.set_desired_state(session, tenant.id, job.id, Desired.PAUSE)
@@ -279,7 +281,7 @@ def test_a_paused_dataset_is_still_read_and_then_waits(database: Engine, tenant:
         assert jobs.set_desired_state(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
 
 
-def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_a_renewed_lease_is_not_taken_back(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
@@ -335,7 +337,9 @@ def test_one_key_with_two_bodies_at_once_is_one_job_and_one_conflict(
 
 
 @pytest.mark.parametrize("column", ["deleted_at", "expires_at"])
-def test_a_file_that_is_gone_cannot_be_trained_on(database: Engine, tenant: Tenant, dataset: str, column: str) -> None:
+def test_a_deleted_or_expired_file_cannot_be_trained_on(
+    database: Engine, tenant: Tenant, dataset: str, column: str
+) -> None:
     with session_scope(database) as session:
         past = func.clock_timestamp() - text("interval '1s'")
         session.execute(update(File).where(File.id == dataset).values({column: past}))
@@ -391,7 +395,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
         assert [(row.step, row.values["train_loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 1.0)]
 
 
-# ---------------------------------------------------------------- the cast
+# ---------------------------------------------------------------- rows and queries
 
 
 def expire(session: Session, job_id: str) -> None:
