@@ -1,1 +1,1 @@
-"""The history of the tables: Alembic, Postgres only."""
+"""Database migrations (Alembic, Postgres only)."""

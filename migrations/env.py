@@ -1,7 +1,8 @@
-"""How Alembic reaches the database: the settings' URL, one transaction, and a lock timeout.
+"""Alembic's entry point: run the migrations on the database of the settings, in one transaction with a lock timeout.
 
-One migrates at a time. A migration may take long, but if it cannot get a table's lock within seconds it gives up rather
-than queue every other statement behind itself. With `--sql` the same statements are printed, and no database is needed.
+An advisory lock lets only one process migrate at a time. A migration may take long. But if it cannot get a table's lock
+within 5 s it fails, because every other statement on that table would queue behind it. With `--sql` the statements are
+printed instead, and no database is needed.
 """
 
 from __future__ import annotations

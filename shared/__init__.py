@@ -1,1 +1,1 @@
-"""What both sides use: contracts, tables, the state machine, storage. No torch, no fastapi."""
+"""Code of both the API and the workers: schemas, tables, states, storage. Must not import torch or fastapi."""

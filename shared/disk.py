@@ -1,4 +1,7 @@
-"""Folders that are there whole or not at all, whenever the power goes. Must not import anything of ours."""
+"""Write folders atomically: after a crash or power loss a folder is complete or does not exist.
+
+Must not import other modules of this repository.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,18 @@ from pathlib import Path
 def atomic_folder(
     folder: Path, *, partial: Path | None = None, tick: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """A place to write what becomes `folder` when the block ends; an error leaves nothing, a crash leaves no `folder`.
+    """Yield a temporary folder that is renamed to `folder` when the block ends.
 
-    Files go to the disk before the name does. An older `folder` is removed first; a crash in between leaves none.
-    The place is a new neighbour, `.partial-…`, or `partial`, for a caller that wants to find it after a crash: that is
-    emptied first, so whoever names it must be alone with it. Only the owner can enter a `.partial-…`, and so `folder`,
-    unless the block changes its mode.
+    If the block raises, the temporary folder is deleted. If the process crashes, `folder` does not exist. All files are
+    flushed to disk (fsync) before the rename. An older `folder` is removed just before the rename; a crash between the
+    two leaves neither.
 
-    `tick` is called before each file is written out and may raise to give up. Raises OSError as the disk does: full,
-    read-only, or a `folder` that is a file.
+    The temporary folder is a new `.partial-…` in the same parent, or `partial` for a caller that wants to find it after
+    a crash. `partial` is emptied first, so only one process may use it at a time. A `.partial-…` has mode 0700, and so
+    has `folder` unless the block changes it.
+
+    `tick` is called before each file is flushed, and may raise to stop. Raises OSError if the disk is full or
+    read-only, or if `folder` is a file.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if partial is None:
@@ -45,9 +51,9 @@ def atomic_folder(
 
 
 def sync(path: Path) -> None:
-    """Return once the disk has a file's bytes, or a folder's names (fsync(2)). Raises OSError if it cannot take them.
+    """Flush a file's bytes, or a folder's list of names, to the disk (fsync(2)). Raises OSError if that fails.
 
-    A file's name is its folder's: a new file needs both.
+    A file's name is stored in its folder, so for a new file both must be flushed.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,14 +1,14 @@
-"""The one tree of errors that a user can meet.
+"""All errors that users can see, in one class tree.
 
-Owns: the HTTP status, the OpenAI error `type`, and a stable `code` for each. A message says what was found, what is
-allowed, and what to do next. Must not import anything of ours.
+Owns: the HTTP status, the OpenAI error `type` and a stable `code` of each. A message says what was found, what is
+allowed, and what to do next. Must not import other modules of this repository.
 """
 
 from __future__ import annotations
 
 
 class MillinerError(Exception):
-    """An error with a place on the wire: `{"error": {message, type, param, code}}`."""
+    """Base class. The API sends it as `{"error": {message, type, param, code}}`."""
 
     status = 500
     type = "server_error"
@@ -22,7 +22,7 @@ class MillinerError(Exception):
 
 
 class InvalidRequest(MillinerError):
-    """The request can never succeed as it is."""
+    """The request is invalid: sent unchanged, it can never succeed."""
 
     status = 400
     type = "invalid_request_error"
@@ -30,7 +30,7 @@ class InvalidRequest(MillinerError):
 
 
 class AuthenticationFailed(MillinerError):
-    """No key, an unknown key, or a revoked one."""
+    """The API key is missing, unknown or revoked."""
 
     status = 401
     type = "invalid_request_error"
@@ -38,7 +38,7 @@ class AuthenticationFailed(MillinerError):
 
 
 class PermissionDenied(MillinerError):
-    """The key is good, but this object is not the caller's to change."""
+    """The key is valid, but the caller may not change this object."""
 
     status = 403
     type = "invalid_request_error"
@@ -46,7 +46,7 @@ class PermissionDenied(MillinerError):
 
 
 class NotFound(MillinerError):
-    """No such object for this tenant; another tenant's object looks exactly the same."""
+    """The tenant has no such object. The answer is exactly the same if another tenant has it."""
 
     status = 404
     type = "invalid_request_error"
@@ -54,7 +54,7 @@ class NotFound(MillinerError):
 
 
 class Conflict(MillinerError):
-    """The object's state does not allow it; a retry will not help, and `x-should-retry: false` says so."""
+    """The object's state does not allow the request. A retry does not help, so `x-should-retry: false` is sent."""
 
     status = 409
     type = "invalid_request_error"
@@ -62,7 +62,7 @@ class Conflict(MillinerError):
 
 
 class TooLarge(MillinerError):
-    """More bytes than the server takes."""
+    """The request has more bytes than the server accepts."""
 
     status = 413
     type = "invalid_request_error"
@@ -70,7 +70,7 @@ class TooLarge(MillinerError):
 
 
 class TooMany(MillinerError):
-    """More at once than one tenant may have; the client may retry."""
+    """The tenant has as many of these at once as it may have. The client may retry later."""
 
     status = 429
     type = "rate_limit_error"
@@ -78,7 +78,7 @@ class TooMany(MillinerError):
 
 
 class Unavailable(MillinerError):
-    """A server that this one needs is down; the client may retry, `retry_after` seconds later if that is known."""
+    """A server that this one needs is down. The client may retry, after `retry_after` seconds if that is known."""
 
     status = 503
     type = "server_error"
@@ -92,9 +92,9 @@ class Unavailable(MillinerError):
 
 
 class TrainingFailed(MillinerError):
-    """A job that cannot go on, for a reason its user can mend: bad data, a bad setting, a base that does not fit.
+    """A job cannot continue, for a reason that its user can fix: bad data, a bad setting, too large a base model.
 
-    `retryable` marks the few that another attempt may mend by itself.
+    `hint` says what to do. `retryable` marks the few errors that may not occur in another attempt.
     """
 
     status = 422

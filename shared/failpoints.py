@@ -1,8 +1,8 @@
-"""Named crash points: places where a process can be made to die, stop or break, to prove that nothing is lost there.
+"""Failpoints: named places where tests make a process die, stop or raise, to prove that nothing is lost there.
 
-Owns: their names, and what happens at the one that `MILLINER_FAULT=<point>:<action>` names. Without the setting, to
-pass a point costs a comparison. Each marks a gap between two effects (a row, an object, a ring) that no transaction
-spans.
+Owns: their names, and what happens at the one that `MILLINER_FAULT=<point>:<action>` names. Without the setting, a
+failpoint costs one comparison. Each stands between two effects (a row, an object, a ring) that no single transaction
+covers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.telemetry import log
 
 
 class Failpoint(StrEnum):
-    """Between which two effects. Points of the API first, then of an attempt in its order, then of the sweeper."""
+    """Where the failpoints are: first the API's, then those of an attempt in order, then the sweeper's."""
 
     AFTER_FILE_PUT = "after_file_put"
     BEFORE_SUBMIT_COMMIT = "before_submit_commit"
@@ -44,19 +44,21 @@ class Failpoint(StrEnum):
 
 
 class Action(StrEnum):
+    """What happens at a failpoint."""
+
     KILL = "kill"  # SIGKILL: no handler runs, nothing is flushed
-    STOP = "stop"  # SIGSTOP: every thread stands still until somebody continues it
-    RAISE = "raise"  # an exception that nobody expects
+    STOP = "stop"  # SIGSTOP: every thread is stopped until the process gets SIGCONT
+    RAISE = "raise"  # an unexpected exception
 
 
 def failpoint(point: Failpoint) -> None:
-    """Called where the point is. Raises ValueError for a setting that names none."""
+    """Run the configured action if MILLINER_FAULT names this failpoint. Raises ValueError if the setting is invalid."""
     armed = _armed(get_settings().fault)
     if armed is None or armed[0] is not point:
         return
-    log.warning("fault.reached", point=point, action=armed[1])
+    log.warning("failpoint.reached", point=point, action=armed[1])
     if armed[1] is Action.RAISE:
-        raise RuntimeError(f"the fault {point} was asked for by MILLINER_FAULT")
+        raise RuntimeError(f"failpoint {point} was triggered by MILLINER_FAULT")
     os.kill(os.getpid(), signal.SIGKILL if armed[1] is Action.KILL else signal.SIGSTOP)
 
 
@@ -67,7 +69,7 @@ def _armed(setting: str | None) -> tuple[Failpoint, Action] | None:
     point, _, action = setting.partition(":")
     if point not in set(Failpoint) or action not in set(Action):
         raise ValueError(
-            f"MILLINER_FAULT={setting!r}: allowed is <point>:<action> with a point of {', '.join(Failpoint)} "
-            f"and an action of {', '.join(Action)}"
+            f"MILLINER_FAULT={setting!r} is not valid; allowed is <point>:<action> with a point of "
+            f"{', '.join(Failpoint)} and an action of {', '.join(Action)}"
         )
     return Failpoint(point), Action(action)

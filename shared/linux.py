@@ -1,7 +1,8 @@
-"""What we ask of Linux: to start, bind and end child processes, to tell the time since boot, and what our cgroup says.
+"""Linux: start and end child processes, read the time since boot, and read the memory limits of our cgroup.
 
-Owns: system calls and kernel files that the standard library does not wrap, and which environment a child gets: its
-own, never the whole of ours. The trainer uses it too, so it must not import anything of ours.
+Owns: system calls and kernel files that the standard library does not wrap, and the environment of child processes: it
+is built from named variables, never copied from ours. The trainer uses this module too, so it must not import other
+modules of this repository.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-#: What a program needs to start as its parent did, for `inherited`. Python's search path is part of it: a child of ours
-#: runs the code that its parent runs.
+#: For `inherited`: what a program needs to start as its parent did. PYTHONPATH is included, so that a child process
+#: runs the same code as its parent.
 BASIC = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
-#: What it needs besides to reach a server outside.
+#: For `inherited`: what a program also needs to reach a server on the internet.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
 
 PROC = Path("/proc")
@@ -32,7 +33,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def inherited(*names: str) -> dict[str, str]:
-    """Those of the named environment variables that are set: the start of a child's environment, built from nothing."""
+    """Return those of the named environment variables that are set: a start for the environment of a child process."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -46,11 +47,11 @@ def spawn(
     cwd: Path | None = None,
     new_session: bool = True,
 ) -> subprocess.Popen[bytes]:
-    """Start a program that has no other environment than `env`. Raises OSError if it cannot be executed (execve(2)).
+    """Start a program whose whole environment is `env`. Raises OSError if it cannot be executed (execve(2)).
 
-    It leads a session and a process group of its own (setsid(2)): a terminal's Ctrl-C does not reach it, and
-    `signal_group` reaches it with all that it starts. Without `new_session` it stays in our group, and is stopped and
-    killed with us. Streams are as in `subprocess.Popen`.
+    It leads a new session and process group (setsid(2)): Ctrl-C in a terminal does not reach it, and `signal_group`
+    signals it together with all that it starts. Without `new_session` it stays in our process group, and is stopped and
+    killed together with us. Streams are as in `subprocess.Popen`.
     """
     return subprocess.Popen(
         argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, start_new_session=new_session
@@ -60,11 +61,11 @@ def spawn(
 def run(
     argv: Sequence[str], *, env: Mapping[str, str], timeout: float | None = None, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[bytes]:
-    """`spawn` a program that reads nothing, and collect what it says. Its group is killed after `timeout` seconds.
+    """Run a program without input, and return its exit code and output. Its group is killed after `timeout` seconds.
 
-    Raises OSError if it cannot be executed, and `subprocess.TimeoutExpired` if it did not end in time. One that did,
-    but whose own child held its pipes open until then, has its exit code all the same. `stderr` may be
-    `subprocess.STDOUT`, to have both in order.
+    Raises OSError if it cannot be executed, and `subprocess.TimeoutExpired` if it does not end in time. If it ends in
+    time but a child of its own keeps the pipes open until the timeout, its exit code and output are returned. `stderr`
+    may be `subprocess.STDOUT`, to get both outputs in order.
     """
     with spawn(argv, env=env, stdin=subprocess.DEVNULL, stderr=stderr) as child:
         try:
@@ -81,9 +82,9 @@ def run(
 
 
 def signal_group(leader: subprocess.Popen[bytes], number: signal.Signals) -> bool:
-    """Send a signal to the process group that a child leads; False if nobody is left in it (killpg(3)).
+    """Send a signal to the process group that a child leads; False if no process is left in it (killpg(3)).
 
-    Call it before the child is reaped where that can be: then its id cannot be another's yet.
+    If possible, call it before the child is reaped: until then no other process can get its id.
     """
     try:
         os.killpg(leader.pid, number)
@@ -93,12 +94,12 @@ def signal_group(leader: subprocess.Popen[bytes], number: signal.Signals) -> boo
 
 
 def kill_group(leader: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a child and all that it has started and left in its group; safe to repeat."""
+    """Kill (SIGKILL) a child and every process in its group. It may be called again."""
     signal_group(leader, signal.SIGKILL)
 
 
 def wait_or_kill(leader: subprocess.Popen[bytes], *, seconds: float) -> bool:
-    """Reap a child, and kill its group if it has not ended within `seconds`. True if it ended by itself."""
+    """Wait for a child, and kill its group if it has not ended within `seconds`. True if it ended by itself."""
     try:
         leader.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -109,11 +110,11 @@ def wait_or_kill(leader: subprocess.Popen[bytes], *, seconds: float) -> bool:
 
 
 def kill_when_parent_dies(parent: int, *, by: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel for the signal `by` as soon as the thread that started us ends (prctl(2), PR_SET_PDEATHSIG).
+    """Make the kernel send us the signal `by` when the thread that started us ends (prctl(2), PR_SET_PDEATHSIG).
 
-    It holds from here on, through execve(2) but not through a change of credentials, and not for our own children.
-    `parent` is the id of the process that started us: raises ProcessLookupError if that has ended before, and OSError
-    if the kernel refuses. Safe between fork and exec.
+    The setting survives execve(2), but not a change of credentials, and our own children do not inherit it. `parent` is
+    the id of the process that started us. Raises ProcessLookupError if that has already ended, and OSError if the
+    kernel refuses. Safe between fork and exec.
     """
     number, none = ctypes.c_ulong(by), ctypes.c_ulong(0)
     if _LIBC.prctl(_PR_SET_PDEATHSIG, number, none, none, none) != 0:
@@ -126,17 +127,18 @@ def kill_when_parent_dies(parent: int, *, by: signal.Signals = signal.SIGKILL) -
 
 
 def boot_time() -> float:
-    """Seconds since boot, those included that the machine slept (CLOCK_BOOTTIME, clock_gettime(2)).
+    """Seconds since boot, including the time that the machine slept (CLOCK_BOOTTIME, clock_gettime(2)).
 
-    The same in every process of this machine, and turned by nobody.
+    The same in every process of this machine. Unlike the wall clock it is never set.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def memory_limit(*, proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """Bytes of memory that our cgroup may take; None where nothing limits it, or cgroup v2 is not mounted.
+    """The memory limit of our cgroup in bytes; None if there is no limit, or cgroup v2 is not mounted.
 
-    The lowest `memory.max` of the group and those above it: each binds. Raises OSError if `proc` is not there.
+    It is the lowest `memory.max` of the group and the groups above it: all of them apply. Raises OSError if `proc` does
+    not exist.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
     """
     limits = [path.read_text(encoding="ascii").strip() for path in _own_files("memory.max", proc, cgroups)]
@@ -144,10 +146,10 @@ def memory_limit(*, proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
 
 
 def oom_kill_count(*, proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """How many processes the kernel has killed for want of memory: in our cgroup, or where that has no counter, here.
+    """How many processes the kernel has killed for lack of memory: in our cgroup, or else on the whole machine.
 
-    The counter is `oom_kill` of the nearest `memory.events` (cgroup v2), which counts the groups below too, or of
-    `/proc/vmstat`. It only grows: compare two readings. Raises OSError if `proc` is not there.
+    The counter is `oom_kill` in the nearest `memory.events` (cgroup v2), which includes the groups below, or else in
+    `/proc/vmstat`. It only increases, so compare two readings. Raises OSError if `proc` does not exist.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
     """
     counters = next(_own_files("memory.events", proc, cgroups), proc / "vmstat")
@@ -158,10 +160,10 @@ def oom_kill_count(*, proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
 
 def _own_files(name: str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """The file of that name in our cgroup (v2) and in each one above, the nearest first, where there is one.
+    """Yield the files of that name in our cgroup (v2) and in the groups above it, the nearest first.
 
-    Our group is the line `0::/a/b` of `/proc/self/cgroup` (cgroups(7)). In a container that is often `0::/`: the files
-    are at the top of the mount then.
+    Our group is the line `0::/a/b` of `/proc/self/cgroup` (cgroups(7)). In a container that line is often `0::/`; then
+    the files are at the top of the mount.
     """
     lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")

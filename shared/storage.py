@@ -1,8 +1,9 @@
-"""The bucket, through boto3: put, get, presign, delete. Keys are the layout of the product:
+"""Object storage (S3, through boto3): put, get, presign, list and delete. The keys in the bucket are:
 
 `files/<tenant>/<file>`, `models/<digest>/…`, `checkpoints/<tenant>/<job>/<epoch>/<step>/…`, `adapters/<tenant>/<job>/…`
 
-Every put carries a SHA-256 that the server checks, every get is checked against the caller's. Must not know jobs.
+Owns: hashes and conditional writes. The server checks the SHA-256 of every put; a download is checked against the hash
+that the caller expects. Must not know jobs.
 """
 
 from __future__ import annotations
@@ -31,18 +32,22 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 CHUNK = 1024 * 1024
-ONE_PUT = 4 * 1024**3  # S3 takes 5 GiB
-PART = 64 * CHUNK  # of which S3 takes 10,000
+#: Larger files are uploaded in parts. S3 accepts 5 GiB in one put.
+ONE_PUT = 4 * 1024**3
+#: S3 accepts 10,000 parts.
+PART = 64 * CHUNK
 MANIFEST = "manifest.json"
-#: What a put is refused with when the object that its condition names is another by now, or gone.
+#: The error codes of a conditional put whose object has been changed or deleted meanwhile.
 CHANGED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"})
+#: The metadata field with the lease epoch of whoever wrote the object.
 EPOCH = "lease-epoch"
 CAS_TRIES = 5
-DELETE_LIMIT = 1000  # S3's own, per request
+#: S3's limit for one delete request.
+DELETE_LIMIT = 1000
 
 
 class Entry(TypedDict):
-    """One file of a manifest, as it is stored on rows and in `manifest.json`."""
+    """One file of a folder, as stored in database rows and in `manifest.json`. `path` is relative to the folder."""
 
     path: str
     bytes: int
@@ -50,7 +55,7 @@ class Entry(TypedDict):
 
 
 class Listed(NamedTuple):
-    """An object as a listing shows it; `age` in seconds, by the server's own clock."""
+    """An object in a listing; `age` is in seconds, by the server's clock."""
 
     key: str
     bytes: int
@@ -58,7 +63,7 @@ class Listed(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """A multipart upload that nobody has finished or aborted yet."""
+    """A multipart upload that is neither finished nor aborted; `age` is in seconds, by the server's clock."""
 
     key: str
     id: str
@@ -66,35 +71,35 @@ class Upload(NamedTuple):
 
 
 class Corrupt(Exception):
-    """Bytes in the bucket are not the ones that were put there."""
+    """The bytes of an object are not the ones that were stored."""
 
 
 class Missing(Corrupt):
-    """An object that a row names is not there."""
+    """An object does not exist."""
 
 
 class Fenced(Exception):
-    """A later lease epoch has written here: the caller's lease is gone."""
+    """A later lease epoch has written this object: the caller has lost its lease."""
 
 
 @lru_cache(maxsize=2)
 def client(public: bool = False) -> S3Client:
-    """The process's client; `public` signs URLs for the endpoint that users reach."""
+    """Return this process's S3 client; with `public`, for the endpoint that users reach, to sign URLs."""
     settings = get_settings()
     return _client(settings, settings.s3_public_endpoint or settings.s3_endpoint if public else settings.s3_endpoint)
 
 
 def put_stream(key: str, stream: BinaryIO) -> None:
-    """Store a stream of any length, holding 8 MiB of it at a time (boto's threads would hold ten parts)."""
+    """Store a stream of any length, with 8 MiB of it in memory at a time (boto's threads would keep ten parts)."""
     transfer = TransferConfig(multipart_threshold=8 * CHUNK, multipart_chunksize=8 * CHUNK, use_threads=False)
-    with _translated():
+    with _translate_errors():
         client().upload_fileobj(stream, _bucket(), key, Config=transfer, ExtraArgs={"ChecksumAlgorithm": "SHA256"})
 
 
 def put_folder(prefix: str, folder: Path, *, epoch: int | None = None) -> list[Entry]:
-    """Store every file of a folder, then a `manifest.json` of their hashes; return the entries of all of them.
+    """Store every file of a folder, then a `manifest.json` with their hashes. Returns the entries of all of them.
 
-    With `epoch`, each put is fenced (see `put_bytes`): raises `Fenced` once a later epoch has written there.
+    With `epoch`, each put is conditional (see `put_bytes`).
     """
     entries = put_files(prefix, folder, epoch=epoch)
     manifest = json.dumps({"files": entries}, indent=1).encode()
@@ -102,7 +107,7 @@ def put_folder(prefix: str, folder: Path, *, epoch: int | None = None) -> list[E
 
 
 def put_files(prefix: str, folder: Path, *, epoch: int | None = None) -> list[Entry]:
-    """Store every file of a folder; whoever calls this puts a manifest after them."""
+    """Store every file of a folder without a manifest. The caller stores one afterwards."""
     entries: list[Entry] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         entry = Entry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
@@ -112,7 +117,7 @@ def put_files(prefix: str, folder: Path, *, epoch: int | None = None) -> list[En
 
 
 def put_named(prefix: str, path: str, data: bytes, *, content_type: str, epoch: int | None = None) -> Entry:
-    """Store a small object as one file of a folder, and return its entry."""
+    """Store `data` as one file of a folder, and return its entry."""
     put_bytes(prefix + path, data, content_type=content_type, epoch=epoch)
     return Entry(path=path, bytes=len(data), sha256=sha256_of_bytes(data))
 
@@ -122,15 +127,16 @@ def put_bytes(
 ) -> None:
     """Store a small object.
 
-    With `epoch`, the put is a compare-and-swap on the lease epoch that the object there bears (conditional puts of S3):
-    a worker that lost its lease can never overwrite what its successor published, however long its request was stuck.
+    With `epoch`, the put is a compare-and-swap on the lease epoch in the metadata of the object that is there (S3
+    conditional puts). It raises Fenced if a later epoch has written the object. So a worker that lost its lease can
+    never overwrite what its successor published, however long its request was delayed.
     """
     put = {"Key": key, "ContentType": content_type, "ChecksumSHA256": _base64(sha256_of_bytes(data))}
     _put(put, lambda: io.BytesIO(data), epoch)
 
 
 def put_file(key: str, path: Path, sha256: str, *, epoch: int | None = None) -> None:
-    """Store one file, fenced as in `put_bytes`; one over 4 GiB goes up in parts, and is there with the last of them."""
+    """Store one file, with `epoch` as in `put_bytes`. Above 4 GiB it is sent in parts, and appears with the last."""
     if path.stat().st_size > ONE_PUT:
         _put_parts(key, path, sha256, epoch)
     else:
@@ -138,20 +144,20 @@ def put_file(key: str, path: Path, sha256: str, *, epoch: int | None = None) -> 
 
 
 def read(key: str) -> Iterator[bytes]:
-    """The object's bytes in chunks; the request is made before the first chunk is asked for."""
-    with _translated():
+    """Return an object's bytes in chunks. The request is sent at once, not with the first chunk. Raises Missing."""
+    with _translate_errors():
         body = client().get_object(Bucket=_bucket(), Key=key)["Body"]
     return body.iter_chunks(CHUNK)
 
 
 def fetch(key: str, path: Path, sha256: str, *, tick: Callable[[], None] = lambda: None) -> None:
-    """Download to `path` by way of a temporary neighbour; `Corrupt` if the hash is not the expected one, twice.
+    """Download an object to `path`, by way of `path.partial`. Raises Missing, and Corrupt if its hash is wrong twice.
 
-    `tick` is called with each chunk and may raise to give up.
+    `tick` is called for each chunk, and may raise to stop.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    for _ in range(2):  # once may be a byte that the network changed; twice is the object
+    for _ in range(2):  # the first time the network may have changed a byte; the second time it is the object
         found = _download(key, partial, tick)
         if found == sha256:
             partial.replace(path)
@@ -163,19 +169,19 @@ def fetch(key: str, path: Path, sha256: str, *, tick: Callable[[], None] = lambd
 def fetch_folder(
     prefix: str, entries: Iterable[Entry], folder: Path, *, tick: Callable[[], None] = lambda: None
 ) -> None:
-    """Download every entry of a manifest, each checked."""
+    """Download every entry of a folder with `fetch`, which checks its hash."""
     for entry in entries:
         fetch(prefix + entry["path"], folder / entry["path"], entry["sha256"], tick=tick)
 
 
 def delete(key: str) -> None:
-    """Delete one object; absent is fine."""
-    with _translated():
+    """Delete one object, if it exists."""
+    with _translate_errors():
         client().delete_object(Bucket=_bucket(), Key=key)
 
 
 def delete_prefix(prefix: str) -> int:
-    """Delete every object under a prefix that ends in '/'; returns how many."""
+    """Delete every object under a prefix, which must end in '/'. Returns how many."""
     if not prefix.endswith("/"):
         raise ValueError(f"prefix {prefix!r} must end in '/'")
     keys = [item.key for item in listing(prefix)]
@@ -184,7 +190,7 @@ def delete_prefix(prefix: str) -> int:
 
 
 def presign(key: str) -> str:
-    """A GET URL that works without credentials for `presign_seconds`."""
+    """Return a download URL that works without credentials for `presign_seconds`."""
     expires = get_settings().presign_seconds
     return client(public=True).generate_presigned_url(
         "get_object", Params={"Bucket": _bucket(), "Key": key}, ExpiresIn=expires
@@ -192,18 +198,18 @@ def presign(key: str) -> str:
 
 
 def uri(key: str) -> str:
-    """The `s3://` name of a key."""
+    """Return the `s3://` URI of a key."""
     return f"s3://{_bucket()}/{key}"
 
 
 def check() -> None:
-    """Raise `Unavailable` unless the bucket answers a signed request."""
-    with _translated():
+    """Raise Unavailable unless the bucket answers a signed request."""
+    with _translate_errors():
         client().head_bucket(Bucket=_bucket())
 
 
 def sha256_of_bytes(data: bytes) -> str:
-    """Hex SHA-256 of what is in memory already."""
+    """Hex SHA-256 of bytes in memory."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -214,8 +220,8 @@ def sha256_of(path: Path) -> str:
 
 
 def listing(prefix: str) -> Iterator[Listed]:
-    """Every object under a prefix, holding one page at a time. The objects of one folder follow one another."""
-    with _translated():
+    """Yield every object under a prefix, with one page in memory at a time. Objects of one folder are adjacent."""
+    with _translate_errors():
         for page in client().get_paginator("list_objects_v2").paginate(Bucket=_bucket(), Prefix=prefix):
             now = _server_time(page)
             for item in page.get("Contents", []):
@@ -223,10 +229,10 @@ def listing(prefix: str) -> Iterator[Listed]:
 
 
 def delete_many(keys: Sequence[str]) -> None:
-    """Delete objects, a thousand a request; absent is fine."""
+    """Delete objects, a thousand per request. Objects that do not exist are ignored."""
     for start in range(0, len(keys), DELETE_LIMIT):
         batch = keys[start : start + DELETE_LIMIT]
-        with _translated():
+        with _translate_errors():
             answer = client().delete_objects(
                 Bucket=_bucket(), Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True}
             )
@@ -235,8 +241,8 @@ def delete_many(keys: Sequence[str]) -> None:
 
 
 def unfinished(prefix: str) -> Iterator[Upload]:
-    """Multipart uploads under a prefix whose parts take up room although there is no object."""
-    with _translated():
+    """Yield the unfinished multipart uploads under a prefix. Their parts use space although there is no object yet."""
+    with _translate_errors():
         for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=_bucket(), Prefix=prefix):
             now = _server_time(page)
             for item in page.get("Uploads", []):
@@ -244,8 +250,8 @@ def unfinished(prefix: str) -> Iterator[Upload]:
 
 
 def abort(upload: Upload) -> None:
-    """Throw away the parts of an upload; gone already is fine."""
-    with _translated(), suppress(client().exceptions.NoSuchUpload):
+    """Delete the parts of an unfinished upload, if it still exists."""
+    with _translate_errors(), suppress(client().exceptions.NoSuchUpload):
         client().abort_multipart_upload(Bucket=_bucket(), Key=upload.key, UploadId=upload.id)
 
 
@@ -254,9 +260,9 @@ def _server_time(page: Mapping[str, Any]) -> datetime:
 
 
 def _download(key: str, path: Path, tick: Callable[[], None]) -> str:
-    """Hex SHA-256 of what came, or what is none where the server's own checksum is not that of its bytes."""
+    """Download an object; return the hex SHA-256 of its bytes, or the error text if the server's checksum is wrong."""
     digest = hashlib.sha256()
-    with path.open("wb") as out, _translated():
+    with path.open("wb") as out, _translate_errors():
         try:
             for chunk in read(key):
                 tick()
@@ -289,21 +295,23 @@ def _bucket() -> str:
 
 
 def _put(put: dict[str, Any], body: Callable[[], BinaryIO], epoch: int | None) -> None:
-    """One put; with an epoch, only over nothing or over what an epoch up to ours has put."""
+    """Put an object. With `epoch`, only if there is no object, or one of this epoch or an earlier one."""
 
     def send(condition: dict[str, Any]) -> None:
         with body() as stream:
-            client().put_object(Bucket=_bucket(), Body=stream, **put, **_bearing(epoch), **condition)
+            client().put_object(Bucket=_bucket(), Body=stream, **put, **_epoch_metadata(epoch), **condition)
 
-    _swap(put["Key"], send, epoch)
+    _compare_and_swap(put["Key"], send, epoch)
 
 
 def _put_parts(key: str, path: Path, sha256: str, epoch: int | None) -> None:
-    """As `_put`, under the condition that is asked of the last request; S3 checks the parts, and we the whole."""
+    """Like `_put`, in parts; the last request is conditional. S3 checks each part's hash, we check the whole file's."""
 
     def send(condition: dict[str, Any]) -> None:
         at: dict[str, Any] = {"Bucket": _bucket(), "Key": key}
-        upload = client().create_multipart_upload(**at, ChecksumAlgorithm="SHA256", **_bearing(epoch))["UploadId"]
+        upload = client().create_multipart_upload(**at, ChecksumAlgorithm="SHA256", **_epoch_metadata(epoch))[
+            "UploadId"
+        ]
         try:
             whole, parts = hashlib.sha256(), list[Any]()
             with path.open("rb") as stream:
@@ -315,51 +323,55 @@ def _put_parts(key: str, path: Path, sha256: str, epoch: int | None) -> None:
                     )
                     parts.append({"PartNumber": number, "ETag": put["ETag"], "ChecksumSHA256": checksum})
             if whole.hexdigest() != sha256:
-                raise Unavailable(f"object storage: {path} changed on its way to {key}; try again")
+                raise Unavailable(f"object storage: {path} changed during its upload to {key}; try again")
             client().complete_multipart_upload(**at, UploadId=upload, MultipartUpload={"Parts": parts}, **condition)
         except Exception:
-            with suppress(Unavailable):  # what stays is collected as garbage, and why it stays is what matters
+            with suppress(Unavailable):  # the garbage collector deletes what is left; the first error matters
                 abort(Upload(key, upload, age=0.0))
             raise
 
-    with _translated():
-        there = None if epoch is None else _head(key)
-    _swap(key, send, epoch, there=there)
+    with _translate_errors():
+        current = None if epoch is None else _head(key)
+    _compare_and_swap(key, send, epoch, current=current)
 
 
-def _bearing(epoch: int | None) -> dict[str, Any]:
+def _epoch_metadata(epoch: int | None) -> dict[str, Any]:
     return {} if epoch is None else {"Metadata": {EPOCH: str(epoch)}}
 
 
-def _swap(
-    key: str, send: Callable[[dict[str, Any]], None], epoch: int | None, *, there: dict[str, Any] | None = None
+def _compare_and_swap(
+    key: str, send: Callable[[dict[str, Any]], None], epoch: int | None, *, current: dict[str, Any] | None = None
 ) -> None:
-    """`send` under the condition that at `key` still is what was `there`, which no epoch later than ours has put."""
+    """Call `send` with the condition that the object at `key` is still `current`; read it again and retry if not.
+
+    Raises Fenced if a later epoch than ours has written it.
+    """
     for _ in range(CAS_TRIES):
-        condition = _condition(key, there, epoch)
-        with _translated():
+        condition = _condition(key, current, epoch)
+        with _translate_errors():
             try:
                 send(condition)
                 return
             except ClientError as refused:
                 if refused.response["Error"]["Code"] not in CHANGED:
                     raise
-            there = _head(key)  # None if it is gone since
-    raise Unavailable(f"object storage: {key} changed {CAS_TRIES} times under our hands; try again")
+            current = _head(key)  # None if it was deleted meanwhile
+    raise Unavailable(f"object storage: {key} was changed by others {CAS_TRIES} times during this write; try again")
 
 
-def _condition(key: str, there: dict[str, Any] | None, epoch: int | None) -> dict[str, Any]:
+def _condition(key: str, current: dict[str, Any] | None, epoch: int | None) -> dict[str, Any]:
+    """The S3 condition that the object is still `current`. Raises Fenced if a later epoch than ours has written it."""
     if epoch is None:
         return {}
-    if there is None:
+    if current is None:
         return {"IfNoneMatch": "*"}
-    if int(there["Metadata"].get(EPOCH, "0")) > epoch:
-        raise Fenced(f"{key} was written at epoch {there['Metadata'][EPOCH]}, ours is {epoch}")
-    return {"IfMatch": there["ETag"]}
+    if int(current["Metadata"].get(EPOCH, "0")) > epoch:
+        raise Fenced(f"{key} was written at lease epoch {current['Metadata'][EPOCH]}; this worker's epoch is {epoch}")
+    return {"IfMatch": current["ETag"]}
 
 
 def _head(key: str) -> dict[str, Any] | None:
-    """What the object bears; None if there is none. A HEAD has no body, so its 404 has no code but that."""
+    """Return an object's headers; None if it does not exist. A HEAD response has no body, so its code is only 404."""
     try:
         return dict(client().head_object(Bucket=_bucket(), Key=key))
     except ClientError as error:
@@ -372,8 +384,8 @@ def _base64(sha256: str) -> str:
     return base64.b64encode(bytes.fromhex(sha256)).decode()
 
 
-class _translated:
-    """boto's errors become ours: what is not there is `Missing`, anything else is the bucket's trouble."""
+class _translate_errors:
+    """Turn boto's errors into ours: Missing for an object that does not exist, Unavailable for everything else."""
 
     def __enter__(self) -> None:
         return None

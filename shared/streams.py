@@ -1,6 +1,6 @@
-"""Standard streams that outlive a full disk: a log line that cannot be written is lost, and the process goes on.
+"""Standard streams that never raise: if a log line cannot be written, it is lost and the process continues.
 
-Must not import anything of ours: the trainer uses it too.
+Must not import other modules of this repository: the trainer uses this module too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Log(io.FileIO):
-    """A file whose writes do not fail (disk full, reader gone)."""
+    """A file whose writes never raise, even if the disk is full or the pipe has no reader."""
 
     def write(self, data: Any) -> int:
         try:
@@ -21,7 +21,7 @@ class Log(io.FileIO):
 
 
 def protect_standard_streams() -> None:
-    """Put such files under `sys.stdout` and `sys.stderr`."""
+    """Make writes to `sys.stdout` and `sys.stderr` never raise."""
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(
             io.BufferedWriter(Log(descriptor, "wb", closefd=False)), errors="backslashreplace", line_buffering=True

@@ -1,6 +1,7 @@
-"""Logs. An event is `noun.verb` with fields; job, attempt and worker are bound once, at the top of the work.
+"""Structured logs. An event is `noun.verb` with fields; job, attempt and worker are bound once, when the work starts.
 
-structlog rather than our own: JSON for machines, colours for people, context variables that survive threads.
+Owns: the configuration of structlog, which gives us JSON lines for machines, coloured text for people, and context
+variables for the bound fields.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ unbind = structlog.contextvars.unbind_contextvars
 
 
 def configure(process: str) -> None:
-    """Send this process's logs, and those of its libraries, to stderr."""
+    """Send the logs of this process and its libraries to stderr. `process` is added to each event."""
     settings = get_settings()
     protect_standard_streams()
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]

@@ -1,4 +1,4 @@
-"""The first tables, and the trigger that makes terminal states absorbing.
+"""Create the first tables, and the trigger that keeps a job in its terminal state.
 
 Revision ID: 0001
 Revises:

@@ -1,4 +1,4 @@
-"""Durability: the epoch of each event, events and epochs that cannot go back, and how often a job ran out of memory.
+"""Add the epoch of each event, a count of memory failures, and triggers (append-only events, rising epochs).
 
 Revision ID: 0002
 Revises: 0001

@@ -1,4 +1,4 @@
-"""Proofs of adapters and who signed them; previews; what a job starts from; memory that training has and takes.
+"""Add proofs, exports and signatures of adapters; previews; the start of a job; devices and peak memory.
 
 Revision ID: 0003
 Revises: 0002

@@ -1,4 +1,4 @@
-"""Columns by what they mean: when a job was last rung for, and its fallback level when memory ran out.
+"""Rename two columns of jobs to what they mean: `rung_at` (was `published_at`), `fallback_level` (`memory_halvings`).
 
 Revision ID: 0004
 Revises: 0003

@@ -1,7 +1,8 @@
-"""The doorbell. `ring(queue)` says "there is work in this queue" and nothing else; Postgres says what the work is.
+"""The doorbell: `ring(queue)` wakes a worker of that queue. Postgres says what the work is.
 
-Owns the Celery configuration, for the side that rings and for the side that listens. A lost, repeated, late or forged
-ring changes nothing, so there is no result backend, no late ack, no retry, and no argument.
+Owns: the Celery configuration, for the API that rings and for the workers that listen. A lost, repeated, late or forged
+ring changes nothing. So messages have no arguments, no results, no late acknowledgement and no retries.
+Must not know jobs.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from shared.telemetry import log
 
 @lru_cache(maxsize=1)
 def celery_app() -> Celery:
-    """Prefork, early ack, no prefetch: of the profiles of Celery on Redis, the one that neither doubles nor hides.
+    """Return this process's Celery app: prefork pool, early acknowledgement, no prefetch.
 
-    docs/decisions/0001 tells what the others did to hour-long tasks.
+    Of the ways to run Celery on Redis, this one neither delivers a message twice nor keeps it in a busy worker.
+    docs/decisions/0001 says what the others did with tasks of an hour.
     """
     app = Celery("milliner", broker=get_settings().redis_url.get_secret_value())
     app.conf.update(
@@ -54,19 +56,20 @@ def celery_app() -> Celery:
 
 
 def ring(queue: Queue) -> bool:
-    """Tell one idle worker of this queue to look; False if the broker did not take it (at most some 4 s later)."""
+    """Wake one idle worker of this queue; False if the broker did not take the message (after about 4 s at most)."""
     try:
         celery_app().send_task(f"milliner.{queue}", queue=queue, ignore_result=True)
     except (OperationalError, RedisError, OSError) as error:
-        log.warning("queue.unreachable", queue=queue, error=str(error))
+        log.warning("ring.failed", queue=queue, error=str(error))
         return False
     return True
 
 
 class Bell:
-    """Rings from a thread of its own, so that a frozen broker never holds up a request.
+    """Rings in a separate thread, so that a broker that hangs never delays a request.
 
-    While one ring of a queue waits its turn, further ones are dropped: the sweeper finds rows nobody was told of.
+    While one ring of a queue waits in this thread, further ones for that queue are dropped: one ring is enough, and the
+    sweeper rings again for jobs that were missed.
     """
 
     def __init__(self) -> None:
@@ -75,7 +78,7 @@ class Bell:
         self._lock = Lock()
 
     def ring(self, queue: Queue) -> None:
-        """Ring soon."""
+        """Ring as soon as the thread is free; returns at once."""
         with self._lock:
             if queue in self._waiting:
                 return
@@ -83,7 +86,7 @@ class Bell:
         self._thread.submit(self._ring, queue)
 
     def close(self) -> None:
-        """Drop what still waits; the sweeper will ring for it."""
+        """Drop the rings that still wait. The sweeper will ring again."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _ring(self, queue: Queue) -> None:

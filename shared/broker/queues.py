@@ -1,4 +1,4 @@
-"""The work queues. Pure, so that SQL can name them without importing Celery."""
+"""The names of the work queues. Must not import Celery: the SQL code uses these names too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Queue(StrEnum):
-    """`prepare` reads datasets on a CPU; `train` holds an accelerator."""
+    """The work queues: `prepare` validates datasets on a CPU, `train` trains on an accelerator."""
 
     PREPARE = "prepare"
     TRAIN = "train"

@@ -1,7 +1,8 @@
-"""The Redis transport of a broker whose messages are rings: that one came says all, what it holds says nothing.
+"""A Redis transport for Celery that ignores the content of messages: only their arrival counts.
 
-Whoever can write to the broker could otherwise end a worker with a message that Celery cannot read, again and again, or
-send one queue's work to another queue's workers. So every message is replaced by the one that we would have sent.
+Otherwise anyone who can write to the broker could crash workers again and again with a message that Celery cannot read,
+or make one queue's workers run another queue's task. So each received message is replaced by the one that we would
+send.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from shared.telemetry import log
 
 
 class Channel(redis.Channel):
+    """A Redis channel that drops messages that cannot be decoded."""
+
     def _brpop_read(self, **options: Any) -> bool:
         try:
             return bool(super()._brpop_read(**options))  # type: ignore[misc]  # missing from kombu's types
         except (ValueError, RecursionError) as error:
-            log.warning("ring.garbled", error=repr(error)[:200])
+            log.warning("message.dropped", error=repr(error)[:200])
             return True
 
 
 class Transport(redis.Transport):
+    """A Redis transport that delivers `ring_of(queue)` in place of each received message."""
+
     Channel = Channel
 
     def _deliver(self, message: Any, queue: str | None) -> None:
@@ -32,7 +37,7 @@ class Transport(redis.Transport):
 
 
 def ring_of(queue: str) -> dict[str, Any]:
-    """A message of Celery's protocol 2 for the task of this queue, without arguments.
+    """The message for this queue's task, without arguments, in Celery's message protocol 2.
 
     https://docs.celeryq.dev/en/stable/internals/protocol.html
     """

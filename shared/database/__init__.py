@@ -1,4 +1,4 @@
-"""Everything that speaks SQL.
+"""All SQL of the code base.
 
-Owns: tables, sessions, and every query and guarded write. Must not touch S3, Redis or torch.
+Owns: tables, sessions, and every query and write. Must not touch S3, Redis or torch.
 """

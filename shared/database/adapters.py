@@ -1,10 +1,11 @@
-"""What a job's adapter starts as: another job's, as it was published or as a checkpoint has it.
+"""Published adapters, and the adapter that a new job starts from: a published one, or a checkpoint.
 
-Owns: the names that an adapter goes by (`ft:…`, its checkpoints' `ft:…:ckpt-step-N`, their ids `ftckpt_…`), and which
-folders of the bucket must stay because a job that has not ended starts from them. Must not touch S3.
+Owns: the names of adapters (`ft:…`), of their checkpoints (`ft:…:ckpt-step-N`) and checkpoint ids (`ftckpt_…`), and
+which folders of the bucket must stay because an unfinished job starts from them. Must not touch S3.
 
-A submit holds a lock on the row of its source from the moment it saw that it is live, so whoever ends that row and then
-asks `needed` sees the job. The job bears all that it needs of the source; the row may go.
+`jobs.submit` locks the row of the source from the moment it finds it live until the job is committed. So whoever
+deletes that row and then calls `prefixes_in_use` sees the job. The job stores all that it needs of the source; the row
+may be deleted.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from shared.schemas.requests import TERMINAL, JobCreate, Lora
 from shared.schemas.results import Plan, Recipe
 
 WEIGHTS = "adapter_model.safetensors"
-#: What a job of full fine-tuning publishes instead.
+#: The weights file that full fine-tuning publishes instead.
 MODEL = "model.safetensors"
-#: What an adapter's tensors are made by; the rest of a recipe may differ from its source's.
+#: The recipe fields that decide an adapter's tensors. A job keeps its source's values; other fields may differ.
 SHAPE = ("r", "alpha", "target_modules", "use_rslora", "use_dora")
 _CHECKPOINT_NAME = re.compile(r"(?P<model>ft:.+:(?P<job>[0-9a-f]{30})):ckpt-step-(?P<step>[0-9]{1,18})")
 
 
 class AdapterSource(NamedTuple):
-    """An adapter, by the name that its owner knows: what it is for, where its weights lie, and how it was made."""
+    """An adapter that a job can start from.
+
+    `name` is the name that its owner knows, `base` its base model, `prefix` its folder in the bucket, `sha256` the hash
+    of its weights file, and `recipe` how it was trained.
+    """
 
     name: str
     base: str
@@ -44,7 +49,7 @@ class AdapterSource(NamedTuple):
 def get_adapter(
     session: Session, tenant_id: str, name: str, *, param: str = "model", lock: Lock | None = None
 ) -> Adapter:
-    """The tenant's fine-tuned model of that name. Raises NotFound, which says so if it was deleted."""
+    """Return the tenant's fine-tuned model of that name. Raises NotFound, which says if the model was deleted."""
     query = select(Adapter).where(Adapter.name == name, Adapter.tenant_id == tenant_id)
     if lock is not None:
         query = query.with_for_update(read=lock == "share").execution_options(populate_existing=True)
@@ -56,68 +61,69 @@ def get_adapter(
 
 
 def list_adapters(session: Session, tenant_id: str) -> Sequence[Adapter]:
-    """The tenant's fine-tuned models, oldest first."""
+    """List the tenant's fine-tuned models, oldest first."""
     owned = select(Adapter).where(Adapter.tenant_id == tenant_id, Adapter.deleted_at.is_(None))
     return session.scalars(owned.order_by(Adapter.created_at)).all()
 
 
 def delete_adapter(session: Session, tenant_id: str, name: str) -> Adapter:
-    """Mark an adapter deleted. Raises Conflict while an unfinished job starts from it; its objects are the caller's."""
+    """Mark an adapter as deleted; the caller deletes its objects. Raises Conflict if an unfinished job needs it."""
     adapter = get_adapter(session, tenant_id, name, lock="update")
     user = job_using(session, adapter.prefix)
     if user is not None:
-        raise Conflict(f"job {user} still starts from {name!r}; cancel it or wait for its end", code="model_in_use")
+        raise Conflict(f"job {user} still starts from {name!r}; cancel it or wait until it ends", code="model_in_use")
     adapter.deleted_at = func.clock_timestamp()
     session.flush()
     return adapter
 
 
 def names_adapter(model: str) -> bool:
-    """Is this the name of an adapter or of a checkpoint, rather than of a base?"""
+    """Whether `model` is the name of an adapter or checkpoint, rather than of a base model."""
     return model.startswith(("ft:", "ftckpt_"))
 
 
 def checkpoint_name(model: str, step: int) -> str:
-    """What clients call a checkpoint of the job whose adapter is called `model`, as OpenAI names its own."""
+    """The name of a checkpoint of the job whose adapter is `model`, in the form that OpenAI uses."""
     return f"{model}:ckpt-step-{step}"
 
 
 def adapter_source(session: Session, tenant_id: str, request: JobCreate) -> AdapterSource | None:
-    """What the request starts from, by `from_checkpoint` or `model`, locked against deletion till the job is there.
+    """Return the adapter that the request starts from (`from_checkpoint` or `model`); None if it starts from a base.
 
-    Raises NotFound, for another tenant's too, and InvalidRequest: the two do not agree.
+    Its row is locked against deletion until the transaction ends. Raises NotFound, also for another tenant's adapter,
+    and InvalidRequest if the request cannot start from it or names two different ones.
     """
-    told = {"from_checkpoint": request.from_checkpoint}
+    named = {"from_checkpoint": request.from_checkpoint}
     if names_adapter(request.model):
-        told["model"] = request.model
-    found = [_find(session, tenant_id, name, param) for param, name in told.items() if name is not None]
+        named["model"] = request.model
+    found = [_find(session, tenant_id, name, param) for param, name in named.items() if name is not None]
     if not found:
         return None
     start = found[0]
     if request.trainer.full_finetuning or start.recipe.full_finetuning:
         raise InvalidRequest(
-            f"{start.name!r} and this job cannot follow each other: where all weights are trained there is no adapter "
-            "to go on from; start from the base",
+            f"this job cannot start from {start.name!r}: full fine-tuning trains all weights, so there is no adapter "
+            "to continue; start from a base model",
             param="trainer.full_finetuning",
             code="unsupported_start",
         )
     if "classification" in (request.method.type, start.recipe.method):
         raise InvalidRequest(
-            f"{start.name!r} is of method {start.recipe.method!r}, this job of {request.method.type!r}: a "
-            "classification has a head of its own, and neither goes on from an adapter nor is gone on from; "
-            "start from the base",
+            f"{start.name!r} was trained with method {start.recipe.method!r}, and this job's method is "
+            f"{request.method.type!r}: classification trains a head of its own, and cannot start from, or be continued "
+            "as, an adapter; start from a base model",
             param="from_checkpoint" if request.from_checkpoint else "model",
             code="unsupported_start",
         )
     if any(other.prefix != start.prefix for other in found):
         raise InvalidRequest(
-            f"model is {request.model!r} and from_checkpoint {request.from_checkpoint!r}, which is another adapter; "
-            "name it once",
+            f"model is {request.model!r} and from_checkpoint is {request.from_checkpoint!r}, a different adapter; "
+            "give only one of them",
             param="from_checkpoint",
         )
-    if "model" not in told and request.model != start.base:
+    if "model" not in named and request.model != start.base:
         raise InvalidRequest(
-            f"{request.from_checkpoint!r} is an adapter of {start.base!r}, model is {request.model!r}; "
+            f"{request.from_checkpoint!r} is an adapter of {start.base!r}, but model is {request.model!r}; "
             f"allowed: {start.base!r}, or the adapter's own name",
             param="from_checkpoint",
             code="base_mismatch",
@@ -125,29 +131,29 @@ def adapter_source(session: Session, tenant_id: str, request: JobCreate) -> Adap
     return start
 
 
-def keep_shape(asked: Lora, start: AdapterSource) -> Lora:
-    """`asked` with the shape of the adapter that it starts as. Raises InvalidRequest where another was asked for."""
-    has = {name: getattr(start.recipe, name) for name in SHAPE}
+def keep_shape(requested: Lora, start: AdapterSource) -> Lora:
+    """Return `requested` with the shape (SHAPE) of `start`. Raises InvalidRequest if it asks for another shape."""
+    shape = {name: getattr(start.recipe, name) for name in SHAPE}
     for name in SHAPE:
-        said = getattr(asked, name)
-        if name in asked.model_fields_set and said != "auto" and _sorted(said) != _sorted(has[name]):
+        value = getattr(requested, name)
+        if name in requested.model_fields_set and value != "auto" and _sorted(value) != _sorted(shape[name]):
             raise InvalidRequest(
-                f"lora.{name} is {said!r}, and {start.name!r} has {has[name]!r}: an adapter keeps its shape; "
-                "leave it out, or start anew",
+                f"lora.{name} is {value!r}, but {start.name!r} has {shape[name]!r}: an adapter keeps its shape; "
+                f"leave lora.{name} out, or start from a base model",
                 param=f"lora.{name}",
                 code="lora_mismatch",
             )
-    return asked.model_copy(update=has)
+    return requested.model_copy(update=shape)
 
 
 def prefixes_in_use(session: Session, prefixes: Collection[str]) -> set[str]:
-    """Those of the folders that jobs which have not ended start from."""
+    """Return those of the folders that an unfinished job starts from."""
     starting = _starting(prefixes).with_only_columns(Job.start_prefix)
     return {prefix for prefix in session.scalars(starting) if prefix is not None}
 
 
 def job_using(session: Session, prefix: str) -> str | None:
-    """The id of a job that has not ended and starts from this folder."""
+    """Return the id of an unfinished job that starts from this folder, if there is one."""
     return session.scalar(_starting([prefix]).with_only_columns(Job.id).limit(1))
 
 
@@ -157,15 +163,15 @@ def _starting(prefixes: Collection[str]) -> Select[Job]:
 
 def _find(session: Session, tenant_id: str, name: str, param: str) -> AdapterSource:
     if match := _CHECKPOINT_NAME.fullmatch(name):
-        here = (Checkpoint.job_id == f"ftjob-{match['job']}") & (Checkpoint.step == int(match["step"]))
-        return _checkpoint(session, tenant_id, here, name, param)
+        wanted = (Checkpoint.job_id == f"ftjob-{match['job']}") & (Checkpoint.step == int(match["step"]))
+        return _checkpoint(session, tenant_id, wanted, name, param)
     if name.startswith("ftckpt_"):
         return _checkpoint(session, tenant_id, Checkpoint.id == name, name, param)
     if name.startswith("ft:"):
         return _adapter(session, tenant_id, name, param)
     raise InvalidRequest(
-        f"{name!r} names no adapter; allowed: the id of a checkpoint (ftckpt_…), its name (ft:…:ckpt-step-N), or a "
-        "fine-tuned model (ft:…)",
+        f"{name!r} is not the name of an adapter; allowed: the id of a checkpoint (ftckpt_…), its name "
+        "(ft:…:ckpt-step-N), or a fine-tuned model (ft:…)",
         param=param,
     )
 
@@ -175,19 +181,19 @@ def _adapter(session: Session, tenant_id: str, name: str, param: str) -> Adapter
     return _start(session.get_one(Job, adapter.job_id), name, adapter.prefix, adapter.files)
 
 
-def _checkpoint(session: Session, tenant_id: str, here: ColumnElement[bool], name: str, param: str) -> AdapterSource:
-    mine = select(Checkpoint).join(Job).where(here, Job.tenant_id == tenant_id)
-    locked = mine.with_for_update(read=True, of=Checkpoint).execution_options(populate_existing=True)
+def _checkpoint(session: Session, tenant_id: str, wanted: ColumnElement[bool], name: str, param: str) -> AdapterSource:
+    owned = select(Checkpoint).join(Job).where(wanted, Job.tenant_id == tenant_id)
+    locked = owned.with_for_update(read=True, of=Checkpoint).execution_options(populate_existing=True)
     checkpoint, found = session.scalar(locked), f"no checkpoint {name!r}"
     if checkpoint is not None:
         job = session.scalars(select(Job).options(joinedload(Job.tenant)).where(Job.id == checkpoint.job_id)).one()
         model = fine_tuned_name(job.base_model, job.tenant.name, job.request.get("suffix"), job.id)
-        called = checkpoint_name(model, checkpoint.step)
-        if name in (checkpoint.id, called):
+        full_name = checkpoint_name(model, checkpoint.step)
+        if name in (checkpoint.id, full_name):
             if checkpoint.deleted_at is None:
-                return _start(job, called, checkpoint.prefix, checkpoint.files)
-            found = f"checkpoint {name!r} was dropped when newer ones came"
-    hint = "list those of a job with GET /v1/fine_tuning/jobs/{id}/checkpoints"
+                return _start(job, full_name, checkpoint.prefix, checkpoint.files)
+            found = f"checkpoint {name!r} was deleted when newer ones replaced it"
+    hint = "list the checkpoints of a job with GET /v1/fine_tuning/jobs/{id}/checkpoints"
     raise NotFound(f"{found}; {hint}", param=param, code="checkpoint_not_found")
 
 
@@ -197,5 +203,5 @@ def _start(job: Job, name: str, prefix: str, files: list[Any]) -> AdapterSource:
 
 
 def _sorted(value: object) -> object:
-    """A list of modules means the same in any order."""
+    """Sort a list, because the order of `target_modules` has no meaning; return other values unchanged."""
     return sorted(value) if isinstance(value, list) else value

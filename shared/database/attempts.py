@@ -1,7 +1,7 @@
-"""An attempt at a job: everything that the holder of a lease may write.
+"""Everything that a worker writes to a job while it has the lease.
 
-Every write names the lease epoch. Zero rows updated means that the lease has moved on and the writer is a zombie, which
-the functions report as False or None; it must then write nothing more, here or in the bucket. Postgres's clock only.
+Every write names the lease epoch. If no row matches, the worker has lost its lease, and the function returns False or
+None: the worker must then write nothing more, here or in the bucket. Times come from Postgres's clock.
 Must not touch S3 or Redis.
 """
 
@@ -23,45 +23,48 @@ from shared.schemas.requests import Desired, Phase, State
 from shared.schemas.results import JobError, Metrics, Plan, Report
 from shared.storage import Entry
 
+#: Seconds.
 LONGEST_BACKOFF = 300.0
 _LOSSES = {"training": "train_loss", "validation": "valid_loss"}
 
 
 def renew(session: Session, job_id: str, epoch: int, *, lease_seconds: float) -> Desired | None:
-    """Extend the lease and read what the user wants; None if the lease is no longer ours."""
+    """Extend the lease and return the state that the user wants; None if this worker has lost the lease."""
     desired = session.scalar(
-        _held(job_id, epoch).values(lease_expires_at=_in(lease_seconds)).returning(Job.desired_state)
+        _update_leased(job_id, epoch).values(lease_expires_at=_from_now(lease_seconds)).returning(Job.desired_state)
     )
     return None if desired is None else Desired(desired)
 
 
-def enter(session: Session, job_id: str, epoch: int, phase: Phase) -> bool:
-    """Say what the job is doing now."""
-    return session.scalar(_held(job_id, epoch).values(phase=phase).returning(Job.id)) is not None
+def set_phase(session: Session, job_id: str, epoch: int, phase: Phase) -> bool:
+    """Set the phase of the job."""
+    return session.scalar(_update_leased(job_id, epoch).values(phase=phase).returning(Job.id)) is not None
 
 
-def note(session: Session, job_id: str, epoch: int, *, level: str, message: str) -> bool:
-    """Add a line to the job's events."""
-    seq = session.scalar(_held(job_id, epoch).values(event_seq=Job.event_seq + 1).returning(Job.event_seq))
+def add_event(session: Session, job_id: str, epoch: int, *, level: str, message: str) -> bool:
+    """Add a message to the job's events."""
+    seq = session.scalar(_update_leased(job_id, epoch).values(event_seq=Job.event_seq + 1).returning(Job.event_seq))
     if seq is None:
         return False
     session.add(JobEvent(job_id=job_id, seq=seq, lease_epoch=epoch, level=level, type="message", message=message))
     return True
 
 
-def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]) -> bool:
-    """Store a batch of steps, the last of them as an event too, as OpenAI shows them.
+def record_metrics(
+    session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]
+) -> bool:
+    """Store the metrics of a batch of steps, and the last step as an event in the form that OpenAI uses.
 
-    A step and the evaluation after it come as two `Metrics` and make one row. `progress` gets the time: `at`, in Unix
-    seconds, from which readers count the ETA down.
+    A step and the evaluation after it are two `Metrics` and become one row. `progress` is stored with the current time
+    as `at`, in Unix seconds; readers count the remaining time down from it.
     """
     steps: dict[int, dict[str, Any]] = {}
     for metrics in batch:
         steps.setdefault(metrics.step, {}).update(metrics.model_dump(exclude_none=True))
     data = steps[batch[-1].step]
-    dated = cast(progress, JSONB).op("||")(func.jsonb_build_object("at", func.extract("epoch", _in(0))))
+    dated = cast(progress, JSONB).op("||")(func.jsonb_build_object("at", func.extract("epoch", _from_now(0))))
     seq = session.scalar(
-        _held(job_id, epoch).values(event_seq=Job.event_seq + 1, progress=dated).returning(Job.event_seq)
+        _update_leased(job_id, epoch).values(event_seq=Job.event_seq + 1, progress=dated).returning(Job.event_seq)
     )
     if seq is None:
         return False
@@ -80,11 +83,11 @@ def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], 
     return True
 
 
-def checkpointed(
+def add_checkpoint(
     session: Session, job_id: str, epoch: int, *, step: int, prefix: str, files: list[Entry], metrics: Metrics
 ) -> bool:
-    """Make an uploaded checkpoint real. One of an earlier attempt at the same step gives way."""
-    if session.scalar(_held(job_id, epoch).values(phase=Job.phase).returning(Job.id)) is None:
+    """Record an uploaded checkpoint. It replaces one that an earlier attempt made at the same step."""
+    if session.scalar(_update_leased(job_id, epoch).values(phase=Job.phase).returning(Job.id)) is None:
         return False
     row = {
         "id": new_id("ftckpt_"),
@@ -106,9 +109,12 @@ def checkpointed(
     return True
 
 
-def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
-    """The dataset is good: queue the job, or end it where it was a dry run or its user has changed their mind."""
-    job = lock_held_job(session, job_id, epoch)
+def finish_planning(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
+    """Store the plan of a validated job and queue it. A dry run ends here, as do a cancel and a pause.
+
+    Returns the new state; None if this worker has lost the lease.
+    """
+    job = lock_leased_job(session, job_id, epoch)
     if job is None:
         return None
     reason = Reason.DRY_RUN if job.dry_run else Reason.PLANNED
@@ -117,11 +123,14 @@ def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | No
     return MOVES[reason].target if transition(session, job_id, reason, epoch=epoch, values=values) else None
 
 
-def succeeded(
+def succeed(
     session: Session, job_id: str, epoch: int, *, report: Report, adapter: Adapter, result_file: File
 ) -> State | None:
-    """End the job well, with its adapter and result file; a cancel that was accepted before wins."""
-    job = lock_held_job(session, job_id, epoch)
+    """End the job as succeeded, with its adapter and result file. A cancel accepted earlier takes precedence.
+
+    Returns the new state; None if this worker has lost the lease.
+    """
+    job = lock_leased_job(session, job_id, epoch)
     if job is None:
         return None
     if job.desired_state == Desired.CANCEL:
@@ -132,9 +141,9 @@ def succeeded(
     return State.SUCCEEDED if transition(session, job_id, Reason.COMPLETED, epoch=epoch, values=values) else None
 
 
-def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
-    """End the job for a reason that its user must mend; a cancel that was accepted before wins."""
-    job = lock_held_job(session, job_id, epoch)
+def fail(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
+    """End the job as failed, for a reason that its user must fix. A cancel accepted earlier takes precedence."""
+    job = lock_leased_job(session, job_id, epoch)
     if job is not None and job.desired_state == Desired.CANCEL:
         return transition(session, job_id, Reason.CANCELLED, epoch=epoch)
     values = {"error": error.model_dump(mode="json")}
@@ -143,31 +152,34 @@ def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     )
 
 
-def released(session: Session, job_id: str, epoch: int, *, message: str | None = None, wait: float = 0.0) -> bool:
-    """Give the job back with its checkpoint: to its user's wish, or to the queue where the worker cannot go on.
+def release(session: Session, job_id: str, epoch: int, *, message: str | None = None, wait: float = 0.0) -> bool:
+    """Release the job. It is cancelled or paused if its user wants that, and otherwise waits for another attempt.
 
-    A job that is queued again is not claimed for `wait` seconds.
+    A job that waits is not claimed for `wait` seconds. No crash is counted.
     """
-    job = lock_held_job(session, job_id, epoch)
+    job = lock_leased_job(session, job_id, epoch)
     if job is None:
         return False
-    wish = _wish(job)
-    if wish is not None:
-        return transition(session, job_id, wish, epoch=epoch)
-    again = {"preempt_count": Job.preempt_count + 1, "not_before": _in(wait)}
+    requested = _requested(job)
+    if requested is not None:
+        return transition(session, job_id, requested, epoch=epoch)
+    again = {"preempt_count": Job.preempt_count + 1, "not_before": _from_now(wait)}
     return transition(session, job_id, Reason.PREEMPTED, epoch=epoch, message=message, values=again)
 
 
-def shrunk(session: Session, job_id: str, epoch: int) -> bool:
-    """The kernel killed the attempt for its memory: the next one halves the micro-batch. No crash is counted."""
-    job = lock_held_job(session, job_id, epoch)
+def step_down(session: Session, job_id: str, epoch: int) -> bool:
+    """End an attempt that the kernel killed for lack of memory. The next one halves the micro-batch.
+
+    No crash is counted.
+    """
+    job = lock_leased_job(session, job_id, epoch)
     if job is None:
         return False
     less = {"fallback_level": Job.fallback_level + 1}
-    return transition(session, job_id, _wish(job) or Reason.OUT_OF_MEMORY, epoch=epoch, values=less)
+    return transition(session, job_id, _requested(job) or Reason.OUT_OF_MEMORY, epoch=epoch, values=less)
 
 
-def crashed(
+def crash(
     session: Session,
     job_id: str,
     epoch: int,
@@ -177,16 +189,17 @@ def crashed(
     max_crashes: int,
     silent: bool = False,
 ) -> bool:
-    """Count a crash: try again after `backoff` seconds (doubled each time, five minutes at most), or end it as poison.
+    """Count a crash. The job waits for another attempt, or fails as poison at its `max_crashes`th crash.
 
-    `silent` is the sweeper's case, whose worker said nothing; it holds only while the lease has truly expired.
+    The next attempt starts after `backoff` seconds, doubled with each crash, at most LONGEST_BACKOFF. `silent` is for
+    the sweeper, which reports a crash because the lease expired; then the call changes nothing unless it has.
     """
-    job = lock_held_job(session, job_id, epoch)
+    job = lock_leased_job(session, job_id, epoch)
     if job is None or (silent and not session.scalar(select(Job.id).where(Job.id == job_id, expired()))):
         return False
-    wish = _wish(job)
-    if wish is not None:
-        return transition(session, job_id, wish, epoch=epoch)
+    requested = _requested(job)
+    if requested is not None:
+        return transition(session, job_id, requested, epoch=epoch)
     crashes = job.crash_count + 1
     if crashes >= max_crashes:
         end: dict[str, Any] = {"error": error.model_dump(mode="json"), "crash_count": crashes}
@@ -194,26 +207,29 @@ def crashed(
         return transition(session, job_id, Reason.POISON, epoch=epoch, message=message, values=end)
     reason = Reason.LEASE_EXPIRED if silent else Reason.CRASHED
     message = f"{MOVES[reason].message}: {error.message}"
-    again = {"crash_count": crashes, "not_before": _in(min(backoff * 2.0 ** min(crashes - 1, 60), LONGEST_BACKOFF))}
+    wait = min(backoff * 2.0 ** min(crashes - 1, 60), LONGEST_BACKOFF)
+    again = {"crash_count": crashes, "not_before": _from_now(wait)}
     return transition(session, job_id, reason, epoch=epoch, message=message, values=again)
 
 
-def _held(job_id: str, epoch: int) -> Any:
-    held = update(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
-    return held.where(Job.state.in_(LEASABLE)).execution_options(synchronize_session=False)
+def _update_leased(job_id: str, epoch: int) -> Any:
+    """An UPDATE that matches the job only while this epoch has its lease."""
+    leased = update(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
+    return leased.where(Job.state.in_(LEASABLE)).execution_options(synchronize_session=False)
 
 
-def lock_held_job(session: Session, job_id: str, epoch: int) -> Job | None:
-    held = select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
-    return session.scalar(held.with_for_update().execution_options(populate_existing=True))
+def lock_leased_job(session: Session, job_id: str, epoch: int) -> Job | None:
+    """Lock the job and read it afresh; None if this epoch does not have its lease."""
+    leased = select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))
+    return session.scalar(leased.with_for_update().execution_options(populate_existing=True))
 
 
-def _in(seconds: float) -> ColumnElement[datetime]:
+def _from_now(seconds: float) -> ColumnElement[datetime]:
     return func.clock_timestamp() + timedelta(seconds=seconds)
 
 
-def _wish(job: Job) -> Reason | None:
-    """Where the user wants a job to go that its worker lets go of."""
+def _requested(job: Job) -> Reason | None:
+    """The move that the user has requested for a job whose worker releases it."""
     if job.desired_state == Desired.CANCEL:
         return Reason.CANCELLED
     return Reason.PAUSED if job.desired_state == Desired.PAUSE and job.state == State.RUNNING else None

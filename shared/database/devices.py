@@ -1,6 +1,7 @@
-"""The devices that training workers have reported, and what runs took on them: two tables.
+"""The devices that training workers have reported, and the peak memory of runs on them.
 
-Owns: which devices count as there. Postgres's clock only. Must not predict: shared/estimation/memory_model.py and shared/schemas/memory.py do.
+Owns: the tables `devices` and `memory_weighings`, and for how long a reported device counts. Times come from Postgres's
+clock. Must not predict memory: shared/estimation/memory_model.py and shared/schemas/memory.py do.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from shared.database.tables import BaseModelRow, DeviceReport, Job, MemoryWeighi
 from shared.schemas.memory import Device, KnownDevice, MeasuredFit, Weighing
 from shared.schemas.requests import JobCreate, Quantization
 
-#: A device counts for so long after it was heard of. Each worker reports its own when it starts and with each job.
-COUNTS_FOR = timedelta(days=30)
-#: Runs of one base on one device that are looked at.
-LATEST = 50
+#: A device counts for this long after its last report. A worker reports its device at its start and with each job.
+DEVICE_TTL = timedelta(days=30)
+#: How many runs of one base model on one device are read, newest first.
+MAX_RUNS = 50
 
 
 def report(session: Session, device: Device) -> None:
-    """A worker says what it trains on."""
+    """Store the device that a worker trains on."""
     row = insert(DeviceReport).values(**device.model_dump())
     seen = {"seen_at": func.clock_timestamp()}
     session.execute(row.on_conflict_do_update(index_elements=["kind", "name", "memory_bytes"], set_=seen))
 
 
 def weigh(session: Session, job: Job, fit: MeasuredFit) -> None:
-    """A run is over: keep what was computed for it and what it took."""
+    """Store the computed and the measured peak memory of a finished run. A second call replaces the first."""
     values = {
         "digest": session.get_one(BaseModelRow, job.base_model).digest,
         "quantization": JobCreate.model_validate(job.request).quantization.value,
@@ -44,8 +45,8 @@ def weigh(session: Session, job: Job, fit: MeasuredFit) -> None:
 
 
 def known(session: Session, *, digest: str, quantization: Quantization) -> list[KnownDevice]:
-    """The devices that count, the largest first, and how runs of this base came out on each."""
-    fresh = DeviceReport.seen_at > func.clock_timestamp() - COUNTS_FOR
+    """List the devices that count, largest memory first, each with the measured runs of this base model on it."""
+    fresh = DeviceReport.seen_at > func.clock_timestamp() - DEVICE_TTL
     rows = session.scalars(select(DeviceReport).where(fresh).order_by(DeviceReport.memory_bytes.desc())).all()
     return [
         KnownDevice(
@@ -61,7 +62,7 @@ def known(session: Session, *, digest: str, quantization: Quantization) -> list[
 def weighings(
     session: Session, *, digest: str, quantization: Quantization, kind: str, name: str | None = None
 ) -> Sequence[Weighing]:
-    """The latest runs of a base on a device, or on every device of a kind, newest first."""
+    """List the latest runs of a base model, newest first: on the device `name`, or on all devices of a kind."""
     found = select(MemoryWeighing).where(
         MemoryWeighing.digest == digest,
         MemoryWeighing.quantization == quantization.value,
@@ -69,5 +70,5 @@ def weighings(
     )
     if name is not None:
         found = found.where(MemoryWeighing.name == name)
-    rows = session.scalars(found.order_by(MemoryWeighing.created_at.desc()).limit(LATEST)).all()
+    rows = session.scalars(found.order_by(MemoryWeighing.created_at.desc()).limit(MAX_RUNS)).all()
     return [Weighing(computed_bytes=row.computed_bytes, measured_bytes=row.measured_bytes) for row in rows]

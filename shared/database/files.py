@@ -1,4 +1,7 @@
-"""Uploaded datasets and result files: look-ups, locks and deletion of their rows. Must not touch S3."""
+"""Uploaded datasets and result files: look-ups, locks and deletion of their rows.
+
+Owns: which files are live. Must not touch S3.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from shared.errors import Conflict, InvalidRequest, NotFound
 from shared.schemas.requests import TERMINAL, MethodName
 from shared.schemas.results import FileReport
 
-#: How a row is locked: `share` against deletion until the transaction ends, `update` against everything.
+#: A row lock until the transaction ends: `share` blocks changes and deletion, `update` blocks other locks too.
 Lock = Literal["share", "update"]
 
 
 def get_file(
     session: Session, tenant_id: str, file_id: str, *, param: str = "file_id", lock: Lock | None = None
 ) -> File:
-    """The tenant's file. Raises NotFound for one that is deleted, expired or another tenant's."""
+    """Return the tenant's file. Raises NotFound if it is deleted, expired or another tenant's."""
     query = select(File).where(File.id == file_id, File.tenant_id == tenant_id, live_file())
     if lock is not None:
         query = query.with_for_update(read=lock == "share")
@@ -36,9 +39,9 @@ def get_file(
 
 
 def get_usable_file(session: Session, tenant_id: str, file_id: str, method: MethodName | None, param: str) -> File:
-    """The tenant's dataset, locked against deletion until the job that needs it is stored.
+    """Return the tenant's dataset, locked against deletion until the transaction ends.
 
-    Raises NotFound, or InvalidRequest if its purpose or its row format does not suit `method`.
+    Raises NotFound, or InvalidRequest if its purpose is not `fine-tune` or its row format does not fit `method`.
     """
     file = get_file(session, tenant_id, file_id, param=param, lock="share")
     if file.purpose != "fine-tune":
@@ -52,7 +55,7 @@ def get_usable_file(session: Session, tenant_id: str, file_id: str, method: Meth
 def list_files(
     session: Session, tenant_id: str, *, purpose: str | None, after: str | None, limit: int, order: Order
 ) -> Rows[File]:
-    """A page of the tenant's files."""
+    """Return a page of the tenant's files, without deleted and expired ones."""
     query = select(File).where(File.tenant_id == tenant_id, live_file())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
@@ -60,18 +63,18 @@ def list_files(
 
 
 def delete_file(session: Session, tenant_id: str, file_id: str) -> File:
-    """Mark a file deleted. Raises Conflict while an unfinished job needs it; its object is the caller's to delete."""
+    """Mark a file as deleted. The caller deletes its object. Raises Conflict while an unfinished job needs the file."""
     file = get_file(session, tenant_id, file_id, lock="update")
     needs = or_(Job.training_file == file_id, Job.validation_file == file_id)
     user = session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, needs, Job.state.not_in(TERMINAL)).limit(1))
     if user is not None:
-        raise Conflict(f"job {user} still needs file {file_id}; cancel it or wait for its end", code="file_in_use")
+        raise Conflict(f"job {user} still needs file {file_id}; cancel it or wait until it ends", code="file_in_use")
     file.deleted_at = func.clock_timestamp()
     session.flush()
     return file
 
 
 def live_file() -> ColumnElement[bool]:
-    """Neither deleted nor expired."""
+    """The condition that a file is neither deleted nor expired."""
     fresh = File.expires_at.is_(None) | (File.expires_at > func.clock_timestamp())
     return File.deleted_at.is_(None) & fresh

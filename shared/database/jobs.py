@@ -1,7 +1,7 @@
-"""Jobs as their users see them: submit, look up, list, cancel, pause and resume.
+"""What users do with jobs: submit, look up, list, cancel, pause and resume. Also what a worker reads of its job.
 
-How states change is in `state_machine`, how a worker gets a job in `claims`, what the holder of a lease writes in
-`attempts`. Must not touch S3, nor ring.
+Owns: which requests are the same job. State changes are in `state_machine`, claims in `claims`, and the writes of a
+worker with a lease in `attempts`. Must not touch S3. Must not ring (shared/broker/doorbell.py does).
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def submit(
     idempotency_key: str | None = None,
     retry_window: float | None = None,
 ) -> tuple[Job, bool]:
-    """The job for this request, and whether it is new.
+    """Create the job for this request, or find the one that an earlier identical request created.
 
-    The same `idempotency_key` is the same job. `retry_window` (seconds; None for a first try) makes a retry of an
-    identical body the same job too: the stock client retries by itself and sends no key. Both are decided under a lock.
+    Returns the job and whether it is new. Two requests with the same `idempotency_key` are the same job. With
+    `retry_window` (seconds; None for a first try), a retry of an identical body is the same job too, because the
+    official `openai` client retries by itself and sends no key. An advisory lock makes concurrent requests wait for
+    each other. Raises NotFound, InvalidRequest, and Conflict if the key was used for another body.
     """
     body = request.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
@@ -55,8 +57,9 @@ def submit(
     base, start = _origin(session, tenant_id, request)
     lora = adapters.keep_shape(request.lora, start) if start is not None else request.lora
     if lora.use_dora and request.quantization is Quantization.INT8:
-        # peft takes the norm of the whole weight in each forward, whose scales bitsandbytes lets go of in training.
-        raise InvalidRequest('int8 bears no DoRA; allowed with it: "nf4" or "none"', param="quantization")
+        # peft computes the norm of the whole weight in each forward pass. That needs an int8 weight's scales, which
+        # bitsandbytes drops during training.
+        raise InvalidRequest('DoRA is not supported with int8; allowed: "nf4" or "none"', param="quantization")
     if start is not None:
         body["lora"] = lora.model_dump(mode="json")
     method = request.method.type
@@ -90,7 +93,7 @@ def submit(
 
 
 def get_job(session: Session, tenant_id: str, job_id: str) -> Job:
-    """The tenant's job; another tenant's is `NotFound` too."""
+    """Return the tenant's job. Raises NotFound, also for another tenant's job."""
     job = session.scalar(jobs_of(tenant_id).where(Job.id == job_id))
     if job is None:
         raise NotFound(f"no fine-tuning job {job_id!r}; list yours with GET /v1/fine_tuning/jobs", param="id")
@@ -98,7 +101,7 @@ def get_job(session: Session, tenant_id: str, job_id: str) -> Job:
 
 
 def jobs_of(tenant_id: str) -> Select[Job]:
-    """The tenant's jobs with all that the wire object shows, read afresh."""
+    """A query for the tenant's jobs with all that the API shows of them. It refreshes objects that the session has."""
     shown = select(Job).options(joinedload(Job.tenant), joinedload(Job.adapter)).where(Job.tenant_id == tenant_id)
     return shown.execution_options(populate_existing=True)
 
@@ -106,9 +109,10 @@ def jobs_of(tenant_id: str) -> Select[Job]:
 def list_jobs(
     session: Session, tenant_id: str, *, metadata: Mapping[str, str] | None, after: str | None, limit: int
 ) -> Rows[Job]:
-    """A page of the tenant's jobs, newest first, without dry runs.
+    """Return a page of the tenant's jobs, newest first, without dry runs.
 
-    `metadata` keeps the jobs that have all these pairs; None keeps those that have no metadata.
+    `metadata` selects the jobs that have all these pairs (an empty mapping selects all jobs); None selects the jobs
+    without metadata.
     """
     query = jobs_of(tenant_id).where(Job.dry_run.is_(False))
     if metadata is None:
@@ -119,13 +123,13 @@ def list_jobs(
 
 
 def list_events(session: Session, job_id: str, *, after: int | None, limit: int) -> Rows[JobEvent]:
-    """A page of a job's events, newest first; `after` is the sequence number of the last one seen."""
+    """Return a page of a job's events, newest first. `after` is the `seq` of the last event on the page before."""
     query = select(JobEvent).where(JobEvent.job_id == job_id)
     return keyset_rows(session, query, JobEvent.seq, after=after, limit=limit)
 
 
 def latest_plan(session: Session, tenant_id: str, *, training_file: str, base: str) -> Plan | None:
-    """The plan of the tenant's newest job, or dry run, on this file and base model."""
+    """Return the plan of the tenant's newest job or dry run on this file and base model, if one was planned."""
     planned = (
         select(Job.plan)
         .where(
@@ -142,7 +146,11 @@ def latest_plan(session: Session, tenant_id: str, *, training_file: str, base: s
 
 
 def set_desired_state(session: Session, tenant_id: str, job_id: str, desired: Desired) -> Job:
-    """Cancel, pause or resume. A leased job's worker obeys within one heartbeat; any other job moves at once."""
+    """Cancel, pause or resume a job.
+
+    A job that a worker has leased moves when the worker sees the request, within one heartbeat. Any other job moves at
+    once. Raises NotFound, and Conflict if the job has ended or is already being cancelled.
+    """
     job = session.scalar(select(Job).where(Job.tenant_id == tenant_id, Job.id == job_id).with_for_update())
     if job is None or job.state in TERMINAL or (job.desired_state == Desired.CANCEL and desired is not Desired.CANCEL):
         found = get_job(session, tenant_id, job_id)
@@ -155,7 +163,10 @@ def set_desired_state(session: Session, tenant_id: str, job_id: str, desired: De
 
 
 def queue_position(session: Session, job: Job) -> int | None:
-    """The place in line by priority and age, from 1; None unless it waits. A tenant with less running may overtake."""
+    """The job's place in the queue by priority and age, from 1; None if it is not queued.
+
+    Claims also prefer tenants with fewer running jobs, so a job behind this one may start first.
+    """
     if job.state != State.QUEUED:
         return None
     ahead = (Job.priority > job.priority) | ((Job.priority == job.priority) & (Job.created_at < job.created_at))
@@ -163,11 +174,11 @@ def queue_position(session: Session, job: Job) -> int | None:
     return (session.scalar(count) or 0) + 1
 
 
-# ---------------------------------------------------------------- how a worker gets a job
+# ---------------------------------------------------------------- what a worker reads
 
 
 class Inputs(NamedTuple):
-    """The rows that a job trains from."""
+    """The rows of a job's base model and datasets."""
 
     base: BaseModelRow
     training: File
@@ -175,33 +186,30 @@ class Inputs(NamedTuple):
 
 
 def check_schema(session: Session) -> None:
-    """Read the table of jobs. Raises, on leaving the scope, if the server or the schema is not there."""
+    """Read the table of jobs, to check that the server and the schema are there. Errors appear as from any query."""
     session.execute(select(Job.id).limit(1))
 
 
 def inputs_of(session: Session, job: Job) -> Inputs:
-    """The base model and the datasets of a job, deleted ones included: what a running job uses stays."""
+    """Return the base model and datasets of a job, including deleted ones: a running job keeps its inputs."""
     validation = session.get_one(File, job.validation_file) if job.validation_file else None
     return Inputs(session.get_one(BaseModelRow, job.base_model), session.get_one(File, job.training_file), validation)
 
 
 def metrics_of(session: Session, job_id: str, *, last: int | None = None) -> list[Metrics]:
-    """The recorded steps of a job in order; only the `last` ones if that is given."""
+    """Return the recorded steps of a job in order, or only the `last` ones."""
     rows = select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step.desc()).limit(last)
     return [Metrics.model_validate(row.values) for row in session.scalars(rows)][::-1]
 
 
 def published_name(session: Session, job: Job) -> str:
-    """The name that clients will use for the job's fine-tuned model."""
+    """Return the name that the job's fine-tuned model will have."""
     tenant = session.get_one(Tenant, job.tenant_id)
     return fine_tuned_name(job.base_model, tenant.name, job.request.get("suffix"), job.id)
 
 
-# ---------------------------------------------------------------- what the sweeper asks
-
-
 def _origin(session: Session, tenant_id: str, request: JobCreate) -> tuple[BaseModelRow, AdapterSource | None]:
-    """The base, and the adapter on it that training starts from, if any."""
+    """Return the base model, and the adapter that training starts from, if any."""
     named = None if adapters.names_adapter(request.model) else get_base_model(session, request.model)
     start = adapters.adapter_source(session, tenant_id, request)
     return named or get_base_model(session, start.base if start else request.model), start
@@ -219,6 +227,7 @@ def _move_unleased(session: Session, job: Job, desired: Desired) -> None:
 def _earlier(
     session: Session, tenant_id: str, digest: bytes, idempotency_key: str | None, retry_window: float | None
 ) -> Job | None:
+    """Find the job that an earlier identical request created. Raises Conflict if the key came with another body."""
     if idempotency_key is not None:
         job = session.scalar(jobs_of(tenant_id).where(Job.idempotency_key == idempotency_key))
         if job is not None and job.request_sha256 != digest:

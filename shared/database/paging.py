@@ -1,6 +1,7 @@
-"""Keyset pages: `after` names the last row seen, and one row more than asked for shows whether there are more.
+"""Keyset pagination: `after` is the id of the last row of the page before.
 
-Ids sort by creation, so a page is a range of the primary key whatever the size of the table.
+A query reads one row more than the page has, to know whether there are more. Ids sort by creation time
+(shared/ids.py), so a page is a range of the primary key, and fast however large the table is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Row = TypeVar("Row")
 
 
 class Rows(NamedTuple, Generic[Row]):
-    """One page of rows, and whether more follow it."""
+    """One page of rows, and whether there are more."""
 
     rows: list[Row]
     has_more: bool
@@ -30,7 +31,7 @@ def keyset_rows(
     limit: int,
     order: Order = "desc",
 ) -> Rows[Row]:
-    """Up to `limit` rows of `query` beyond `after` in the order of `column`, newest first by default."""
+    """Return up to `limit` rows of `query` that follow `after` in the order of `column`, descending by default."""
     if after is not None:
         query = query.where(column < after if order == "desc" else column > after)
     rows = session.scalars(query.order_by(column.desc() if order == "desc" else column.asc()).limit(limit + 1)).all()

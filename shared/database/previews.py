@@ -1,8 +1,9 @@
-"""The table of previews: asked for by a request that waits, taken and answered by a worker of the `prepare` queue.
+"""The rows of previews: created by an API request that waits, answered by a worker of the `prepare` queue.
 
-No lease and no epoch: an answer is a pure function of a file, a base and a request, so two workers at one preview waste
-time and nothing else. Who works on one says so every few seconds; where it falls silent, another takes over. Postgres's
-clock only. Must not touch S3, nor ring.
+Owns: when a preview is waiting, taken, answered or too old. There is no lease and no epoch: the answer depends only on
+the file, the base model and the request, so two workers on one preview waste time and do no harm. A worker reports
+every few seconds that it works on a preview; when the reports stop, another worker takes it. Times come from Postgres's
+clock. Must not touch S3. Must not ring (shared/broker/doorbell.py does).
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from shared.errors import TooMany
 from shared.ids import new_id
 from shared.schemas.preview import PreviewCreate, PreviewError, PreviewOut
 
-#: Asked for longer ago than this, nobody waits for it any more.
+#: A preview older than this is not worked on: no client waits for it any more.
 WANTED_SECONDS = 120.0
-#: Taken, and not heard of for so long: its worker is gone.
+#: A preview whose worker has not reported for this long may be taken by another worker.
 SILENT_SECONDS = 10.0
-#: Workers that may die at one preview before it is thought to be the reason.
-MOST_TAKES = 2
-#: Previews of a tenant that may wait at once.
-MOST_WAITING = 4
+#: After this many workers have died while working on a preview, it is refused: it probably causes the crash.
+MAX_TAKES = 2
+#: How many previews of one tenant may wait at once.
+MAX_WAITING = 4
+#: Previews older than this are deleted.
 KEPT_SECONDS = 3600.0
 
 
 def create(session: Session, tenant_id: str, request: PreviewCreate) -> str:
-    """The id of a preview to wait for. The same question within minutes is the same preview, unless that one failed.
+    """Create a preview and return its id, or the id of the same tenant's identical preview of the last WANTED_SECONDS.
 
-    So a client that was told to come back finds what was done meanwhile.
+    So a client that asks again after a timeout gets the answer that was computed meanwhile. A preview that failed is
+    not reused. Raises NotFound, InvalidRequest, and TooMany if MAX_WAITING previews of the tenant are waiting.
     """
     base = base_models.get_base_model(session, request.model)
     files.get_usable_file(session, tenant_id, request.training_file, None, "training_file")
@@ -42,8 +45,8 @@ def create(session: Session, tenant_id: str, request: PreviewCreate) -> str:
     if earlier is not None:
         return earlier
     waiting = select(func.count()).where(Preview.tenant_id == tenant_id, Preview.finished_at.is_(None), _wanted())
-    if (session.scalar(waiting) or 0) >= MOST_WAITING:
-        raise TooMany(f"{MOST_WAITING} previews of yours are waiting, and no more may; ask again once they are done")
+    if (session.scalar(waiting) or 0) >= MAX_WAITING:
+        raise TooMany(f"{MAX_WAITING} previews of yours are waiting; allowed: {MAX_WAITING}; retry when one is done")
     preview = Preview(
         id=new_id("preview-"),
         tenant_id=tenant_id,
@@ -57,7 +60,7 @@ def create(session: Session, tenant_id: str, request: PreviewCreate) -> str:
 
 
 def find(session: Session, preview_id: str) -> tuple[Preview, bool]:
-    """The preview, and whether a worker is at it."""
+    """Return the preview, and whether a worker is working on it."""
     taken = func.coalesce(Preview.taken_at > _ago(SILENT_SECONDS), False)
     preview, is_taken = session.execute(select(Preview, taken).where(Preview.id == preview_id)).one()
     return preview, is_taken
@@ -67,15 +70,15 @@ def find(session: Session, preview_id: str) -> tuple[Preview, bool]:
 
 
 def take(session: Session) -> Preview | None:
-    """The preview that has waited longest, and that nobody is at. One that workers have died of is refused instead."""
+    """Take the oldest preview that no worker is working on. Refuse those that have killed MAX_TAKES workers."""
     free = Preview.taken_at.is_(None) | (Preview.taken_at < _ago(SILENT_SECONDS))
     waiting = (Preview.finished_at.is_(None), _wanted(), free)
-    message = f"{MOST_TAKES} workers ended while they were at this preview"
-    deadly = PreviewError(code="trainer_crashed", message=message, retryable=False)
+    message = f"{MAX_TAKES} workers ended while working on this preview; it is not tried again"
+    error = PreviewError(code="trainer_crashed", message=message, retryable=False)
     session.execute(
         update(Preview)
-        .where(*waiting, Preview.takes >= MOST_TAKES)
-        .values(error=deadly.model_dump(mode="json"), finished_at=func.clock_timestamp())
+        .where(*waiting, Preview.takes >= MAX_TAKES)
+        .values(error=error.model_dump(mode="json"), finished_at=func.clock_timestamp())
     )
     oldest = select(Preview).where(*waiting).order_by(Preview.created_at).limit(1)
     preview = session.scalar(oldest.with_for_update(skip_locked=True))
@@ -85,25 +88,25 @@ def take(session: Session) -> Preview | None:
 
 
 def keep(session: Session, preview_id: str) -> bool:
-    """Say that a worker is still at it; False if that is for nothing: it is answered, or nobody waits any more."""
+    """Report that a worker is still working on it. Returns False if it can stop: answered already, or too old."""
     waiting = update(Preview).where(Preview.id == preview_id, Preview.finished_at.is_(None), _wanted())
     return session.scalar(waiting.values(taken_at=func.clock_timestamp()).returning(Preview.id)) is not None
 
 
 def give_back(session: Session, preview_id: str) -> None:
-    """Leave it to another worker, at once."""
+    """Release the preview, so that another worker can take it at once. This take is not counted."""
     session.execute(_unfinished(preview_id).values(taken_at=None, takes=Preview.takes - 1))
 
 
 def answer(session: Session, preview_id: str, result: PreviewOut) -> None:
-    """The first answer counts."""
+    """Store the answer, unless the preview already has one or was refused."""
     session.execute(
         _unfinished(preview_id).values(result=result.model_dump(mode="json"), finished_at=func.clock_timestamp())
     )
 
 
 def refuse(session: Session, preview_id: str, error: PreviewError) -> None:
-    """Say why there is none."""
+    """Store why the preview cannot be answered, unless it already has an answer or was refused."""
     session.execute(
         _unfinished(preview_id).values(error=error.model_dump(mode="json"), finished_at=func.clock_timestamp())
     )
@@ -113,7 +116,7 @@ def refuse(session: Session, preview_id: str, error: PreviewError) -> None:
 
 
 def drop_old(session: Session) -> None:
-    """They hold rows of datasets, which are not ours to keep."""
+    """Delete previews older than KEPT_SECONDS: they contain rows of users' datasets, which must not be kept."""
     session.execute(delete(Preview).where(Preview.created_at < _ago(KEPT_SECONDS)))
 
 

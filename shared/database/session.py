@@ -1,7 +1,7 @@
-"""The engine, the session scope, and what runs after a commit.
+"""The database engine, transactions, and effects that run after a commit.
 
-The only `commit()` of the code base is in `session_scope`. Effects that must not happen unless the transaction did
-(ringing a queue) are handed to `after_commit`. No network or GPU work inside a scope.
+Owns: the only `commit()` of the code base, in `session_scope`. An effect that must happen only if the transaction is
+committed (ringing a queue) is passed to `after_commit`. A scope must not contain network or GPU work.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from shared.telemetry import log
 
 
 def engine(url: str | None = None) -> Engine:
-    """The process's engine for a libpq URL; `None` means the one in the settings."""
+    """Return this process's engine for a libpq URL; None means the URL in the settings."""
     return _engine(url or get_settings().database_url.get_secret_value())
 
 
 @lru_cache(maxsize=4)
 def _engine(url: str) -> Engine:
-    """Timeouts are short and every statement is bounded, so that a server that is gone is an error and not a hang.
+    """Create an engine with short timeouts for everything, so that a server that is down is an error and not a hang.
 
-    One whose machine answers while its process stands still is waited for: libpq has no timeout for that.
+    One case still hangs: the server's machine answers, but its process is stopped. libpq has no timeout for that.
     """
     return create_engine(
         re.sub("^postgres(ql)?://", "postgresql+psycopg://", url),
@@ -51,16 +51,17 @@ def _engine(url: str) -> Engine:
 
 @contextmanager
 def session_scope(bind: Engine | None = None) -> Iterator[Session]:
-    """One transaction: commits at the end, rolls back on any exception, then runs what `after_commit` was given.
+    """Run one transaction: commit at the end, or roll back on any exception.
 
-    A server that is down, or too slow for the timeouts above, is `Unavailable`: the caller may try again.
+    After a commit the effects given to `after_commit` run. Raises Unavailable if the server is down or too slow for the
+    engine's timeouts: the caller may try again.
     """
     with Session(bind or engine(), expire_on_commit=False) as session:
         try:
             yield session
             session.commit()
         except (DBAPIError, TimeoutError) as error:
-            if isinstance(error, DBAPIError) and not _passing(error):
+            if isinstance(error, DBAPIError) and not _is_transient(error):
                 raise
             reason = (str(getattr(error, "orig", error)) or type(error).__name__).splitlines()[0]
             raise Unavailable(f"Postgres: {reason}; try again, or run `milliner doctor`") from error
@@ -68,39 +69,40 @@ def session_scope(bind: Engine | None = None) -> Iterator[Session]:
         try:
             effect()
         except Unavailable as error:
-            log.warning("effect.failed", error=error.message)
+            log.warning("after_commit.failed", error=error.message)
 
 
 def after_commit(session: Session, effect: Callable[[], object]) -> None:
-    """Run `effect` once this session's transaction is durable; never, if it rolls back.
+    """Run `effect` after this session's transaction has committed; never if it rolls back.
 
-    What is durable stays so: an effect that finds its server down is logged, and the caller still succeeds.
+    The commit stands whatever the effect does: if the effect raises Unavailable, that is logged and the caller
+    succeeds.
     """
     session.info.setdefault(_EFFECTS, []).append(effect)
 
 
 def ping(session: Session) -> None:
-    """Ask the server for an answer. Raises Unavailable, on leaving the scope, if there is none."""
+    """Make the server answer a trivial query. If it does not, `session_scope` raises Unavailable."""
     session.execute(select(1))
 
 
 def try_lock(session: Session, name: str) -> bool:
-    """Take the advisory lock of that name until the transaction ends; False if somebody else holds it."""
+    """Take the advisory lock of that name until the transaction ends; False if another transaction has it."""
     return bool(session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))))
 
 
 def wait_for_lock(session: Session, name: str) -> None:
-    """Take the advisory lock of that name until the transaction ends, once whoever holds it is done."""
+    """Wait for the advisory lock of that name, and take it until the transaction ends."""
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 _EFFECTS = "after_commit"
 
 
-def _passing(error: DBAPIError) -> bool:
-    """The server's trouble rather than ours: connections, resources, shutdowns, read-only standbys, time-outs.
+def _is_transient(error: DBAPIError) -> bool:
+    """Whether the server is at fault, not our SQL: connections, resources, shutdowns, read-only standbys, timeouts.
 
-    By class of SQLSTATE: https://www.postgresql.org/docs/18/errcodes-appendix.html
+    Decided by class of SQLSTATE: https://www.postgresql.org/docs/18/errcodes-appendix.html
     """
     state = getattr(error.orig, "sqlstate", None) or ""
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError) or state[:2] == "25"

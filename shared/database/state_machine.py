@@ -1,7 +1,9 @@
 """The states of a job, and every move between them.
 
-Owns every change of state: `transition` is the only writer of `state`. It makes one guarded UPDATE and writes one event
-row in the same transaction. Postgres's clock only."""
+Owns: every change of `Job.state`. `transition` is the only function that changes it: one UPDATE with a WHERE clause
+that checks state and lease, and one event row, in the same transaction. Times come from Postgres's clock.
+Must not decide which move to make: `jobs`, `claims` and `attempts` do.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,16 @@ from shared.broker.queues import Queue
 from shared.database.tables import Job, JobEvent
 from shared.schemas.requests import TERMINAL, State
 
+#: The state of the jobs that wait in each queue.
 WAITING = {Queue.PREPARE: State.VALIDATING, Queue.TRAIN: State.QUEUED}
-
-
+#: The states that are not final.
 LIVE = frozenset(State) - TERMINAL
-
-
+#: The states in which a worker can have the lease.
 LEASABLE = frozenset({State.VALIDATING, State.RUNNING})
 
 
 class Reason(StrEnum):
-    """Why a job is in its state. Stored; the state follows from it (see MOVES)."""
+    """Why a job made its last move. Stored in `Job.reason`; MOVES says which state follows."""
 
     PLANNED = "planned"
     CLAIMED = "claimed"
@@ -43,7 +44,10 @@ class Reason(StrEnum):
 
 
 class Move(NamedTuple):
-    """From which states, to which; None is back to wait: `running → queued`, `validating_files` stays."""
+    """One move: the states it may start from, the state it leads to, and the event that it writes.
+
+    A target of None means back to waiting: a `running` job becomes `queued`, any other job keeps its state.
+    """
 
     source: frozenset[State]
     target: State | None
@@ -61,10 +65,12 @@ MOVES = {
     Reason.CANCELLED: Move(LIVE, State.CANCELLED, "warn", "The job was cancelled"),
     Reason.PAUSED: Move(LIVE, State.PAUSED, "info", "The job was paused"),
     Reason.RESUMED: Move(frozenset({State.PAUSED}), State.QUEUED, "info", "The job was resumed"),
-    Reason.PREEMPTED: Move(LEASABLE, None, "info", "The attempt was given back; the job waits for the next"),
+    Reason.PREEMPTED: Move(LEASABLE, None, "info", "The worker released the job; it will be tried again"),
     Reason.CRASHED: Move(LEASABLE, None, "warn", "The attempt crashed; the job will be tried again"),
-    Reason.OUT_OF_MEMORY: Move(LEASABLE, None, "warn", "The attempt was killed for its memory; the next takes less"),
-    Reason.LEASE_EXPIRED: Move(LEASABLE, None, "warn", "The worker fell silent; the job will be tried again"),
+    Reason.OUT_OF_MEMORY: Move(
+        LEASABLE, None, "warn", "The attempt was killed because memory ran out; the next one uses less"
+    ),
+    Reason.LEASE_EXPIRED: Move(LEASABLE, None, "warn", "The lease expired; the job will be tried again"),
 }
 
 
@@ -77,10 +83,11 @@ def transition(
     message: str | None = None,
     values: dict[str, Any] | None = None,
 ) -> bool:
-    """Move a job as MOVES says and write the event; False if it was not in a state, or at an epoch, that allows it.
+    """Make the move for `reason` and write its event. Returns False if the job's state or lease epoch forbids it.
 
-    Every move but a claim gives up the lease. `epoch=None` is for moves that no worker makes; `values` are columns to
-    set beside the state.
+    `epoch` is the lease epoch of the worker that asks. None means that the move needs no lease: claims, and what users
+    do to a job that no worker has. Every move except a claim ends the lease. `message` replaces the move's own event
+    message. `values` are further columns to set.
     """
     move, values = MOVES[reason], dict(values or {})
     target: Any = move.target
@@ -110,3 +117,26 @@ def transition(
     )
     session.flush()
     return True
+
+
+def mermaid() -> str:
+    """Render MOVES as a Mermaid `stateDiagram-v2`: one arrow for each pair of states, labelled with its reasons."""
+    arrows: dict[tuple[State, State], list[Reason]] = {}
+    for reason, move in MOVES.items():
+        for source in sorted(move.source, key=list(State).index):
+            arrows.setdefault((source, _target(move, source)), []).append(reason)
+    return "\n".join(
+        [
+            "stateDiagram-v2",
+            f"    [*] --> {State.VALIDATING}",
+            *(f"    {source} --> {target}: {', '.join(reasons)}" for (source, target), reasons in arrows.items()),
+            *(f"    {state} --> [*]" for state in State if state in TERMINAL),
+        ]
+    )
+
+
+def _target(move: Move, source: State) -> State:
+    """The state that `move` leads to from `source`; the same rule as the CASE in `transition`."""
+    if move.target is not None:
+        return move.target
+    return State.QUEUED if source is State.RUNNING else source

@@ -1,7 +1,9 @@
-"""The tables. Postgres only: JSONB, partial indexes, `clock_timestamp()`.
+"""The database tables, one class each.
 
-The state machine lives in shared/database/jobs.py; a trigger (see the first migration) makes terminal states absorbing even for
-hand-written SQL. Must not hold logic.
+Owns: columns, constraints and indexes. Postgres only (JSONB, partial indexes, `clock_timestamp()`). Database triggers
+enforce three rules even for hand-written SQL: a job in a terminal state keeps it, `lease_epoch` never decreases, and
+job events are never changed or deleted (migrations 0001 and 0002). Must not hold logic:
+shared/database/state_machine.py changes states.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ NOW = text("clock_timestamp()")
 
 
 class Table(DeclarativeBase):
+    """Base class: how constraints are named, and which Postgres type a Python type becomes."""
+
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -39,6 +43,8 @@ class Table(DeclarativeBase):
 
 
 class Tenant(Table):
+    """A customer of the service. Every file, job and adapter belongs to exactly one."""
+
     __tablename__ = "tenants"
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -47,7 +53,7 @@ class Tenant(Table):
 
 
 class ApiKey(Table):
-    """`id` is the public part of the secret; only the SHA-256 of the whole is stored."""
+    """An API key. `id` is the public part of the key; only the SHA-256 of the whole key is stored."""
 
     __tablename__ = "api_keys"
 
@@ -60,6 +66,11 @@ class ApiKey(Table):
 
 
 class File(Table):
+    """An uploaded dataset, or the result file of a job. Its bytes are the object `key` in the bucket.
+
+    `report` is what validation found in a dataset. A file can be used until `deleted_at` or `expires_at`.
+    """
+
     __tablename__ = "files"
     __table_args__ = (Index(None, "tenant_id", "id"),)
 
@@ -79,7 +90,10 @@ class File(Table):
 
 
 class BaseModelRow(Table):
-    """A frozen base, mirrored into the bucket under `prefix`; `files` lists {path, bytes, sha256}."""
+    """A base model, copied into the bucket under `prefix`. It never changes.
+
+    `files` lists {path, bytes, sha256}; `digest` identifies those files.
+    """
 
     __tablename__ = "base_models"
 
@@ -97,10 +111,23 @@ class BaseModelRow(Table):
 
 
 class Job(Table):
-    """The job. Written by shared/database/jobs.py only.
+    """A fine-tuning job. Only shared/database/state_machine.py changes its `state`.
 
-    `start_…` is the adapter that it begins with, as it was when the job was submitted: the name that clients know, the
-    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays (shared/database/adapters.py).
+    `request` is what the user asked for; `request_sha256` identifies retries of the same request. `desired_state` is
+    what the user wants now; `state` is where the job is.
+
+    The lease: `lease_owner` works on the job until `lease_expires_at`. Each claim raises `lease_epoch`, and every write
+    of a worker names its epoch, so that a worker that lost its lease changes nothing.
+
+    Attempts: no worker claims the job before `not_before`. `attempt` counts the claims for training, `crash_count` the
+    crashes, `preempt_count` the times a worker gave the job back, `fallback_level` the times the kernel killed it for
+    lack of memory. `event_seq` is the number of the last event.
+
+    `rung_at` is when the queue was last notified of the job, and `ring_count` how often.
+
+    `start_name`, `start_prefix` and `start_sha256` describe the adapter that training starts from, as it was at
+    submission: its name, its folder in the bucket, and the SHA-256 of its weights. All three are null without one. The
+    row that the adapter came from may be deleted; the folder is kept (shared/database/adapters.py).
     """
 
     __tablename__ = "jobs"
@@ -170,9 +197,9 @@ class Job(Table):
 
 
 class JobEvent(Table):
-    """Append-only (a trigger sees to it); `seq` counts from 1 within a job, without gaps.
+    """An event of a job, as users see it. Append-only (a trigger enforces it).
 
-    `lease_epoch` is the job's when the event was written.
+    `seq` counts from 1 within a job, without gaps. `lease_epoch` is the job's epoch when the event was written.
     """
 
     __tablename__ = "job_events"
@@ -188,7 +215,7 @@ class JobEvent(Table):
 
 
 class JobMetric(Table):
-    """One row a step. A resumed attempt overwrites the steps that it trains again."""
+    """The metrics of one optimizer step. A resumed attempt overwrites the steps that it trains again."""
 
     __tablename__ = "job_metrics"
 
@@ -198,7 +225,10 @@ class JobMetric(Table):
 
 
 class Checkpoint(Table):
-    """A checkpoint is real once this row is; `files` lists {path, bytes, sha256} under `prefix`."""
+    """A checkpoint of a job. It exists once this row is committed; uploaded files alone do not count.
+
+    `files` lists {path, bytes, sha256} under `prefix`.
+    """
 
     __tablename__ = "checkpoints"
     __table_args__ = (Index("uq_checkpoints_job_step", "job_id", "step", unique=True),)
@@ -215,9 +245,10 @@ class Checkpoint(Table):
 
 
 class Preview(Table):
-    """Rows of a dataset as a base's tokenizer sees them: asked for by a request that waits, answered by a worker.
+    """A preview: rows of a dataset as the base model's tokenizer sees them.
 
-    No lease: whoever takes it and dies is followed by another, and `takes` counts them.
+    An API request creates the row and waits; a worker fills in `result` or `error`. There is no lease: if a worker
+    dies, another takes the preview, and `takes` counts the workers (shared/database/previews.py).
     """
 
     __tablename__ = "previews"
@@ -237,7 +268,7 @@ class Preview(Table):
 
 
 class DeviceReport(Table):
-    """What a training worker has said that it trains on; see shared/database/devices.py."""
+    """A device that a training worker has reported as its own, last at `seen_at` (shared/database/devices.py)."""
 
     __tablename__ = "devices"
 
@@ -248,7 +279,10 @@ class DeviceReport(Table):
 
 
 class MemoryWeighing(Table):
-    """What one job's run took of its device, beside what was computed; `digest` is the base's."""
+    """Peak memory of one job's run: what was computed beforehand and what was measured on its device.
+
+    `digest` is that of the base model; `kind` and `name` are the device's.
+    """
 
     __tablename__ = "memory_weighings"
     __table_args__ = (Index("ix_memory_weighings_base", "digest", "quantization", "kind", "created_at"),)
@@ -266,8 +300,9 @@ class MemoryWeighing(Table):
 class Adapter(Table):
     """The published result of one job, known to clients as `name`.
 
-    `proof` is what was shown of the published files before the job succeeded; `signed_by` the public key, base64;
-    `exports` are the further forms that it was published in, or why one is not.
+    `files` lists {path, bytes, sha256} under `prefix`. `proof` is the result of verifying the published files before
+    the job succeeded. `signed_by` is the public key of the signature, in base64. `exports` lists the other formats that
+    were published, or why one was not.
     """
 
     __tablename__ = "adapters"

@@ -114,7 +114,7 @@ def test_a_classification_job_requires_labels(client: openai.OpenAI) -> None:
         ({"extra_body": {"lora": {"rank": 8}}}, "lora.rank", "allowed: alpha, dropout, loraplus_lr_ratio, r"),
         ({"extra_body": {"lora": {"r": 0}}}, "lora.r", "greater than or equal to 1"),
         ({"extra_body": {"lora": {"loraplus_lr_ratio": 0.5}}}, "lora.loraplus_lr_ratio", "greater than or equal to 1"),
-        ({"extra_body": {"from_checkpoint": BASE}}, "from_checkpoint", "names no adapter"),
+        ({"extra_body": {"from_checkpoint": BASE}}, "from_checkpoint", "is not the name of an adapter"),
         ({"extra_body": {"from_checkpoint": "ftckpt_0"}}, "from_checkpoint", "no checkpoint 'ftckpt_0'"),
         ({"model": "ft:x"}, "model", "no model 'ft:x'"),
         ({"extra_body": {"trainer": {"stepz": 8}}}, "trainer.stepz", "allowed: early_stopping"),

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from api.app import app
 from client.cli import app as cli
+from shared.database import state_machine
 from shared.schemas.requests import JobCreate, Lora, TrainerParams
 from shared.settings import Settings
 
@@ -22,6 +23,7 @@ DOCUMENTS = sorted(
 SETTINGS = (ROOT / "docs" / "reference" / "settings.md").read_text()
 API = (ROOT / "docs" / "reference" / "api.md").read_text()
 COMMANDS = (ROOT / "docs" / "reference" / "commands.md").read_text()
+STATES = (ROOT / "docs" / "explain" / "states.md").read_text()
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -51,6 +53,14 @@ def test_every_operation_is_in_the_reference() -> None:
 def test_every_command_is_in_the_reference() -> None:
     for words in spelled(typer.main.get_command(cli), ("milliner",)):
         assert f"`{' '.join(words)}" in COMMANDS, words
+
+
+def test_the_diagram_of_states_is_the_one_that_the_code_renders() -> None:
+    assert re.findall(r"^```mermaid\n(.*?)\n```$", STATES, re.M | re.S) == [state_machine.mermaid()]
+
+
+def test_every_reason_of_a_move_has_its_line() -> None:
+    assert re.findall(r"^- `(\w+)`: ", STATES, re.M) == list(state_machine.Reason)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -142,9 +142,9 @@ def test_a_key_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None
     make = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", str(private)]
     subprocess.run(make, check=True, capture_output=True)
     subprocess.run(["openssl", "pkey", "-in", str(private), "-pubout", "-out", str(public)], check=True)
-    with pytest.raises(InvalidRequest, match="it holds a"):
+    with pytest.raises(InvalidRequest, match="it contains a"):
         verify(adapter, public)
-    with pytest.raises(InvalidRequest, match="it holds a"):
+    with pytest.raises(InvalidRequest, match="it contains a"):
         signing.private_key(private)
 
 

@@ -1,4 +1,4 @@
-"""Configs of every known architecture, tiny ones and published ones, and a setup to estimate them with."""
+"""Model configs of every supported architecture, tiny and published ones, and a setup to estimate them with."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ REAL = {
         124_439_808,
         {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
     ),
-    # 124,645,632 of the bare model, whose pooler is as large as the classifier's dense layer, and two labels.
+    # 124,645,632 of the model without a head (its pooler is as large as the classifier's dense layer), and two labels.
     "RoBERTa-base": (
         124_645_632 + 2 * 769,
         {"model_type": "roberta", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}

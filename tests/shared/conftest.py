@@ -1,4 +1,4 @@
-"""A tenant and a dataset for tests that write below the API, in a database that no worker looks at."""
+"""A tenant and a dataset for tests that call the database code directly, in a database that no worker uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tenant(database: Engine) -> Tenant:
 
 @pytest.fixture
 def dataset(database: Engine, tenant: Tenant) -> str:
-    """The id of a file row, and a base model to go with it. Nothing here reads the bytes."""
+    """The id of a file row. A base model `tiny` is added too. There are no bytes: no test reads them."""
     file_id = f"file-{secrets.token_hex(15)}"
     with session_scope(database) as session:
         session.add(

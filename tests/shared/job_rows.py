@@ -1,4 +1,4 @@
-"""Jobs and the rows that go with them, written as the API and a worker write them."""
+"""Create jobs and their rows in the same way as the API and a worker do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0)
     job = make(database, tenant, dataset, priority=priority)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.QUEUED
+        assert attempts.finish_planning(session, job.id, epoch, PLAN) is State.QUEUED
     return job
 
 

@@ -1,4 +1,4 @@
-"""A folder is there whole or not at all: errors, kills, full disks, and what is on the disk when the name is."""
+"""A folder is complete or does not exist: after errors and kills, and in which order the disk gets files and name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_folder_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_nothing_but_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_leaves_the_older_folder_unchanged(tmp_path: Path, error: type[BaseException]) -> None:
     folder = older(tmp_path)
     with pytest.raises(error), disk.atomic_folder(folder) as partial:
         fail(partial, error)
@@ -43,14 +43,14 @@ def test_an_older_folder_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["other"]
 
 
-def test_all_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_flushed_before_the_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, fsync = list[str](), os.fsync
 
-    def noting(descriptor: int) -> None:
+    def recording_fsync(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
     folder = tmp_path / "folder"
     with disk.atomic_folder(folder) as partial:
         (partial / "below").mkdir()
@@ -60,7 +60,7 @@ def test_all_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pyte
     assert synced[-1] == str(tmp_path)
 
 
-def test_who_waits_can_give_up_before_each_file(tmp_path: Path) -> None:
+def test_tick_can_stop_before_each_file(tmp_path: Path) -> None:
     left = 2
 
     def tick() -> None:
@@ -74,19 +74,19 @@ def test_who_waits_can_give_up_before_each_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_named_place_is_emptied_first(tmp_path: Path) -> None:
-    folder, place = tmp_path / "folder", tmp_path / "folder.partial"
-    place.mkdir()
-    (place / "rest of a crash").write_bytes(b"x")
-    with disk.atomic_folder(folder, partial=place) as partial:
-        assert partial == place
+def test_a_given_partial_folder_is_emptied_first(tmp_path: Path) -> None:
+    folder, given = tmp_path / "folder", tmp_path / "folder.partial"
+    given.mkdir()
+    (given / "rest of a crash").write_bytes(b"x")
+    with disk.atomic_folder(folder, partial=given) as partial:
+        assert partial == given
         assert not list(partial.iterdir())
         (partial / "file").write_bytes(b"x")
     assert [path.name for path in folder.iterdir()] == ["file"]
-    assert not place.exists()
+    assert not given.exists()
 
 
-def test_a_kill_leaves_no_name(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     code = (
         "import sys, time; from pathlib import Path; from shared.disk import atomic_folder\n"
@@ -103,7 +103,7 @@ def test_a_kill_leaves_no_name(tmp_path: Path) -> None:
     assert [path.name.startswith(".partial-") for path in tmp_path.iterdir()] == [True]
 
 
-def test_a_file_in_the_way_stays(tmp_path: Path) -> None:
+def test_a_file_of_that_name_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").write_bytes(b"mine")
     with pytest.raises(NotADirectoryError), disk.atomic_folder(tmp_path / "folder") as partial:
         (partial / "file").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Real children, really killed; cgroups from files of our own."""
+"""Child processes are real and really killed; cgroups are read from files that the tests write."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ENV = linux.inherited(*linux.BASIC)
 # ---------------------------------------------------------------- children
 
 
-def test_a_child_has_the_environment_that_it_is_given_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_has_only_the_environment_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     done = linux.run(["/usr/bin/env"], env={"A": "1"})
     assert done.stdout == b"A=1\n"
     assert done.stderr == b""
 
 
-def test_inherited_are_those_that_are_named_and_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inherited_returns_variables_that_are_named_and_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANG", "C.UTF-8")
     monkeypatch.delenv("LC_ALL", raising=False)
     monkeypatch.setenv("MILLINER_API_KEY", "s3cret")
@@ -49,13 +49,13 @@ def test_a_child_leads_a_session_and_can_be_stopped_and_killed_with_its_group(tm
     linux.kill_group(child)
 
 
-def test_a_child_may_stay_in_our_group() -> None:
+def test_a_child_without_new_session_stays_in_our_group() -> None:
     command = ["/bin/sh", "-c", "cut -d' ' -f5 /proc/$$/stat"]
     with linux.spawn(command, env=ENV, stderr=subprocess.DEVNULL, new_session=False) as child:
         assert int(child.communicate()[0]) == os.getpgrp()
 
 
-def test_what_cannot_be_executed_is_an_os_error() -> None:
+def test_a_program_that_cannot_be_executed_is_an_os_error() -> None:
     with pytest.raises(FileNotFoundError):
         linux.run(["/nowhere/to/be/found"], env={})
 
@@ -67,14 +67,14 @@ def test_both_outputs_come_back_with_the_exit_code() -> None:
     assert linux.run(command, env=ENV, stderr=subprocess.STDOUT).stdout == b"out\nerr\n"
 
 
-def test_a_late_child_is_killed_with_its_group() -> None:
+def test_a_child_that_times_out_is_killed_with_its_group() -> None:
     command = ["/bin/sh", "-c", "sleep 60 & echo $!; wait"]
     with pytest.raises(subprocess.TimeoutExpired) as late:
         linux.run(command, env=ENV, timeout=0.5)
     until(lambda: state_of(int(late.value.output)) in "XZ")
 
 
-def test_a_child_that_ended_in_time_is_not_late_because_of_its_own_child() -> None:
+def test_a_child_that_ended_in_time_has_not_timed_out_because_of_its_own_child() -> None:
     done = linux.run(["/bin/sh", "-c", "sleep 60 & echo $!; exit 3"], env=ENV, timeout=0.5)
     assert done.returncode == 3
     until(lambda: state_of(int(done.stdout)) in "XZ")
@@ -84,9 +84,9 @@ def test_a_child_is_waited_for_and_then_killed() -> None:
     with linux.spawn(["/bin/sleep", "0"], env=ENV, stderr=subprocess.DEVNULL) as quick:
         assert linux.wait_or_kill(quick, seconds=20)
         assert quick.returncode == 0
-    with linux.spawn(["/bin/sh", "-c", "trap '' TERM; sleep 60"], env=ENV, stderr=subprocess.DEVNULL) as deaf:
-        assert not linux.wait_or_kill(deaf, seconds=0.1)
-        assert deaf.returncode == -signal.SIGKILL
+    with linux.spawn(["/bin/sh", "-c", "trap '' TERM; sleep 60"], env=ENV, stderr=subprocess.DEVNULL) as stubborn:
+        assert not linux.wait_or_kill(stubborn, seconds=0.1)
+        assert stubborn.returncode == -signal.SIGKILL
 
 
 def test_a_child_gets_its_signal_when_its_parent_is_killed(tmp_path: Path) -> None:
@@ -100,28 +100,28 @@ def test_a_child_gets_its_signal_when_its_parent_is_killed(tmp_path: Path) -> No
     parent = (
         "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
     )
-    command = [sys.executable, "-c", parent, orphan, str(tmp_path / "told")]
+    command = [sys.executable, "-c", parent, orphan, str(tmp_path / "signalled")]
     with linux.spawn(command, env=ENV | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as started:
         assert started.stdout is not None
         child = int(started.stdout.readline())
         os.kill(started.pid, signal.SIGKILL)
-        until((tmp_path / "told").exists)
+        until((tmp_path / "signalled").exists)
         until(lambda: state_of(child) in "XZ")
 
 
-def test_a_child_whose_parent_is_gone_is_told() -> None:
+def test_a_child_whose_parent_has_ended_gets_an_error() -> None:
     code = "from shared import linux; linux.kill_when_parent_dies(2**22 + 1)"
     done = linux.run([sys.executable, "-c", code], env=ENV | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1
     assert b"ProcessLookupError: the parent is gone" in done.stderr
 
 
-def test_a_signal_that_there_is_not_is_refused() -> None:
+def test_a_signal_that_does_not_exist_is_refused() -> None:
     with pytest.raises(OSError, match="PR_SET_PDEATHSIG"):
-        linux.kill_when_parent_dies(os.getppid(), by=1000)  # type: ignore[arg-type]  # no signal
+        linux.kill_when_parent_dies(os.getppid(), by=1000)  # type: ignore[arg-type]  # not a signal
 
 
-def test_nothing_of_ours_is_imported() -> None:
+def test_no_other_module_of_the_repository_is_imported() -> None:
     code = "import sys, shared.disk, shared.linux; print(*(name for name in sys.modules if name.startswith('shared')))"
     done = linux.run([sys.executable, "-c", code], env=ENV | {"PYTHONPATH": str(ROOT)})
     assert set(done.stdout.decode().split()) == {"shared", "shared.disk", "shared.linux"}
@@ -146,7 +146,7 @@ def test_the_clock_counts_from_boot() -> None:
         ({}, None),
     ],
 )
-def test_memory_is_limited_by_the_narrowest_group_that_we_are_in(
+def test_the_memory_limit_is_the_lowest_of_our_group_and_those_above(
     tmp_path: Path, limits: dict[str, str], lowest: int | None
 ) -> None:
     proc, cgroups = machine(tmp_path)
@@ -157,7 +157,7 @@ def test_memory_is_limited_by_the_narrowest_group_that_we_are_in(
 
 
 @pytest.mark.parametrize("where", ["cgroup", "above", "root", "machine", "nowhere"])
-def test_the_kernels_kills_are_counted_where_they_are_told(tmp_path: Path, where: str) -> None:
+def test_kills_for_lack_of_memory_are_read_from_the_nearest_counter(tmp_path: Path, where: str) -> None:
     proc, cgroups = machine(tmp_path)
     if where != "nowhere":
         (proc / "vmstat").write_text("nr_free_pages 5\noom_kill 3\n")
@@ -167,14 +167,14 @@ def test_the_kernels_kills_are_counted_where_they_are_told(tmp_path: Path, where
     assert linux.oom_kill_count(proc=proc, cgroups=cgroups) == {"machine": 3, "nowhere": 0}.get(where, 7)
 
 
-def test_groups_of_version_one_are_passed_over(tmp_path: Path) -> None:
+def test_cgroups_of_version_one_are_ignored(tmp_path: Path) -> None:
     proc, cgroups = machine(tmp_path)
     (proc / "self" / "cgroup").write_text("4:memory:/other\n0::/slice/worker\n1:name=systemd:/other\n")
     (cgroups / "slice" / "worker" / "memory.max").write_text("3000\n")
     assert linux.memory_limit(proc=proc, cgroups=cgroups) == 3000
 
 
-def test_this_machine_is_understood() -> None:
+def test_the_limits_of_this_machine_can_be_read() -> None:
     limit = linux.memory_limit()
     assert limit is None or limit > 0
     assert linux.oom_kill_count() >= 0
@@ -190,7 +190,7 @@ def machine(folder: Path) -> tuple[Path, Path]:
 
 
 def state_of(pid: int) -> str:
-    """As proc(5) tells it; X for a process that is gone."""
+    """The state of a process as in proc(5); X for a process that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

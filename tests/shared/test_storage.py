@@ -1,4 +1,4 @@
-"""The bucket, on the run's real SeaweedFS: hashes both ways, manifests last, nothing overwritten by a latecomer."""
+"""Object storage on a real SeaweedFS: hashes are checked, manifests come last, no zombie overwrites an object."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from shared.errors import Unavailable
 
 @pytest.fixture
 def prefix(stack: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A corner of the stack's bucket, for this process's own client."""
+    """A new prefix in the stack's bucket, with this process's client configured for it."""
     for name, value in stack.s3.model_dump().items():
         monkeypatch.setenv(f"MILLINER_S3_{name.upper()}", value)
     settings.get_settings.cache_clear()
     storage.client.cache_clear()
-    corner = f"unit/{secrets.token_hex(4)}/"
-    yield corner
-    storage.delete_prefix(corner)
+    prefix = f"unit/{secrets.token_hex(4)}/"
+    yield prefix
+    storage.delete_prefix(prefix)
     settings.get_settings.cache_clear()
     storage.client.cache_clear()
 
 
-def test_a_folder_goes_up_with_its_manifest_and_comes_back(prefix: str, tmp_path: Path) -> None:
+def test_a_folder_is_uploaded_with_its_manifest_and_downloaded(prefix: str, tmp_path: Path) -> None:
     there, back = tmp_path / "there", tmp_path / "back"
     (there / "sub").mkdir(parents=True)
     (there / "a.txt").write_text("hat")
@@ -47,13 +47,13 @@ def test_a_folder_goes_up_with_its_manifest_and_comes_back(prefix: str, tmp_path
     assert json.loads((back / "manifest.json").read_text()) == {"files": entries[:-1]}
 
 
-def test_a_large_stream_goes_up_in_parts(prefix: str) -> None:
+def test_a_large_stream_is_uploaded_in_parts(prefix: str) -> None:
     body = os.urandom(20 * 1024 * 1024)
     storage.put_stream(prefix + "big", io.BytesIO(body))
     assert b"".join(storage.read(prefix + "big")) == body
 
 
-def test_wrong_bytes_are_not_let_in_or_out(prefix: str, tmp_path: Path) -> None:
+def test_bytes_with_a_wrong_hash_are_neither_stored_nor_downloaded(prefix: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("hat")
     wrong = hashlib.sha256(b"cap").hexdigest()
@@ -76,18 +76,20 @@ def test_a_zombie_cannot_overwrite_what_its_successor_published(
         path.write_text(f"of epoch {epoch}")
         storage.put_folder(prefix, tmp_path, epoch=epoch)
     path.write_text("of a zombie")
-    with pytest.raises(storage.Fenced, match="epoch 3, ours is 2"):
+    with pytest.raises(storage.Fenced, match="epoch 3; this worker's epoch is 2"):
         storage.put_folder(prefix, tmp_path, epoch=2)
     assert b"".join(storage.read(prefix + "adapter")) == b"of epoch 3"
     assert not list(storage.unfinished(prefix))
 
 
-def test_a_file_in_parts_is_checked_as_a_whole(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_of_a_whole_file_is_checked_when_it_is_uploaded_in_parts(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "ONE_PUT", 0)
     monkeypatch.setattr(storage, "PART", 5 * storage.CHUNK)  # the least that S3 takes
     path = tmp_path / "model.gguf"
     path.write_bytes(os.urandom(11 * storage.CHUNK))
-    with pytest.raises(Unavailable, match="changed on its way"):
+    with pytest.raises(Unavailable, match="changed during its upload"):
         storage.put_file(prefix + "model.gguf", path, "0" * 64, epoch=1)
     assert not [*storage.listing(prefix), *storage.unfinished(prefix)]
     storage.put_file(prefix + "model.gguf", path, storage.sha256_of(path), epoch=1)
@@ -95,24 +97,24 @@ def test_a_file_in_parts_is_checked_as_a_whole(prefix: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
-def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
+def test_a_delayed_put_is_refused_after_its_successor_has_written(
     prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool
 ) -> None:
-    """The zombie has looked, and may overwrite epoch 1; before its put arrives, epoch 3 writes."""
+    """The zombie has read that it may overwrite epoch 1. Before its put arrives, epoch 3 writes."""
     late = tmp_path / "late"
     late.write_bytes(b"two")
     storage.put_bytes(prefix + "x", b"one", epoch=1)
-    look: Callable[..., object] = storage.client().head_object
-    looks = []
+    head: Callable[..., object] = storage.client().head_object
+    calls = []
 
-    def look_and_be_stuck(**asked: str) -> object:
-        answer = look(**asked)
-        looks.append(asked)
-        if len(looks) == 1:
+    def head_then_delay(**arguments: str) -> object:
+        answer = head(**arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
             storage.put_bytes(prefix + "x", b"three", epoch=3)
         return answer
 
-    monkeypatch.setattr(storage.client(), "head_object", look_and_be_stuck)
+    monkeypatch.setattr(storage.client(), "head_object", head_then_delay)
     monkeypatch.setattr(storage, "ONE_PUT", 3 if whole else 2)
     with pytest.raises(storage.Fenced):
         storage.put_file(prefix + "x", late, storage.sha256_of(late), epoch=2)
@@ -120,7 +122,7 @@ def test_a_put_that_was_stuck_since_before_its_successors_is_refused(
     assert not list(storage.unfinished(prefix))
 
 
-def test_a_presigned_url_needs_no_key_and_a_plain_one_is_refused(prefix: str) -> None:
+def test_a_presigned_url_needs_no_credentials_and_a_plain_one_is_refused(prefix: str) -> None:
     storage.put_bytes(prefix + "x", b"hat")
     url = storage.presign(prefix + "x")
     assert httpx.get(url).content == b"hat"
@@ -136,7 +138,7 @@ def test_delete_prefix_deletes_that_prefix_only(prefix: str) -> None:
         storage.delete_prefix(prefix + "a")
 
 
-def test_a_listing_is_whole_and_tells_ages_by_the_servers_clock(prefix: str) -> None:
+def test_a_listing_is_complete_and_ages_use_the_servers_clock(prefix: str) -> None:
     folders = ("a/", "a-b/", "a/b/", "ab/")
     keys = sorted(f"{prefix}{folder}{i}" for folder in folders for i in range(300))
     with ThreadPoolExecutor(8) as pool:
@@ -149,7 +151,7 @@ def test_a_listing_is_whole_and_tells_ages_by_the_servers_clock(prefix: str) -> 
     assert sorted(runs) == ["a", "a-b", "ab"]
 
 
-def test_many_are_deleted_a_thousand_at_a_time(prefix: str) -> None:
+def test_objects_are_deleted_a_thousand_at_a_time(prefix: str) -> None:
     there = [f"{prefix}{i}" for i in range(3)]
     for key in there:
         storage.put_bytes(key, b"x")

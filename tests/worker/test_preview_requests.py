@@ -83,7 +83,7 @@ def test_a_trainer_that_dies_costs_the_answer_and_no_more(asked: Asked, monkeypa
 
 
 def test_a_preview_that_workers_die_of_is_refused(asked: Asked) -> None:
-    for _ in range(previews.MOST_TAKES):
+    for _ in range(previews.MAX_TAKES):
         assert take() == asked.id
         pass_by("taken_at", previews.SILENT_SECONDS)
     assert take() is None
@@ -92,7 +92,7 @@ def test_a_preview_that_workers_die_of_is_refused(asked: Asked) -> None:
 
 
 def test_a_tenant_has_a_few_at_a_time(asked: Asked) -> None:
-    for rows in range(1, previews.MOST_WAITING):
+    for rows in range(1, previews.MAX_WAITING):
         ask(asked.tenant, asked.body.model_copy(update={"rows": rows}))
     with pytest.raises(TooMany, match="previews of yours are waiting"):
         ask(asked.tenant, asked.body.model_copy(update={"rows": 20}))

@@ -1,4 +1,4 @@
-"""What a job may start from, who may, and what must then not go away, on a real Postgres."""
+"""Which adapter a job may start from, who may use it, and what must then be kept, on a real Postgres."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def source(database: Engine, tenant: Tenant, dataset: str) -> Source:
         for step in (4, 8):
             metrics, prefix = Metrics(step=step, total_steps=8), f"checkpoints/{step}/"
             files = [Entry(path="state.json", bytes=1, sha256="c" * 64), weights(SAVED)]
-            attempts.checkpointed(session, job.id, epoch, step=step, prefix=prefix, files=files, metrics=metrics)
+            attempts.add_checkpoint(session, job.id, epoch, step=step, prefix=prefix, files=files, metrics=metrics)
         found = {checkpoint.step: checkpoint.id for checkpoint in latest_checkpoints(session, job.id)}
         published = adapter(job)
         published.name, published.prefix, published.files = model, f"adapters/{job.id}/", [weights(PUBLISHED)]
-        attempts.succeeded(session, job.id, epoch, report=REPORT, adapter=published, result_file=result_file(job))
+        attempts.succeed(session, job.id, epoch, report=REPORT, adapter=published, result_file=result_file(job))
     return Source(job.id, model, found)
 
 
@@ -74,9 +74,9 @@ def other_base(database: Engine) -> Iterator[str]:
         session.execute(text("DELETE FROM base_models WHERE name = 'other'"))
 
 
-def test_every_name_leads_to_its_adapter(database: Engine, tenant: Tenant, dataset: str, source: Source) -> None:
+def test_every_name_finds_its_adapter(database: Engine, tenant: Tenant, dataset: str, source: Source) -> None:
     step = f"{source.model}:ckpt-step-4"
-    asked: list[tuple[dict[str, str], str, str, str]] = [
+    requests: list[tuple[dict[str, str], str, str, str]] = [
         ({"from_checkpoint": source.model}, source.model, f"adapters/{source.job}/", PUBLISHED),
         ({"from_checkpoint": source.checkpoints[4]}, step, "checkpoints/4/", SAVED),
         ({"from_checkpoint": step}, step, "checkpoints/4/", SAVED),
@@ -84,14 +84,14 @@ def test_every_name_leads_to_its_adapter(database: Engine, tenant: Tenant, datas
         ({"model": source.checkpoints[4]}, step, "checkpoints/4/", SAVED),
         ({"model": step, "from_checkpoint": source.checkpoints[4]}, step, "checkpoints/4/", SAVED),
     ]
-    for body, name, prefix, sha256 in asked:
+    for body, name, prefix, sha256 in requests:
         job = submit(database, tenant, dataset, **body)
         assert (job.base_model, job.start_name, job.start_prefix, job.start_sha256) == ("tiny", name, prefix, sha256)
         shape = {key: job.request["lora"][key] for key in adapters.SHAPE}
         assert shape == {key: getattr(RECIPE, key) for key in adapters.SHAPE}
 
 
-def test_the_shape_is_the_sources_and_the_rest_is_free(
+def test_a_job_keeps_the_shape_of_its_source_and_chooses_the_rest(
     database: Engine, tenant: Tenant, dataset: str, source: Source
 ) -> None:
     same = {"r": RECIPE.r, "alpha": "auto", "dropout": 0.3, "loraplus_lr_ratio": 4}
@@ -101,43 +101,46 @@ def test_the_shape_is_the_sources_and_the_rest_is_free(
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "param", "code", "said"),
+    ("body", "error", "param", "code", "message"),
     [
-        ({"from_checkpoint": "tiny"}, InvalidRequest, "from_checkpoint", "invalid_value", "'tiny' names no adapter"),
+        ({"from_checkpoint": "tiny"}, InvalidRequest, "from_checkpoint", "invalid_value", "'tiny' is not the name"),
         ({"from_checkpoint": "ft:tiny:t::0"}, NotFound, "from_checkpoint", "model_not_found", "no model 'ft:tiny"),
         ({"model": "ft:tiny:t::0"}, NotFound, "model", "model_not_found", "list yours with"),
         ({"from_checkpoint": "ftckpt_0"}, NotFound, "from_checkpoint", "checkpoint_not_found", "no checkpoint"),
-        ({"model": "ftckpt_0"}, NotFound, "model", "checkpoint_not_found", "list those of a job"),
+        ({"model": "ftckpt_0"}, NotFound, "model", "checkpoint_not_found", "list the checkpoints of a job"),
         ({"model": "MODEL:ckpt-step-5"}, NotFound, "model", "checkpoint_not_found", "no checkpoint"),
         ({"model": "ft:else:OWN:ckpt-step-4"}, NotFound, "model", "checkpoint_not_found", "no checkpoint"),
         ({"model": "nope", "from_checkpoint": "MODEL"}, NotFound, "model", "model_not_found", "base model 'nope'"),
         ({"model": "other", "from_checkpoint": "MODEL"}, InvalidRequest, "from_checkpoint", "base_mismatch", "'tiny'"),
         (
             {"model": "MODEL", "from_checkpoint": "MODEL:ckpt-step-8"},
-            InvalidRequest, "from_checkpoint", "invalid_value", "which is another adapter; name it once",
+            InvalidRequest, "from_checkpoint", "invalid_value", "a different adapter; give only one",
         ),
         (
             {"model": "MODEL", "method": {"type": "classification"}},
-            InvalidRequest, "model", "unsupported_start", "this job of 'classification'",
+            InvalidRequest, "model", "unsupported_start", "this job's method is 'classification'",
         ),
         (
             {"model": "MODEL", "trainer": {"full_finetuning": True}},
-            InvalidRequest, "trainer.full_finetuning", "unsupported_start", "start from the base",
+            InvalidRequest, "trainer.full_finetuning", "unsupported_start", "start from a base model",
         ),
-        ({"model": "MODEL", "lora": {"r": 3}}, InvalidRequest, "lora.r", "lora_mismatch", "lora.r is 3, and 'ft:"),
+        ({"model": "MODEL", "lora": {"r": 3}}, InvalidRequest, "lora.r", "lora_mismatch", "lora.r is 3, but 'ft:"),
         ({"model": "MODEL", "lora": {"alpha": 3}}, InvalidRequest, "lora.alpha", "lora_mismatch", "keeps its shape"),
         (
             {"model": "MODEL", "lora": {"target_modules": ["q_proj"]}},
             InvalidRequest, "lora.target_modules", "lora_mismatch", "has 'all-linear'",
         ),
-        ({"model": "MODEL", "lora": {"use_dora": True}}, InvalidRequest, "lora.use_dora", "lora_mismatch", "leave it"),
+        (
+            {"model": "MODEL", "lora": {"use_dora": True}},
+            InvalidRequest, "lora.use_dora", "lora_mismatch", "leave lora.use_dora out",
+        ),
         (
             {"lora": {"use_dora": True}, "quantization": "int8"},
-            InvalidRequest, "quantization", "invalid_value", "int8 bears no DoRA",
+            InvalidRequest, "quantization", "invalid_value", "DoRA is not supported with int8",
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_started_from_is_told(
+def test_a_start_that_is_not_allowed_is_refused_with_its_reason(
     database: Engine,
     tenant: Tenant,
     dataset: str,
@@ -147,27 +150,29 @@ def test_what_cannot_be_started_from_is_told(
     error: type[MillinerError],
     param: str,
     code: str,
-    said: str,
+    message: str,
 ) -> None:
-    spelled = json.dumps(body).replace("MODEL", source.model).replace("OWN", source.model.split(":", 2)[2])
-    with pytest.raises(error, match=said) as refused:
-        submit(database, tenant, dataset, **json.loads(spelled))
+    with_names = json.dumps(body).replace("MODEL", source.model).replace("OWN", source.model.split(":", 2)[2])
+    with pytest.raises(error, match=message) as refused:
+        submit(database, tenant, dataset, **json.loads(with_names))
     assert (refused.value.param, refused.value.code) == (param, code)
 
 
-def test_what_was_trained_whole_is_not_gone_on_from(
+def test_a_job_cannot_start_from_a_fully_fine_tuned_model(
     database: Engine, tenant: Tenant, dataset: str, source: Source
 ) -> None:
     with session_scope(database) as session:
         session.execute(text("UPDATE jobs SET plan = jsonb_set(plan, '{recipe,full_finetuning}', 'true')"))
         session.execute(text("UPDATE adapters SET files = jsonb_set(files, '{0,path}', '\"model.safetensors\"')"))
     for name in (source.model, source.checkpoints[4]):
-        with pytest.raises(InvalidRequest, match="all weights are trained there is no adapter") as refused:
+        with pytest.raises(InvalidRequest, match="trains all weights, so there is no adapter") as refused:
             submit(database, tenant, dataset, from_checkpoint=name)
         assert (refused.value.param, refused.value.code) == ("trainer.full_finetuning", "unsupported_start")
 
 
-def test_another_tenants_is_not_found_as_one_that_never_was(database: Engine, dataset: str, source: Source) -> None:
+def test_another_tenants_adapter_looks_like_one_that_never_existed(
+    database: Engine, dataset: str, source: Source
+) -> None:
     with session_scope(database) as session:
         stranger = ensure_tenant(session, f"stranger-{source.job[-8:]}")
         session.add(
@@ -176,29 +181,34 @@ def test_another_tenants_is_not_found_as_one_that_never_was(database: Engine, da
                 status="processed", bytes=1, sha256="0" * 64, key="k",
             )
         )  # fmt: skip
-    nobodys = ("ft:tiny:t::" + "0" * 30, "ftckpt_" + "0" * 30, "ft:tiny:t::" + "0" * 30 + ":ckpt-step-4")
-    for mine, never in zip((source.model, source.checkpoints[4], f"{source.model}:ckpt-step-4"), nobodys, strict=True):
+    unknown = ("ft:tiny:t::" + "0" * 30, "ftckpt_" + "0" * 30, "ft:tiny:t::" + "0" * 30 + ":ckpt-step-4")
+    existing = (source.model, source.checkpoints[4], f"{source.model}:ckpt-step-4")
+    for of_tenant, of_nobody in zip(existing, unknown, strict=True):
         for param in ("model", "from_checkpoint"):
-            said = []
-            for name in (mine, never):
+            errors = []
+            for name in (of_tenant, of_nobody):
                 with pytest.raises(NotFound) as refused:
                     submit(database, stranger, own, **{param: name})
-                said.append((refused.value.message.replace(name, "X"), refused.value.code, refused.value.param))
-            assert said[0] == said[1]
+                errors.append((refused.value.message.replace(name, "X"), refused.value.code, refused.value.param))
+            assert errors[0] == errors[1]
 
 
-def test_what_was_deleted_is_told_to_its_owner(database: Engine, tenant: Tenant, dataset: str, source: Source) -> None:
+def test_the_owner_is_told_that_the_adapter_was_deleted(
+    database: Engine, tenant: Tenant, dataset: str, source: Source
+) -> None:
     with session_scope(database) as session:
         session.get_one(Adapter, source.job).deleted_at = datetime.now(UTC)
         session.get_one(Checkpoint, source.checkpoints[4]).deleted_at = datetime.now(UTC)
     with pytest.raises(NotFound, match="was deleted"):
         submit(database, tenant, dataset, model=source.model)
-    with pytest.raises(NotFound, match="was dropped when newer ones came"):
+    with pytest.raises(NotFound, match="was deleted when newer ones replaced it"):
         submit(database, tenant, dataset, from_checkpoint=source.checkpoints[4])
     assert submit(database, tenant, dataset, from_checkpoint=source.checkpoints[8]).start_prefix == "checkpoints/8/"
 
 
-def test_another_start_is_another_request(database: Engine, tenant: Tenant, dataset: str, source: Source) -> None:
+def test_requests_with_different_starts_are_different_requests(
+    database: Engine, tenant: Tenant, dataset: str, source: Source
+) -> None:
     def retried(**body: Any) -> str:
         with session_scope(database) as session:
             request = JobCreate.model_validate({"model": "tiny", "training_file": dataset} | body)
@@ -210,7 +220,7 @@ def test_another_start_is_another_request(database: Engine, tenant: Tenant, data
     assert len(set(first)) == 4
 
 
-def test_a_folder_is_needed_until_the_job_has_ended(
+def test_a_source_folder_is_in_use_until_the_job_has_ended(
     database: Engine, tenant: Tenant, dataset: str, source: Source
 ) -> None:
     job = submit(database, tenant, dataset, from_checkpoint=source.checkpoints[4])
@@ -227,15 +237,15 @@ def test_a_folder_is_needed_until_the_job_has_ended(
         assert adapters.prefixes_in_use(session, prefixes) == set()
 
 
-def test_a_checkpoint_that_is_dropped_while_a_job_is_submitted_keeps_its_objects(
+def test_a_checkpoint_deleted_during_a_submit_keeps_its_objects(
     database: Engine, tenant: Tenant, dataset: str, source: Source
 ) -> None:
-    """Its job still runs and saves newer ones; what it drops waits for the submit's lock, and then sees the job."""
+    """The checkpoint's own job is running. Its deletion waits for the lock of the submit, and then sees the new job."""
     other = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         for step in (1, 2):
-            attempts.checkpointed(
+            attempts.add_checkpoint(
                 session, other.id, epoch, step=step, prefix=f"running/{step}/", files=[weights(SAVED)],
                 metrics=Metrics(step=step, total_steps=8),
             )  # fmt: skip
@@ -253,7 +263,7 @@ def test_a_checkpoint_that_is_dropped_while_a_job_is_submitted_keeps_its_objects
             with pytest.raises(TimeoutError):
                 dropping.result(timeout=0.3)
         assert dropping.result() == ["running/2/"]
-    with pytest.raises(NotFound, match="was dropped"):
+    with pytest.raises(NotFound, match="was deleted when"):
         submit(database, tenant, dataset, from_checkpoint=first)
 
 

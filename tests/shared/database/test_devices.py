@@ -1,4 +1,4 @@
-"""Devices count while they are heard of; runs are kept by base, quantization and device."""
+"""Devices count while workers report them; measured runs are found by base model, quantization and device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_device_is_one_row_however_often_it_is_reported(database: Engine) -> N
     ]
 
 
-def test_a_device_that_has_fallen_silent_does_not_count(database: Engine) -> None:
+def test_a_device_that_is_no_longer_reported_does_not_count(database: Engine) -> None:
     with session_scope(database) as session:
         devices.report(session, A10)
         session.execute(text("UPDATE devices SET seen_at = clock_timestamp() - interval '31 days'"))
@@ -65,7 +65,7 @@ def test_a_device_that_has_fallen_silent_does_not_count(database: Engine) -> Non
         assert len(devices.known(session, digest="d", quantization=Quantization.NF4)) == 1
 
 
-def test_runs_are_told_apart_by_what_they_were_of(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_runs_are_separated_by_base_quantization_and_device(database: Engine, tenant: Tenant, dataset: str) -> None:
     runs = [
         (Quantization.NF4, A10, 5),
         (Quantization.NF4, CPU, 6),
@@ -89,7 +89,7 @@ def test_runs_are_told_apart_by_what_they_were_of(database: Engine, tenant: Tena
     assert of_another_base == []
 
 
-def test_a_job_is_weighed_once(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_a_job_has_one_measured_run(database: Engine, tenant: Tenant, dataset: str) -> None:
     job = make(database, tenant, dataset)
     for taken in (5, 9):
         with session_scope(database) as session:

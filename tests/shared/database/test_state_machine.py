@@ -1,7 +1,7 @@
-"""The state machine against a model of it, in any order: users, workers, zombies and sweepers on a real Postgres.
+"""Compare the state machine with a simple model, on a real Postgres: users, workers, zombies and sweepers in any order.
 
-Hypothesis chooses who does what. The model knows of each job only what the promise says; whatever a worker does with an
-epoch that is not the job's any more must change nothing. Postgres's clock is turned by moving `lease_expires_at`.
+Hypothesis chooses who does what. The model knows only what the product promises for each job. A zombie is a worker that
+has lost its lease; whatever it does must change nothing. Time passes by moving `lease_expires_at`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ERROR = JobError(code="x", message="x")
 
 @dataclass
 class Model:
-    """What must be true of one job."""
+    """The expected values of one job."""
 
     row: Job
     state: State = State.VALIDATING
@@ -42,20 +42,20 @@ class Model:
     epoch: int = 0
     leased: bool = False
     crashes: int = 0
-    halvings: int = 0
+    memory_failures: int = 0
     attempts: int = 0
     ends: int = 0
     seen: list[int] = field(default_factory=list)
 
-    def holds(self, epoch: int) -> bool:
+    def has_lease(self, epoch: int) -> bool:
         return self.leased and epoch == self.epoch
 
-    def let_go(self, state: State) -> None:
+    def release(self, state: State) -> None:
         self.state, self.leased = state, False
         self.ends += state in TERMINAL
 
-    def wish(self) -> State | None:
-        """Where the user wants it to go once nobody holds it."""
+    def requested(self) -> State | None:
+        """The state that the user has requested and that the job gets when its worker releases it."""
         if self.desired is Desired.CANCEL:
             return State.CANCELLED
         return State.PAUSED if self.desired is Desired.PAUSE and self.state is State.RUNNING else None
@@ -65,7 +65,7 @@ class Model:
 
 
 class Machine(RuleBasedStateMachine):
-    """One tenant's jobs; a lease is (job id, epoch), and old ones stay in the bundle as zombies."""
+    """One tenant's jobs. A lease is (job id, epoch); leases that have ended stay in the bundle, as zombies."""
 
     leases = Bundle("leases")
     database: Engine
@@ -106,102 +106,102 @@ class Machine(RuleBasedStateMachine):
             model.state, model.attempts = State.RUNNING, model.attempts + 1
         return job.id, job.lease_epoch
 
-    @rule(lease=leases, queue=st.sampled_from(["renew", "note", "record", "checkpoint"]))
-    def write(self, lease: tuple[str, int], queue: str) -> None:
-        """What does not move the job: taken from its holder, refused from anybody else."""
+    @rule(lease=leases, kind=st.sampled_from(["renew", "note", "record", "checkpoint"]))
+    def write(self, lease: tuple[str, int], kind: str) -> None:
+        """Writes that do not move the job: accepted from the worker with the lease, refused from all others."""
         job_id, epoch = lease
         metrics = Metrics(step=1, total_steps=2, train_loss=1.0)
         writes: dict[str, Callable[[Any], Any]] = {
             "renew": lambda s: attempts.renew(s, job_id, epoch, lease_seconds=60),
-            "note": lambda s: attempts.note(s, job_id, epoch, level="info", message="x"),
-            "record": lambda s: attempts.record(s, job_id, epoch, [metrics], {}),
-            "checkpoint": lambda s: attempts.checkpointed(
+            "note": lambda s: attempts.add_event(s, job_id, epoch, level="info", message="x"),
+            "record": lambda s: attempts.record_metrics(s, job_id, epoch, [metrics], {}),
+            "checkpoint": lambda s: attempts.add_checkpoint(
                 s, job_id, epoch, step=1, prefix="p/", files=[], metrics=metrics
             ),
         }
         with session_scope(self.database) as session:
-            taken = writes[queue](session)
+            accepted = writes[kind](session)
         model = self.models.get(job_id)
-        assert bool(taken) == (model is not None and model.holds(epoch))
-        if queue == "renew" and taken:
+        assert bool(accepted) == (model is not None and model.has_lease(epoch))
+        if kind == "renew" and accepted:
             assert model is not None
-            assert taken is model.desired
+            assert accepted is model.desired
 
     @rule(lease=leases)
     def plan(self, lease: tuple[str, int]) -> None:
         job_id, epoch = lease
         model = self.models.get(job_id)
-        if model is not None and model.holds(epoch) and model.state is not State.VALIDATING:
-            return  # a trainer has no plan to hand in
+        if model is not None and model.has_lease(epoch) and model.state is not State.VALIDATING:
+            return  # only a job in validation gets a plan
         with session_scope(self.database) as session:
-            state = attempts.planned(session, job_id, epoch, PLAN)
-        if model is None or not model.holds(epoch):
+            state = attempts.finish_planning(session, job_id, epoch, PLAN)
+        if model is None or not model.has_lease(epoch):
             assert state is None
             return
-        wishes = {Desired.CANCEL: State.CANCELLED, Desired.PAUSE: State.PAUSED}
-        expected = wishes.get(model.desired, State.CANCELLED if model.row.dry_run else State.QUEUED)
+        requested = {Desired.CANCEL: State.CANCELLED, Desired.PAUSE: State.PAUSED}
+        expected = requested.get(model.desired, State.CANCELLED if model.row.dry_run else State.QUEUED)
         assert state is expected
-        model.let_go(expected)
+        model.release(expected)
 
     @rule(lease=leases)
     def succeed(self, lease: tuple[str, int]) -> None:
         job_id, epoch = lease
         model = self.models.get(job_id)
-        if model is not None and model.holds(epoch) and model.state is not State.RUNNING:
-            return  # a dataset's reader has no adapter to hand in
+        if model is not None and model.has_lease(epoch) and model.state is not State.RUNNING:
+            return  # only a running job gets an adapter
         row = model.row if model else Job(id="none", tenant_id=self.tenant.id)
         with session_scope(self.database) as session:
             files: dict[str, Any] = {"adapter": adapter(row), "result_file": result_file(row)}
-            state = attempts.succeeded(session, job_id, epoch, report=REPORT, **files)
-        if model is None or not model.holds(epoch):
+            state = attempts.succeed(session, job_id, epoch, report=REPORT, **files)
+        if model is None or not model.has_lease(epoch):
             assert state is None
             return
         assert state is (State.CANCELLED if model.desired is Desired.CANCEL else State.SUCCEEDED)
-        model.let_go(state)
+        model.release(state)
 
     @rule(lease=leases)
     def fail(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.failed(session, *lease, ERROR)
-        self.left(lease, taken, lambda model: State.CANCELLED if model.desired is Desired.CANCEL else State.FAILED)
+            accepted = attempts.fail(session, *lease, ERROR)
+        self.check_end(lease, accepted, lambda m: State.CANCELLED if m.desired is Desired.CANCEL else State.FAILED)
 
     @rule(lease=leases)
     def release(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.released(session, *lease)
-        self.left(lease, taken, lambda model: model.wish() or model.waiting())
+            accepted = attempts.release(session, *lease)
+        self.check_end(lease, accepted, lambda model: model.requested() or model.waiting())
 
     @rule(lease=leases)
     def crash(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.crashed(session, *lease, ERROR, backoff=0, max_crashes=MAX_CRASHES)
-        self.left(lease, taken, self.after_crash)
+            accepted = attempts.crash(session, *lease, ERROR, backoff=0, max_crashes=MAX_CRASHES)
+        self.check_end(lease, accepted, self.after_crash)
 
     @rule(lease=leases)
-    def shrink(self, lease: tuple[str, int]) -> None:
+    def run_out_of_memory(self, lease: tuple[str, int]) -> None:
         model = self.models.get(lease[0])
         with session_scope(self.database) as session:
-            taken = attempts.shrunk(session, *lease)
-        if taken and model is not None:
-            model.halvings += 1
-        self.left(lease, taken, lambda model: model.wish() or model.waiting())
+            accepted = attempts.step_down(session, *lease)
+        if accepted and model is not None:
+            model.memory_failures += 1
+        self.check_end(lease, accepted, lambda model: model.requested() or model.waiting())
 
-    @rule(lease=leases, runs_out=st.booleans())
-    def sweep(self, lease: tuple[str, int], runs_out: bool) -> None:
-        """A sweeper takes back what it thinks is lost; it is right only if the lease has run out."""
+    @rule(lease=leases, expires=st.booleans())
+    def sweep(self, lease: tuple[str, int], expires: bool) -> None:
+        """A sweeper takes a job back. It must succeed only if the lease has expired."""
         job_id, epoch = lease
         with session_scope(self.database) as session:
-            if runs_out:
+            if expires:
                 past = func.clock_timestamp() - text("interval '1s'")
                 leased = Job.lease_owner.is_not(None)
                 session.execute(update(Job).where(Job.id == job_id, leased).values(lease_expires_at=past))
-            taken = attempts.crashed(session, job_id, epoch, ERROR, backoff=0, max_crashes=MAX_CRASHES, silent=True)
-        if not runs_out and not taken:
-            return  # whether an earlier round has turned the clock is not the model's to know
-        self.left(lease, taken, self.after_crash)
+            accepted = attempts.crash(session, job_id, epoch, ERROR, backoff=0, max_crashes=MAX_CRASHES, silent=True)
+        if not expires and not accepted:
+            return  # the model does not know whether an earlier sweep has moved `lease_expires_at`
+        self.check_end(lease, accepted, self.after_crash)
 
     @rule(data=st.data(), desired=st.sampled_from(Desired))
-    def ask(self, data: st.DataObject, desired: Desired) -> None:
+    def set_desired_state(self, data: st.DataObject, desired: Desired) -> None:
         if not self.models:
             return
         model = self.models[data.draw(st.sampled_from(sorted(self.models)))]
@@ -217,28 +217,28 @@ class Machine(RuleBasedStateMachine):
         if model.leased:
             return
         if desired is Desired.CANCEL:
-            model.let_go(State.CANCELLED)
+            model.release(State.CANCELLED)
         elif desired is Desired.PAUSE and model.state is State.QUEUED:
             model.state = State.PAUSED
         elif desired is Desired.RUN and model.state is State.PAUSED:
             model.state = State.QUEUED
 
     def after_crash(self, model: Model) -> State:
-        wish = model.wish()
-        if wish is not None:
-            return wish
+        requested = model.requested()
+        if requested is not None:
+            return requested
         model.crashes += 1
         return State.FAILED if model.crashes >= MAX_CRASHES else model.waiting()
 
-    def left(self, lease: tuple[str, int], taken: bool, state: Callable[[Model], State]) -> None:
+    def check_end(self, lease: tuple[str, int], accepted: bool, state: Callable[[Model], State]) -> None:
         model = self.models.get(lease[0])
-        assert taken == (model is not None and model.holds(lease[1]))
-        if taken:
+        assert accepted == (model is not None and model.has_lease(lease[1]))
+        if accepted:
             assert model is not None
-            model.let_go(state(model))
+            model.release(state(model))
 
     @invariant()
-    def rows_are_as_the_model_says(self) -> None:
+    def rows_match_the_model(self) -> None:
         type(self).transitions += 1
         with session_scope(self.database) as session:
             rows = session.scalars(select(Job)).all()
@@ -253,7 +253,7 @@ class Machine(RuleBasedStateMachine):
             found = (row.state, row.desired_state, row.lease_epoch, row.lease_owner is not None)
             assert found == (model.state, model.desired, model.epoch, model.leased)
             found_counts = (row.attempt, row.crash_count, row.fallback_level)
-            assert found_counts == (model.attempts, model.crashes, model.halvings)
+            assert found_counts == (model.attempts, model.crashes, model.memory_failures)
             assert model.ends == (row.state in TERMINAL)
             assert (row.finished_at is not None) == (row.state in TERMINAL)
             assert model.seen == sorted(set(model.seen))
@@ -262,7 +262,9 @@ class Machine(RuleBasedStateMachine):
             assert epoch <= self.models[job_id].epoch
 
 
-def test_any_order_of_events_keeps_the_promise(database: Engine, tenant: Tenant, dataset: str) -> None:
+def test_the_state_machine_matches_its_model_in_any_order_of_events(
+    database: Engine, tenant: Tenant, dataset: str
+) -> None:
     Machine.database, Machine.tenant, Machine.dataset, Machine.transitions = database, tenant, dataset, 0
     run_state_machine_as_test(
         Machine,
@@ -276,6 +278,17 @@ def test_any_order_of_events_keeps_the_promise(database: Engine, tenant: Tenant,
         ),
     )
     assert Machine.transitions >= 10_000
+
+
+def test_the_diagram_has_every_move_once() -> None:
+    arrows = [line.strip().partition(": ") for line in state_machine.mermaid().splitlines() if ": " in line]
+    drawn = sorted((arrow, reason) for arrow, _, reasons in arrows for reason in reasons.split(", "))
+    moves = sorted(
+        (f"{source} --> {move.target or ('queued' if source == 'running' else source)}", reason)
+        for reason, move in state_machine.MOVES.items()
+        for source in move.source
+    )
+    assert drawn == moves
 
 
 @pytest.mark.parametrize("state", TERMINAL)

@@ -1,4 +1,4 @@
-"""Keys: only the whole secret of a live key opens a tenant, and the database holds no secret."""
+"""API keys: only a complete, live key authenticates a tenant, and the database stores no secret."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.database.tenants import authenticate, create_key, ensure_tenant, lis
 from shared.errors import AuthenticationFailed, InvalidRequest, NotFound
 
 
-def test_a_key_opens_its_tenant_until_revoked(database: Engine, tenant: Tenant) -> None:
+def test_a_key_authenticates_its_tenant_until_revoked(database: Engine, tenant: Tenant) -> None:
     with session_scope(database) as session:
         key = create_key(session, tenant, name="laptop")
     key_id = key.split("_")[1]
@@ -36,7 +36,7 @@ def test_only_a_hash_is_stored(database: Engine, tenant: Tenant) -> None:
     assert len(row.sha256) == 32
 
 
-def test_near_misses_are_refused_without_saying_why(database: Engine, tenant: Tenant) -> None:
+def test_almost_correct_keys_are_refused_without_saying_why(database: Engine, tenant: Tenant) -> None:
     with session_scope(database) as session:
         key = create_key(session, tenant, name="x")
     last = "A" if key[-1] != "A" else "B"
