@@ -12,7 +12,7 @@ from shared.database import devices, jobs
 from shared.database.base_models import get_base_model
 from shared.database.files import get_file
 from shared.database.session import Session
-from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, guess
+from shared.estimation.estimate import Data, Estimate, EstimateCreate, estimate, from_plan, guess
 from shared.schemas.results import FileReport
 
 router = APIRouter(prefix="/v1/fine_tuning/estimate", tags=["fine-tuning"])
@@ -36,6 +36,6 @@ def _data(session: Session, tenant_id: str, file_id: str, base: str) -> Data:
     file = get_file(session, tenant_id, file_id, param="training_file")
     plan = jobs.latest_plan(session, tenant_id, training_file=file_id, base=base)
     if plan is not None:
-        return Data(rows=plan.rows, tokens=plan.tokens, longest_row=plan.longest_row, source="plan")
+        return from_plan(plan)
     rows = FileReport.model_validate(file.report).rows if file.report else 0
     return guess(rows=rows, size=file.bytes)

@@ -1,4 +1,4 @@
-"""Predict memory and time of a run, and hold every recipe default.
+"""Predict memory and time of a run, and hold every default of the recipe.
 
-Pure arithmetic on a model's architecture: no torch, no database, no file access.
+Pure arithmetic on a base's architecture: must not import torch, read a file or use the database.
 """

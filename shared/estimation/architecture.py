@@ -1,7 +1,8 @@
-"""What a model's config.json says of it: every linear module by its path, every parameter, what a token leaves behind.
+"""Read a model's architecture from its config.json: linear modules by path, parameter counts, bytes kept for a token.
 
-Owns: which architectures are known, and their arithmetic; tests/shared/estimation/test_architecture.py counts the real modules.
-Pure: reads a dict, no file. Must not know about quantization, datasets or devices.
+Owns: which architectures are known, their arithmetic, and the context length of any base.
+tests/shared/estimation/test_architecture.py counts the real modules. Pure: reads a dict, no file. Must not know about
+quantization, datasets or devices.
 """
 
 from __future__ import annotations
@@ -14,10 +15,22 @@ from shared.errors import InvalidRequest
 
 Config = Mapping[str, Any]
 
+#: Positions where a config.json does not name them: the default of the transformers class.
+DEFAULT_POSITIONS = {"gpt2": 1024, "bert": 512, "roberta": 512, "deberta-v2": 512}
+#: RoBERTa and its relatives: the first position is the one after the padding token's id.
+POSITIONS_AFTER_PADDING = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod"),
+        *("mpnet", "longformer", "luke", "ibert", "esm", "markuplm", "lilt", "layoutlmv3"),
+    }
+)
+#: Their padding token's id where a config.json does not name it.
+DEFAULT_PADDING = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One matrix that quantization packs and that a LoRA may sit on (GPT-2's Conv1D too), by its name in the model."""
+    """A matrix that quantization packs and that can have a LoRA (GPT-2's Conv1D too). `path` is its module's name."""
 
     path: str
     inputs: int
@@ -32,10 +45,11 @@ class Linear:
 class Architecture:
     """A model in numbers. Parameters are linear + embedding + head + classifier + other, each counted once.
 
-    `head` is the output projection where it is not tied to the embedding; `classifier` what a classification head
-    trains in full; `other` the norms, biases and convolutions. `stored` bytes stay behind for each token and layer
-    until its backward, in 16-bit training without a LoRA; `scores` more for each head and token that is attended to,
-    where attention is not a fused kernel.
+    `head`: the output projection, 0 if it is tied to the embedding. `classifier`: the parameters of a classification
+    head, which are trained in full. `other`: norms, biases and convolutions.
+    `stored`: bytes that a layer keeps of a token for its backward, in 16-bit training without a LoRA.
+    `scores`: bytes kept in addition for each head and attended token, 0 if attention is a fused kernel.
+    `query`: width of all query heads together. `context`: longest row in tokens, None if there is no limit.
     """
 
     model_type: str
@@ -66,7 +80,7 @@ class Architecture:
 
 
 def read_config(config: Config) -> Architecture:
-    """The architecture of a config.json. Raises InvalidRequest: none of those that are known, or a broken one."""
+    """Read a config.json. Raises InvalidRequest: an unknown architecture, a missing or invalid size."""
     model_type = config.get("model_type")
     reader = READERS.get(str(model_type))
     if reader is None:
@@ -81,8 +95,20 @@ def read_config(config: Config) -> Architecture:
 
 
 def classifier(base: Architecture, *, labels: int = 2) -> Architecture:
-    """The base as it is trained to classify: a decoder's output projection goes, a head of one row a label comes."""
+    """The base as it is trained to classify: a head with one row a label replaces a decoder's output projection."""
     return replace(base, head=0, classifier=labels * base.hidden) if base.causal else base
+
+
+def context_length(config: Config) -> int | None:
+    """Most tokens that a base of any architecture can attend to. None: its config.json names no limit."""
+    model_type = config.get("model_type")
+    named = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = named or DEFAULT_POSITIONS.get(str(model_type))
+    if positions is None:
+        return None
+    if model_type in POSITIONS_AFTER_PADDING:
+        return int(positions) - (config.get("pad_token_id", DEFAULT_PADDING) or 0) - 1
+    return int(positions)
 
 
 # ---------------------------------------------------------------- decoders
@@ -90,7 +116,7 @@ def classifier(base: Architecture, *, labels: int = 2) -> Architecture:
 
 @dataclass(frozen=True, slots=True)
 class _Decoder:
-    """What sets one relative of Llama apart; the rest is the same. Defaults are those of its transformers class."""
+    """How one relative of Llama differs from it. Defaults are those of its transformers class."""
 
     tied: bool = False
     head_dim: int | None = None
@@ -144,7 +170,7 @@ def _llama(config: Config) -> Architecture:
         heads=heads,
         feed_forward=f,
         vocabulary=v,
-        context=config.get("max_position_embeddings"),
+        context=context_length(config),
         causal=True,
         linears=_repeated("model.layers", layers, shapes),
         embedding=v * h,
@@ -152,7 +178,7 @@ def _llama(config: Config) -> Architecture:
         classifier=0,
         other=layers * (norms + biases) + h,
         stored=stored + (4 * (q + k) + 4 * (heads + groups)) * kind.query_key_norm,
-        # Gemma 2 caps the scores, which no fused kernel of transformers does.
+        # Gemma 2 caps the scores; no fused kernel of transformers supports that.
         scores=8 if config.get("attn_logit_softcapping", kind.score_cap) else 0,
         caps_logits=bool(config.get("final_logit_softcapping", kind.score_cap)),
     )
@@ -162,7 +188,7 @@ def _gpt2(config: Config) -> Architecture:
     """One fused matrix for query, key and value; learned positions; biases everywhere."""
     layers, h, v = (int(config[name]) for name in ("n_layer", "n_embd", "vocab_size"))
     heads, f = int(config["n_head"]), int(config.get("n_inner") or 4 * h)
-    context = int(config.get("n_positions", 1024))
+    positions = int(config.get("n_positions", DEFAULT_POSITIONS["gpt2"]))
     shapes = (("attn.c_attn", h, 3 * h), ("attn.c_proj", h, h), ("mlp.c_fc", h, f), ("mlp.c_proj", f, h))
     return Architecture(
         model_type="gpt2",
@@ -172,10 +198,10 @@ def _gpt2(config: Config) -> Architecture:
         heads=heads,
         feed_forward=f,
         vocabulary=v,
-        context=context,
+        context=context_length(config),
         causal=True,
         linears=_repeated("transformer.h", layers, shapes),
-        embedding=(v + context) * h,
+        embedding=(v + positions) * h,
         head=0 if config.get("tie_word_embeddings", True) else v * h,
         classifier=0,
         other=layers * (4 * h + 3 * h + h + f + h) + 2 * h,
@@ -188,10 +214,10 @@ def _gpt2(config: Config) -> Architecture:
 
 
 def _bert(config: Config) -> Architecture:
-    """BERT and RoBERTa. RoBERTa's classifier has the dense layer that BERT calls its pooler, and trains it."""
+    """BERT and RoBERTa. The dense layer that BERT calls pooler is in RoBERTa a trained part of the classifier."""
     name = config["model_type"]
     layers, h, f, heads, v = _encoder_sizes(config)
-    context = int(config.get("max_position_embeddings", 512))
+    positions = int(config.get("max_position_embeddings", DEFAULT_POSITIONS[name]))
     shapes = (
         ("attention.self.query", h, h),
         ("attention.self.key", h, h),
@@ -210,11 +236,10 @@ def _bert(config: Config) -> Architecture:
         heads=heads,
         feed_forward=f,
         vocabulary=v,
-        # RoBERTa's positions begin after the padding's own.
-        context=context - 2 if name == "roberta" else context,
+        context=context_length(config),
         causal=False,
         linears=_repeated(f"{name}.encoder.layer", layers, shapes) + pooler,
-        embedding=(v + context + int(config.get("type_vocab_size", 2))) * h,
+        embedding=(v + positions + int(config.get("type_vocab_size", 2))) * h,
         head=0,
         classifier=labels * (h + 1) + (0 if pooler else h * h + h),
         other=2 * h + layers * (9 * h + f) + (h if pooler else 0),
@@ -224,16 +249,16 @@ def _bert(config: Config) -> Architecture:
 
 
 def _deberta(config: Config) -> Architecture:
-    """DeBERTa v2 and v3: relative positions, which add two terms to scores that no fused kernel computes."""
+    """DeBERTa v2 and v3: relative positions add two terms to the scores; no fused kernel supports them."""
     layers, h, f, heads, v = _encoder_sizes(config)
-    context = int(config.get("max_position_embeddings", 512))
+    positions = int(config.get("max_position_embeddings", DEFAULT_POSITIONS["deberta-v2"]))
     relative = bool(config.get("relative_attention", False))
     kinds = config.get("pos_att_type") or []
     own_positions = relative and not config.get("share_att_key", False)
-    positions = [
+    projections = [
         f"pos_{key}_proj" for key, kind in (("key", "c2p"), ("query", "p2c")) if own_positions and kind in kinds
     ]
-    attention = ["query_proj", "key_proj", "value_proj", *positions]
+    attention = ["query_proj", "key_proj", "value_proj", *projections]
     shapes = (
         *((f"attention.self.{name}", h, h) for name in attention),
         ("attention.output.dense", h, h),
@@ -241,10 +266,10 @@ def _deberta(config: Config) -> Architecture:
         ("output.dense", f, h),
     )
     span = int(config.get("max_relative_positions", -1))
-    span = 2 * (span if span > 0 else context)
+    span = 2 * (span if span > 0 else positions)
     buckets = int(config.get("position_buckets", -1))
     span = 2 * buckets if buckets > 0 else span
-    rows = v + int(config.get("type_vocab_size", 0)) + (context if config.get("position_biased_input", True) else 0)
+    rows = v + int(config.get("type_vocab_size", 0)) + (positions if config.get("position_biased_input", True) else 0)
     kernel = int(config.get("conv_kernel_size", 0))
     convolution = kernel * h * h + 3 * h if kernel > 0 else 0
     span_norm = 2 * h if relative and "layer_norm" in str(config.get("norm_rel_ebd", "none")) else 0
@@ -256,15 +281,15 @@ def _deberta(config: Config) -> Architecture:
         heads=heads,
         feed_forward=f,
         vocabulary=v,
-        context=context,
+        context=context_length(config),
         causal=False,
         linears=_repeated("deberta.encoder.layer", layers, shapes),
         embedding=(rows + span * relative) * h,
         head=0,
-        # The pooler is no part of the encoder here, and masked language models are without it.
+        # Here the pooler is not part of the encoder, and masked language models have none.
         classifier=_labels(config) * (h + 1) + h * h + h,
         other=2 * h + layers * ((len(attention) + 6) * h + f) + convolution + span_norm,
-        # Scores against every relative position, and what they were computed from.
+        # The scores of every relative position, and the inputs of their products.
         stored=(24 if config.get("hidden_dropout_prob", 0.1) else 20) * h
         + 4 * f
         + relative * (14 * h + 2 * len(kinds) * heads * span),

@@ -1,4 +1,4 @@
-"""Correct a predicted peak by what earlier runs of the same base took. Pure; bytes are bytes."""
+"""Correct a computed peak by measurements of earlier runs of the same base. Pure. Memory is in bytes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Sequence
 
 from shared.schemas.memory import Weighing
 
-#: A measurement further off than this has another cause than the arithmetic, such as a guest on the same GPU.
+#: A measurement that is off by more than this factor has another cause than the arithmetic, such as another process
+#: on the same GPU. It is ignored.
 LARGEST_CORRECTION = 2.0
 
 
 def correction(weighings: Sequence[Weighing], computed_bytes: int) -> float:
-    """What to multiply a computed peak by: measured over computed of the run whose computed peak was the nearest.
+    """The factor for a computed peak: measured over computed bytes of the run whose computed peak is the nearest.
 
-    Of equally near ones the first counts, which is the newest. 1 where nothing was weighed. What is off is partly the
-    same in every run and partly a share of it; the nearest run has about the right mixture, and a run that is done
-    again has exactly it.
+    `weighings` are the newest first; if several are equally near, the newest counts. 1 if there is none. The error is
+    partly constant and partly proportional to the peak; the nearest run has about the same mixture, and a repeated run
+    has exactly the same.
     """
-    credible = [one for one in weighings if 1 / LARGEST_CORRECTION <= _ratio(one) <= LARGEST_CORRECTION]
+    credible = [weighing for weighing in weighings if 1 / LARGEST_CORRECTION <= _ratio(weighing) <= LARGEST_CORRECTION]
     if not credible:
         return 1.0
-    return _ratio(min(credible, key=lambda one: abs(one.computed_bytes - computed_bytes)))
+    return _ratio(min(credible, key=lambda weighing: abs(weighing.computed_bytes - computed_bytes)))
 
 
 def corrected(weighings: Sequence[Weighing], computed_bytes: int) -> int:
-    """A computed peak as it will probably be measured."""
+    """The peak that will probably be measured, in bytes."""
     return round(computed_bytes * correction(weighings, computed_bytes))
 
 

@@ -1,7 +1,8 @@
-"""The verdict before a job: what is asked, and what fit.py's arithmetic answers.
+"""Estimate a job before it is created: does it fit, how long does it take, and what would make it fit.
 
-Owns: the wire objects of `POST /fine_tuning/estimate`, and what "auto" comes to while nobody has tokenized the data.
-Pure. Must not know about HTTP or tables.
+Owns: the wire objects of `POST /fine_tuning/estimate`, and what is known of a dataset that was not tokenized. Every
+"auto" is resolved by defaults.py, as for a job; the memory arithmetic is in memory_model.py. Pure. Must not know about
+HTTP or tables.
 """
 
 from __future__ import annotations
@@ -13,23 +14,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.errors import InvalidRequest
-from shared.estimation import architecture, memory_model
+from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Architecture, Config
 from shared.estimation.memory_model import Change, Memory, ParameterCount, Setup
 from shared.schemas.memory import Kind, Weighing
-from shared.schemas.requests import Hyperparameters, Lora, Method, Quantization, Request, Text, TrainerParams, Wire
+from shared.schemas.requests import (
+    Hyperparameters,
+    Lora,
+    Method,
+    MethodName,
+    Quantization,
+    Request,
+    Text,
+    TrainerParams,
+    Wire,
+)
+from shared.schemas.results import Plan
 
 #: English in JSON lines, keys and quotes included; anything from 2 to 6 is common.
 BYTES_A_TOKEN = 4
-#: What the recipe takes for "auto" (worker/trainer/planning/recipe.py), where the rows are as long as it lets them be.
-LONGEST_AUTO_ROW = 2048
-MICRO_BATCH_TOKENS = 1536
-LARGEST_AUTO_BATCH = 32
-MANY_ROWS = 20_000
+#: Rows assumed where none were counted: enough for the largest "auto" batch, too few for the large rank.
+ASSUMED_ROWS = 5_000
 
 
 class EstimateCreate(Request):
-    """A job's own fields, and what it would run on.
+    """The fields of a job, and the device that it would run on.
 
     `trainer.gradient_checkpointing` "auto" is taken as on for a GPU, off for a CPU. `device_flops` is what the device
     sustains in 16-bit training, in FLOP a second.
@@ -48,10 +57,10 @@ class EstimateCreate(Request):
 
 
 class Estimate(Wire):
-    """Will it fit, how long, and what would make it fit; `assumptions` says what was guessed.
+    """Whether a job fits, how long it takes, and what would make it fit. `assumptions` lists what was guessed.
 
-    `fits` is null without a device's memory, `tokens` and `seconds` without a file. `smallest` is the peak with every
-    setting that `change` may touch at its least.
+    `max_length` is the longest row in tokens, after the cut. `fits` is null without a device's memory, `tokens` and
+    `seconds` are null without a file. `smallest` is the peak with every setting that `change` may name at its minimum.
     """
 
     object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
@@ -78,7 +87,11 @@ class Estimate(Wire):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is known of a dataset: from a job's plan on the same base, or rows and bytes of the file alone."""
+    """What is known of a dataset: from a job's plan on the same base, or from rows and bytes of the file alone.
+
+    `rows` and `tokens` count the rows that are trained on. `longest_row` is the longest row of the file in tokens,
+    before the cut; None if no row was tokenized.
+    """
 
     rows: int
     tokens: int
@@ -86,35 +99,59 @@ class Data:
     source: Literal["plan", "file_size"]
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request with nothing left at "auto". `longest_row` is in tokens, after the cut to `max_length`."""
+
+    settings: defaults.Settings
+    max_length: int
+    longest_row: int
+
+
+def from_plan(plan: Plan) -> Data:
+    """A dataset that a job, or a dry run, has tokenized."""
+    usable = plan.rows - plan.dropped_rows
+    carved = defaults.heldout_rows(usable)
+    # With another number of held-out rows, they came from a validation file, or they are the training rows themselves.
+    rows = usable - carved if plan.heldout_rows == carved else usable
+    return Data(rows=rows, tokens=plan.tokens, longest_row=plan.longest_row, source="plan")
+
+
 def guess(*, rows: int, size: int) -> Data:
-    """A dataset that nobody has tokenized yet."""
-    return Data(rows=rows, tokens=-(-size // BYTES_A_TOKEN), longest_row=None, source="file_size")
+    """A dataset that was not tokenized yet, from the rows and the bytes of its file."""
+    tokens = -(-size // BYTES_A_TOKEN)
+    return Data(rows=rows - defaults.heldout_rows(rows), tokens=tokens, longest_row=None, source="file_size")
 
 
 def estimate(
     request: EstimateCreate, config: Config, data: Data | None, weighings: Sequence[Weighing] = ()
 ) -> Estimate:
-    """The answer for a base's config.json, corrected by what its runs took on such a device.
+    """Estimate a job on the base with this config.json, corrected by earlier runs of the base on such a device.
 
-    Raises InvalidRequest: an unknown architecture, a setting it cannot bear.
+    Raises InvalidRequest: an unknown architecture, a setting that the base does not support, DPO, full fine-tuning.
     """
     base = architecture.read_config(config)
-    classifies = request.method is not None and request.method.type == "classification"
-    if classifies:
+    assumptions: list[str] = []
+    if request.method is not None and request.method.type == "classification":
+        if base.causal:
+            assumptions.append("the head has two labels")
         base = architecture.classifier(base)
-    asked = _knobs(request)
-    assumptions: list[str] = ["the head has two labels"] if classifies and base.causal else []
-    setup = _setup(request, asked, base, data, assumptions)
+    elif not base.causal:
+        assumptions.append("method is classification, the only one for an encoder")
+    resolved = resolve(request, base, data)
+    settings = resolved.settings
+    if data is None or data.longest_row is None:
+        assumptions.append(f"the longest row has {resolved.longest_row:,} tokens")
+    setup = _setup(request, resolved)
     peak, flop = memory_model.peak_memory(base, setup, weighings), memory_model.flop_per_token(base, setup)
-    n_epochs, tokens, seconds = None, None, None
+    tokens, seconds = None, None
     if data is not None:
-        n_epochs = _n_epochs(data.rows, classifies=classifies) if asked.n_epochs == "auto" else asked.n_epochs
-        tokens = min(data.tokens, data.rows * setup.max_length)
-        seconds = _seconds(request, flop, _trained_tokens(request, asked, data, tokens, n_epochs), assumptions)
+        tokens = min(data.tokens, data.rows * resolved.longest_row)
+        seconds = _seconds(request, flop, _trained_tokens(request, settings, data.rows, tokens), assumptions)
         if data.source == "file_size":
             assumptions.append(f"tokens are the file's bytes divided by {BYTES_A_TOKEN}; a dry run counts them")
     if weighings:
-        assumptions.append(f"corrected by what {len(weighings)} earlier runs of this base took on such a device")
+        assumptions.append(f"memory is corrected by {len(weighings)} earlier runs of this base on such a device")
     fits = None if request.device_memory_bytes is None else peak.total <= request.device_memory_bytes
     return Estimate(
         model=request.model,
@@ -122,7 +159,7 @@ def estimate(
         memory=peak,
         quantization=setup.quantization,
         r=setup.r,
-        n_epochs=n_epochs,
+        n_epochs=None if data is None else settings.n_epochs,
         micro_batch=setup.micro_batch,
         max_length=setup.max_length,
         gradient_checkpointing=setup.checkpointing,
@@ -139,11 +176,29 @@ def estimate(
     )
 
 
-def _knobs(request: EstimateCreate) -> Hyperparameters:
-    """Those of `method` before their old twin at the top, as for a job."""
+def resolve(request: EstimateCreate, base: Architecture, data: Data | None) -> Resolved:
+    """The numbers that the recipe of such a job would have, with `micro_batch` as it is where no device is known.
+
+    Rows that were not tokenized are assumed to be as long as `max_length` allows. Without rows, ASSUMED_ROWS are
+    assumed. Raises InvalidRequest: DPO, full fine-tuning, or `max_length` above the base's context.
+    """
+    asked = _hyperparameters(request)
+    # A causal base has classifier parameters only if the method is classification, an encoder always has them.
+    method: MethodName = "classification" if base.classifier else "supervised"
+    known = None if data is None else data.longest_row
+    longest = defaults.LONGEST_AUTO_ROW if known is None else known
+    length = defaults.max_length(request.trainer, context=base.context, longest=longest)
+    longest_row = length if known is None else min(length, known)
+    rows = (data.rows if data else 0) or ASSUMED_ROWS
+    settings = defaults.resolve(method, asked, request.lora, request.trainer, rows=rows, longest_row=longest_row)
+    return Resolved(settings, length, longest_row)
+
+
+def _hyperparameters(request: EstimateCreate) -> Hyperparameters:
+    """Those of `method` if it has any, otherwise the ones at the top level, as for a job."""
     if request.trainer.full_finetuning:
         raise InvalidRequest(
-            f"full fine-tuning is not estimated: it holds {memory_model.FULL_BYTES} bytes a parameter, and activations",
+            f"full fine-tuning is not estimated: it needs {memory_model.FULL_BYTES} bytes a parameter, and activations",
             param="trainer.full_finetuning",
         )
     if request.method is not None and request.method.type == "dpo":
@@ -153,57 +208,28 @@ def _knobs(request: EstimateCreate) -> Hyperparameters:
     return request.hyperparameters or Hyperparameters()
 
 
-def _setup(
-    request: EstimateCreate, asked: Hyperparameters, base: Architecture, data: Data | None, assumptions: list[str]
-) -> Setup:
-    lora, trainer, checkpointing = request.lora, request.trainer, request.trainer.gradient_checkpointing
-    if trainer.max_length != "auto" and base.context is not None and trainer.max_length > base.context:
-        raise InvalidRequest(
-            f"max_length is {trainer.max_length:,}; this base attends to at most {base.context:,} tokens",
-            param="trainer.max_length",
-            code="invalid_max_length",
-        )
-    longest = data.longest_row if data else None
-    length = (
-        min(LONGEST_AUTO_ROW, base.context or LONGEST_AUTO_ROW) if trainer.max_length == "auto" else trainer.max_length
-    )
-    if longest is not None:
-        length = min(length, longest)
-    else:
-        assumptions.append(f"the longest row has {length:,} tokens")
-    packing = trainer.packing and not base.classifier
-    row = max(length, memory_model.PACK_LENGTH) if packing else length
-    batch = LARGEST_AUTO_BATCH if asked.batch_size == "auto" else asked.batch_size
-    micro_batch = (
-        max(1, min(batch, MICRO_BATCH_TOKENS // row)) if trainer.micro_batch == "auto" else trainer.micro_batch
-    )
-    many = data is not None and data.rows >= MANY_ROWS
+def _setup(request: EstimateCreate, resolved: Resolved) -> Setup:
+    asked = request.trainer.gradient_checkpointing
     return Setup(
         quantization=request.quantization,
-        r=(32 if many else 16) if lora.r == "auto" else lora.r,
-        micro_batch=micro_batch,
-        max_length=length,
-        target_modules=lora.target_modules,
-        use_dora=lora.use_dora,
-        dropout=lora.dropout,
-        packing=packing,
-        checkpointing=request.device == "cuda" if checkpointing == "auto" else checkpointing,
+        r=resolved.settings.r,
+        micro_batch=resolved.settings.micro_batch,
+        max_length=resolved.longest_row,
+        target_modules=request.lora.target_modules,
+        use_dora=request.lora.use_dora,
+        dropout=request.lora.dropout,
+        packing=resolved.settings.packing,
+        checkpointing=defaults.checkpointing(request.device) if asked == "auto" else asked,
         device=request.device,
     )
 
 
-def _n_epochs(rows: int, *, classifies: bool) -> int:
-    if classifies:
-        return 10 if rows < 1_000 else 5 if rows < 10_000 else 3
-    return 3 if rows < 1_000 else 2 if rows < 10_000 else 1
-
-
-def _trained_tokens(request: EstimateCreate, asked: Hyperparameters, data: Data, tokens: int, n_epochs: int) -> int:
-    """Of the whole run, with `max_steps` where a batch is known."""
-    total, steps = tokens * n_epochs, request.trainer.max_steps
-    if steps is None or asked.batch_size == "auto":
+def _trained_tokens(request: EstimateCreate, settings: defaults.Settings, rows: int, tokens: int) -> int:
+    """Tokens of the whole run, where `tokens` are those of one epoch."""
+    total = tokens * settings.n_epochs
+    if request.trainer.max_steps is None:
         return total
-    return min(total, round(steps * asked.batch_size * tokens / max(data.rows, 1)))
+    return min(total, round(settings.total_steps * settings.batch_size * tokens / max(rows, 1)))
 
 
 def _seconds(request: EstimateCreate, flop: int, tokens: int, assumptions: list[str]) -> float:

@@ -1,8 +1,8 @@
-"""The fallback levels of a run: what it changes, one after the other, when memory runs out.
+"""The fallback levels of a run: what it changes, one step at a time, when memory runs out.
 
 First fewer rows at a time, then activations recomputed in the backward pass, then no packing. Every level gives the
 same gradient up to rounding, because a loss is divided by the tokens of its whole optimizer step. The planner counts
-the levels, the trainer steps down through them; both get them from here. Pure.
+the levels and the trainer steps down through them; both call `fallback_levels`. Pure.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def fallback_levels(widest: Level, *, longest: int, can_checkpoint: bool = True)
     """All levels from `widest` down. `longest` is the longest example in tokens.
 
     The micro-batch is halved down to one row. Then activations are recomputed, unless they are already or the model
-    cannot (`can_checkpoint`). A packed row holds up to PACK_LENGTH tokens, so if every example is shorter, one example
-    alone is the last resort.
+    does not support it (`can_checkpoint`). A packed row is up to PACK_LENGTH tokens long even if every example is
+    shorter; then one example without packing is the last level.
     """
     sizes = [widest.micro_batch >> i for i in range(widest.micro_batch.bit_length())]
     found = [Level(size, widest.checkpointing, widest.packing) for size in sizes]

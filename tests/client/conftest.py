@@ -69,7 +69,7 @@ PLAN = {
     "dropped_rows": 1,
     "warnings": [
         "2 rows are cut at 256 tokens (trainer.max_length)",
-        "1 rows are dropped: nothing trained is left within 256 tokens",
+        "1 rows are dropped: no trained token is left within 256 tokens",
         "only 70 optimizer steps",
     ],
     "recipe": RECIPE,

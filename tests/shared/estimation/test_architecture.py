@@ -1,4 +1,4 @@
-"""Parameters are counted as transformers and peft count them, on a tiny model of each architecture."""
+"""Parameter counts equal those of transformers and peft, on a tiny model of each architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.shared.architectures import ENCODERS, REAL, TINY, setup_of
 
 
 def built(model_type: str, config: dict[str, Any]) -> PreTrainedModel:
-    """The real modules, without memory for their weights."""
+    """The real modules, with weights on the meta device, which take no memory."""
     kind = AutoModelForSequenceClassification if model_type in ENCODERS else AutoModelForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(AutoConfig.for_model(model_type, **config))
@@ -40,8 +40,8 @@ def test_every_parameter_is_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_stored_config_says_the_same(name: str) -> None:
-    """What save_pretrained writes has every default in it; a config from elsewhere has few."""
+def test_a_saved_config_gives_the_same_architecture(name: str) -> None:
+    """A config that save_pretrained writes names every default; a config from elsewhere may name few."""
     model_type, config = TINY[name]
     stored = architecture.read_config(AutoConfig.for_model(model_type, **config).to_dict())
     assert replace(stored, context=None) == replace(
@@ -51,7 +51,7 @@ def test_a_stored_config_says_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", TINY)
-def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
+def test_trained_counts_the_parameters_that_peft_trains(name: str, use_dora: bool) -> None:
     model_type, config = TINY[name]
     base = architecture.read_config({"model_type": model_type} | config)
     task = "CAUSAL_LM" if base.causal else "SEQ_CLS"
@@ -61,7 +61,7 @@ def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
     else:
         targets = ["all-linear", [last], [base.linears[0].path]]
     for target in targets:
-        # DoRA reads the weights when it is made, so these are real.
+        # DoRA reads the weights when it is created, so they cannot be on the meta device.
         model = built(model_type, config).to_empty(device="cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,12 +83,12 @@ def test_what_is_trained_is_what_peft_trains(name: str, use_dora: bool) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_published_counts(name: str) -> None:
+def test_totals_equal_published_counts(name: str) -> None:
     total, config = REAL[name]
     assert architecture.read_config(config).total == total
 
 
-def test_an_unknown_architecture_is_told_what_is_known() -> None:
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         InvalidRequest, match="found model_type 'mamba'; known are bert, deberta-v2, gemma, "
     ) as refused:
@@ -98,3 +98,23 @@ def test_an_unknown_architecture_is_told_what_is_known() -> None:
         architecture.read_config({})
     with pytest.raises(InvalidRequest, match=r"config\.json of a llama cannot be read: KeyError"):
         architecture.read_config({"model_type": "llama", "hidden_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 99}, 99),
+        ({"model_type": "llama"}, None),
+        ({"model_type": "gpt2", "n_positions": 99}, 99),
+        ({"model_type": "gpt2"}, 1024),
+        ({"model_type": "bert"}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514}, 512),
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 256, "pad_token_id": 0}, 255),
+        ({"model_type": "esm", "max_position_embeddings": 1026, "pad_token_id": None}, 1025),
+    ],
+)
+def test_context_length_leaves_out_positions_before_the_first_token(
+    config: dict[str, Any], context: int | None
+) -> None:
+    assert architecture.context_length(config) == context

@@ -1,4 +1,4 @@
-"""What one run took says what the next will take."""
+"""Measured peaks of earlier runs correct the prediction of the next."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ def weighing(computed: int, measured: int) -> Weighing:
     return Weighing(computed_bytes=computed, measured_bytes=measured)
 
 
-def test_what_nobody_has_weighed_is_as_computed() -> None:
+def test_without_measurements_the_computed_peak_stays() -> None:
     assert corrected([], 12_345) == 12_345
 
 
-def test_a_run_that_is_done_again_takes_what_it_took() -> None:
+def test_a_repeated_run_is_predicted_to_take_what_was_measured() -> None:
     runs = [weighing(1_000, 900), weighing(5_000, 5_100), weighing(20_000, 23_000)]
     assert [corrected(runs, run.computed_bytes) for run in runs] == [900, 5_100, 23_000]
 
 
-def test_the_nearest_counts_and_of_two_the_newest() -> None:
+def test_the_nearest_run_counts_and_of_equally_near_runs_the_newest() -> None:
     runs = [weighing(1_000, 1_100), weighing(1_000, 900), weighing(9_000, 9_900)]
     assert correction(runs, 2_000) == pytest.approx(1.1)
     assert correction(runs[1:], 4_000) == pytest.approx(0.9)
@@ -29,6 +29,6 @@ def test_the_nearest_counts_and_of_two_the_newest() -> None:
 
 
 @pytest.mark.parametrize("measured", [10_000, 1])
-def test_a_measurement_that_cannot_be_is_passed_over(measured: int) -> None:
+def test_an_implausible_measurement_is_ignored(measured: int) -> None:
     assert correction([weighing(1_000, measured)], 1_000) == 1.0
     assert correction([weighing(1_000, measured), weighing(9_000, 9_900)], 1_000) == pytest.approx(1.1)

@@ -1,4 +1,4 @@
-"""Memory and time against what was published, what bitsandbytes stores, and what the allocator gave to the trainer."""
+"""Memory and time compared with published figures, bitsandbytes' storage, and allocations measured in the trainer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from shared.estimation import architecture, defaults, memory_model
 from shared.estimation.architecture import Linear
 from shared.schemas.requests import Quantization
 from tests.shared.architectures import ENCODERS, LLAMA, REAL, TINY, setup_of
+from worker.trainer.forward import log_likelihood
 from worker.trainer.forward.batches import Batch
 from worker.trainer.forward.layout import Layout
-from worker.trainer.forward.log_likelihood import CHUNK_BYTES
 from worker.trainer.methods import sft
 from worker.trainer.model import fused_lora, short_attention
 
@@ -28,7 +28,7 @@ SMOL = architecture.read_config(REAL["SmolLM2-135M"][1])
 GB, GIB = 1e9, 2**30
 
 
-# ---------------------------------------------------------------- what was published
+# ---------------------------------------------------------------- published figures
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,16 @@ def test_adapter_of_llama_8b() -> None:
 
 
 def test_peak_of_torchtune() -> None:
-    """QLoRA of Llama-3.1-8B at 2 x 2048: 7.4 GiB in torchtune's README, with adapters in bf16 and layers compiled.
+    """QLoRA of Llama-3.1-8B at 2 x 2048: 7.4 GiB in torchtune's README, with adapters in bf16 and compiled layers.
 
-    A compiled layer holds no gradients between its products; ours is eager and does.
+    A compiled layer keeps no gradients between its products; our eager layers do.
     """
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     setup = setup_of(r=8, micro_batch=2, max_length=2048, target_modules=targets)
     peak = memory_model.peak_memory(LLAMA_8B, setup)
     allocated = peak.total - peak.overhead - peak.adapter // 2
-    in_flight = setup.tokens * (12 * LLAMA_8B.hidden + 6 * LLAMA_8B.feed_forward)
-    assert (allocated - in_flight) / GIB == pytest.approx(7.4, rel=0.01)
+    gradients = setup.tokens * (12 * LLAMA_8B.hidden + 6 * LLAMA_8B.feed_forward)
+    assert (allocated - gradients) / GIB == pytest.approx(7.4, rel=0.01)
     assert allocated / GIB == pytest.approx(7.4, rel=0.08)
 
 
@@ -71,14 +71,14 @@ def test_peak_of_torchtune() -> None:
     [(LLAMA_8B, 4096, False, 12_473, 989e12, 0.42), (SMOL, 256, False, 613, 1.04e12, 0.35)],
     ids=["H100 (NeMo AutoModel)", "two cores"],
 )
-def test_speeds_are_a_sane_share_of_the_machine(
+def test_measured_speeds_are_a_plausible_share_of_the_devices_peak(
     base: Any, length: int, checkpointing: bool, tokens_per_second: int, peak_flops: float, share: float
 ) -> None:
     setup = setup_of(r=16, max_length=length, checkpointing=checkpointing)
     assert memory_model.flop_per_token(base, setup) * tokens_per_second / peak_flops == pytest.approx(share, abs=0.01)
 
 
-def test_the_floor_is_four_flop_a_parameter() -> None:
+def test_a_small_adapter_costs_four_flop_a_parameter_and_checkpointing_half_as_much_again() -> None:
     exact = memory_model.flop_per_token(SMOL, setup_of(r=1, max_length=8, packing=False, checkpointing=False))
     assert exact / (4 * SMOL.total) == pytest.approx(1, abs=0.02)
     recomputed = memory_model.flop_per_token(LLAMA_8B, setup_of(max_length=2048))
@@ -86,32 +86,34 @@ def test_the_floor_is_four_flop_a_parameter() -> None:
     assert recomputed / once == pytest.approx(1.46, abs=0.01)
 
 
-# ---------------------------------------------------------------- what is stored
+# ---------------------------------------------------------------- stored weights
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 128), (64, 65), (576, 1536)])
-def test_nf4_is_counted_as_bitsandbytes_stores_it(inputs: int, outputs: int) -> None:
+def test_nf4_bytes_equal_those_that_bitsandbytes_stores(inputs: int, outputs: int) -> None:
     module = Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
     state = module.weight.quant_state
-    held = [module.weight, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
-    assert stored(Quantization.NF4, inputs, outputs) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+    tensors = [module.weight, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
+    assert stored(Quantization.NF4, inputs, outputs) == sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors
+    )
 
 
-def test_int8_is_counted_as_bitsandbytes_stores_it() -> None:
+def test_int8_bytes_equal_those_that_bitsandbytes_stores() -> None:
     weight = Linear8bitLt(96, 128, bias=False, has_fp16_weights=False).to("cpu").weight
-    held = [weight, weight.SCB]
-    assert stored(Quantization.INT8, 96, 128) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+    tensors = [weight, weight.SCB]
+    assert stored(Quantization.INT8, 96, 128) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def stored(quantization: Quantization, inputs: int, outputs: int) -> int:
-    with_it, without = (
+    with_linear, without = (
         architecture.Architecture("llama", 1, 8, 8, 1, 8, 8, None, True, linears, 64, 0, 0, 8, 0, 0)
         for linears in ((Linear("x", inputs, outputs),), ())
     )
-    return memory_model.weights(with_it, quantization) - memory_model.weights(without, quantization)
+    return memory_model.weights(with_linear, quantization) - memory_model.weights(without, quantization)
 
 
-# ---------------------------------------------------------------- what the allocator gave
+# ---------------------------------------------------------------- measured allocations
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 448, "head_dim": 32, "num_hidden_layers": 3}
@@ -133,11 +135,9 @@ GPT2 = {"vocab_size": 100, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_inner": 
     ids=["llama", "llama-head", "qwen3", "gemma2", "gemma3", "gpt2"],
 )
 def test_the_peak_is_what_the_trainers_loss_allocates(
-    monkeypatch: pytest.MonkeyPatch, model_type: str, config: dict[str, Any], checkpointing: bool
+    model_type: str, config: dict[str, Any], checkpointing: bool
 ) -> None:
     base = architecture.read_config({"model_type": model_type} | config)
-    chunk = memory_model.DEVICE_PROFILES["cpu"].chunk_bytes
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk)
     setup = setup_of(
         quantization=Quantization.NONE, r=8, micro_batch=2, max_length=256, checkpointing=checkpointing, device="cpu"
     )
@@ -147,8 +147,8 @@ def test_the_peak_is_what_the_trainers_loss_allocates(
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta-v3"])
-def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
-    """Without dropout, which on a CPU keeps the scores that a GPU's kernel does not."""
+def test_the_peak_of_an_encoder_is_what_its_loss_allocates(name: str, checkpointing: bool) -> None:
+    """Without dropout: with it, a CPU keeps the attention scores, which a GPU's kernel does not."""
     model_type, config = TINY[name]
     config = config | {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "position_buckets": 128}
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 512}
@@ -161,8 +161,8 @@ def test_the_peak_of_an_encoder(name: str, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
-def test_what_a_cpu_does_in_fewer_passes_takes_less(checkpointing: bool) -> None:
-    """The model counts PEFT's layers and torch's attention, as a GPU runs them."""
+def test_fused_layers_on_a_cpu_allocate_less_than_predicted(checkpointing: bool) -> None:
+    """The memory model counts PEFT's layers and torch's attention, which a GPU uses."""
     config = LLAMA | WIDE
     base = architecture.read_config({"model_type": "llama"} | config)
     setup = setup_of(
@@ -173,9 +173,9 @@ def test_what_a_cpu_does_in_fewer_passes_takes_less(checkpointing: bool) -> None
 
 
 def allocated(model_type: str, config: dict[str, Any], setup: memory_model.Setup, *, fused: bool = False) -> int:
-    """Peak bytes that forward and backward of one packed micro-batch take, above base and adapter.
+    """Measure the peak bytes of a packed micro-batch's forward and backward, without base and adapter.
 
-    `fused` is how a CPU does it.
+    `fused`: with the layers that the trainer uses on a CPU.
     """
     torch.manual_seed(0)
     encoder = model_type in ENCODERS
@@ -210,23 +210,23 @@ def allocated(model_type: str, config: dict[str, Any], setup: memory_model.Setup
                 loss = sft.loss(model, batch, layout).sums.sum()
         torch.autograd.backward(loss)
 
-    step()  # From here on the gradients are there, and count as the adapter's.
+    step()  # The gradients are allocated here, so that they count as the adapter's.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     assert profiled.profiler is not None
     events = profiled.profiler.kineto_results.events()
-    held = most = 0
+    current = most = 0
     for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        held += change
-        most = max(most, held)
+        current += change
+        most = max(most, current)
     return most
 
 
-# ---------------------------------------------------------------- the verdict
+# ---------------------------------------------------------------- changes that make a run fit
 
 
 @pytest.mark.parametrize(
-    ("fields", "room", "param", "value"),
+    ("fields", "device_bytes", "param", "value"),
     [
         ({"micro_batch": 8, "max_length": 2048}, 12 * GIB, "trainer.micro_batch", 4),
         ({"micro_batch": 8, "max_length": 2048}, 9 * GIB, "trainer.micro_batch", 1),
@@ -236,25 +236,24 @@ def allocated(model_type: str, config: dict[str, Any], setup: memory_model.Setup
         ({"quantization": Quantization.NONE, "max_length": 512}, 9 * GIB, "quantization", Quantization.NF4),
     ],
 )
-def test_the_cheapest_change_that_fits(fields: dict[str, Any], room: int, param: str, value: object) -> None:
+def test_change_is_the_cheapest_that_fits(fields: dict[str, Any], device_bytes: int, param: str, value: object) -> None:
     setup = setup_of(r=16, **fields)
-    assert memory_model.peak_memory(LLAMA_8B, setup).total > room
-    change = memory_model.change(LLAMA_8B, setup, room)
+    assert memory_model.peak_memory(LLAMA_8B, setup).total > device_bytes
+    change = memory_model.change(LLAMA_8B, setup, device_bytes)
     assert change is not None
     assert (change.param, change.value) == (param, value)
-    assert change.total <= room
+    assert change.total <= device_bytes
 
 
-def test_where_no_single_change_is_enough() -> None:
+def test_change_is_none_if_no_single_change_is_enough() -> None:
     setup = setup_of(quantization=Quantization.NONE, r=16, micro_batch=8, max_length=4096)
     assert memory_model.change(LLAMA_8B, setup, 10 * GIB) is None
-    least = memory_model.smallest(LLAMA_8B, setup)
-    assert 6 * GIB < least < 10 * GIB
+    assert 6 * GIB < memory_model.smallest(LLAMA_8B, setup) < 10 * GIB
     assert memory_model.change(LLAMA_8B, setup_of(r=16), memory_model.smallest(LLAMA_8B, setup_of(r=16)) - 1) is None
 
 
 @pytest.mark.parametrize(
-    ("narrow", "wide"),
+    ("smaller", "larger"),
     [
         ({"r": 8}, {"r": 64}),
         ({"quantization": Quantization.NF4}, {"quantization": Quantization.INT8}),
@@ -268,31 +267,33 @@ def test_where_no_single_change_is_enough() -> None:
         ({"packing": False, "max_length": 64}, {"packing": True, "max_length": 64}),
     ],
 )
-def test_more_takes_more(narrow: dict[str, Any], wide: dict[str, Any]) -> None:
+def test_larger_settings_need_more_memory(smaller: dict[str, Any], larger: dict[str, Any]) -> None:
     base = {"r": 16, "max_length": 4096}
-    less, more = (memory_model.peak_memory(LLAMA_8B, setup_of(**base | fields)) for fields in (narrow, wide))
+    less, more = (memory_model.peak_memory(LLAMA_8B, setup_of(**base | fields)) for fields in (smaller, larger))
     assert less.total < more.total
     for memory in (less, more):
         parts = memory.model_dump()
         assert parts.pop("total") == sum(parts.values())
 
 
-def test_a_target_that_is_not_there_is_told_what_is() -> None:
+def test_an_unknown_target_module_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequest, match=r"'c_attn' names no .* some of down_proj, gate_proj, k_proj"):
         memory_model.peak_memory(LLAMA_8B, setup_of(target_modules=["q_proj", "c_attn"]))
 
 
-def test_the_trainers_constants_are_the_models() -> None:
-    assert memory_model.PACK_LENGTH == defaults.PACK_LENGTH
-    assert {kind: device.chunk_bytes for kind, device in memory_model.DEVICE_PROFILES.items()} == CHUNK_BYTES
-    assert memory_model.DEVICE_PROFILES["cpu"].resident_bytes == fused_lora.RESIDENT_BYTES
+def test_trainer_and_memory_model_use_the_same_buffer_sizes() -> None:
+    assert setup_of(max_length=2).row == defaults.PACK_LENGTH
+    profiles = memory_model.DEVICE_PROFILES
+    assert {kind: device.chunk_bytes for kind, device in profiles.items()} == defaults.CHUNK_BYTES
+    assert vars(log_likelihood)["CHUNK_BYTES"] is defaults.CHUNK_BYTES
+    assert profiles["cpu"].resident_bytes == defaults.RESIDENT_BYTES == vars(fused_lora)["RESIDENT_BYTES"]
 
 
-def test_4_bit_matrices_stay_dequantized_as_far_as_there_is_room() -> None:
+def test_4_bit_matrices_stay_dequantized_up_to_resident_bytes_on_a_cpu() -> None:
     small, large, gpu = (
         memory_model.peak_memory(base, setup_of(quantization=Quantization.NF4, device=device)).dequantized
         for base, device in ((SMOL, "cpu"), (LLAMA_8B, "cpu"), (LLAMA_8B, "cuda"))
     )
     assert small == 2 * SMOL.linear
     assert gpu == 2 * 4096 * 14_336
-    assert large == gpu + fused_lora.RESIDENT_BYTES
+    assert large == gpu + defaults.RESIDENT_BYTES

@@ -17,15 +17,11 @@ import numpy as np
 from shared.datasets import formats
 from shared.datasets.formats import Example, LabelledExample, RowError
 from shared.errors import TrainingFailed
+from shared.estimation.defaults import heldout_rows
 from shared.schemas.results import FileReport
 from worker.trainer.data import classification
 from worker.trainer.data.encoding import CannotEncode, Encoder, Row, longest_document
 from worker.trainer.protocol import Task
-
-HELDOUT_SHARE = 0.05
-HELDOUT_MOST = 200
-#: Below this many rows, five percent would be no row at all, or one that says nothing.
-CARVE_FROM_ROWS = 20
 
 HeldoutSource = Literal["validation_file", "training_file_carved", "training_file"]
 
@@ -75,9 +71,9 @@ def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | Ro
 
 def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutSource]:
     """Split to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
-    if len(rows) < CARVE_FROM_ROWS:
+    count = heldout_rows(len(rows))
+    if not count:
         return rows, rows, "training_file"
-    count = min(HELDOUT_MOST, max(1, int(len(rows) * HELDOUT_SHARE)))
     chosen = frozenset(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
     train = [row for i, row in enumerate(rows) if i not in chosen]
     return train, [row for i, row in enumerate(rows) if i in chosen], "training_file_carved"

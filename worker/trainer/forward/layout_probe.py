@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shared.estimation import defaults
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Encoded, Encoder, Row
 from worker.trainer.data.packing import row_of
@@ -59,7 +60,7 @@ def layout(
     recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
     """
     if checkpointing is None:
-        checkpointing = base.device.type == "cuda"
+        checkpointing = defaults.checkpointing(base.device.type)
     checkpointing = checkpointing and base.model.supports_gradient_checkpointing
     if base.head:
         plain = Layout(

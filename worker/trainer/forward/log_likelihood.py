@@ -21,13 +21,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from shared.estimation.defaults import CHUNK_BYTES
 from worker.trainer.forward.batches import IGNORED, Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model import fused_lora
 
-#: Bytes of fp32 logits that a chunk may hold. A GPU wants large products, a CPU a chunk that stays in its cache.
-CHUNK_BYTES = {"cpu": 24 * 1024**2, "cuda": 256 * 1024**2}
-#: The same where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
+#: CHUNK_BYTES where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
 LEARNED_CHUNK_BYTES = 256 * 1024**2
 
 

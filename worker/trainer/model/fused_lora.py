@@ -16,12 +16,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
+from shared.estimation.defaults import RESIDENT_BYTES
 from worker.trainer.model.full_weights import Adapted
 
 ADAPTER = "default"
-
-#: Bytes of 4-bit matrices that stay dequantized while an adapter is on. Each is needed twice in every micro-batch.
-RESIDENT_BYTES = 512 * 1024**2
 
 
 def fuse(adapted: PeftModel) -> None:

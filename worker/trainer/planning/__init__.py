@@ -1,1 +1,4 @@
-"""Everything that is decided before a device is held: recipe, micro-batch, plan, preview. Must not import torch."""
+"""Everything that is decided before a job trains: recipe, micro-batch, plan, preview.
+
+Our code imports no torch here; an import contract checks it.
+"""

@@ -1,4 +1,4 @@
-"""Which exports a job may ask for: what cannot be made is refused before it trains, and not hours later.
+"""Refuse exports that cannot be made, before the job trains.
 
 Owns: the reasons. Must not load a model.
 """
@@ -17,14 +17,14 @@ from worker.trainer.protocol import Task
 
 
 def check(task: Task, encoder: Encoder) -> None:
-    """Raises TrainingFailed for the first export that this base, or this adapter, cannot be given."""
+    """Check the exports that a job asks for. Raises TrainingFailed: the first one that cannot be made."""
     if task.trainer.exports and task.method.type == "classification":
-        raise _none_of("a classifier has no exports: its head is trained beside the LoRA, and stays with it")
+        raise _no_exports("a classifier has no exports: its head is trained with the LoRA and published with it")
     if task.trainer.exports and task.trainer.full_finetuning:
-        raise _none_of("a model that was trained whole has no exports: what is published is merged already")
+        raise _no_exports("full fine-tuning has no exports: the published model is merged already")
     for name in task.trainer.exports:
-        if (refused := _REFUSALS[name](task, encoder)) is not None:
-            reason, hint = refused
+        if (found := _REFUSALS[name](task, encoder)) is not None:
+            reason, hint = found
             raise TrainingFailed(
                 f"the export {name.value!r} cannot be made: {reason}",
                 code="invalid_exports",
@@ -33,15 +33,16 @@ def check(task: Task, encoder: Encoder) -> None:
             )
 
 
-def _none_of(message: str) -> TrainingFailed:
+def _no_exports(message: str) -> TrainingFailed:
     return TrainingFailed(
         message,
         code="invalid_exports",
         param="trainer.exports",
-        hint="leave it out; the published folder is used as it is",
+        hint="leave trainer.exports out and use the published folder",
     )
 
 
+#: Why an export cannot be made, and a hint; None if it can.
 Refusal = tuple[str, str] | None
 
 
@@ -51,23 +52,23 @@ def _merged(task: Task, encoder: Encoder) -> Refusal:
 
 def _merged_dequantized(task: Task, encoder: Encoder) -> Refusal:
     if task.quantization is Quantization.NONE:
-        return "the base is not quantized (quantization is none)", "ask for merged, which is the same here"
+        return "the base is not quantized (quantization is none)", "ask for merged, which gives the same model"
     return None
 
 
 def _gguf_adapter(task: Task, encoder: Encoder) -> Refusal:
     if task.lora.use_dora:
-        return "llama.cpp knows no DoRA", "ask for gguf_merged, or leave lora.use_dora out"
+        return "llama.cpp does not support DoRA", "ask for gguf_merged, or leave lora.use_dora out"
     return _gguf(task)
 
 
 def _gguf_merged(task: Task, encoder: Encoder) -> Refusal:
-    if (refused := _gguf(task)) is not None:
-        return refused
+    if (found := _gguf(task)) is not None:
+        return found
     try:
         vocabulary.of(encoder.tokenizer, AutoConfig.from_pretrained(task.base_dir, local_files_only=True).vocab_size)
-    except vocabulary.Unsupported as found:
-        return f"this base has {found}", "ask for merged, and convert it with llama.cpp's own script"
+    except vocabulary.Unsupported as unsupported:
+        return f"this base has {unsupported}", "ask for merged, and convert it with llama.cpp's own script"
     return None
 
 

@@ -1,6 +1,6 @@
-"""The dataset checked and the recipe resolved, before any worker is held: `prepare` → Plan.
+"""Check the dataset and resolve the recipe, before the job is queued for training: `prepare` → Plan.
 
-Owns: what is counted and warned of. Must not import torch's models: it runs on a worker that has no GPU, in seconds.
+Owns: the counts of a plan and its warnings. Must not load a model: it runs in seconds on a worker without a GPU.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shared.errors import TrainingFailed
+from shared.estimation.defaults import CARVE_FROM_ROWS
 from shared.estimation.fallback import Level, fallback_levels
 from shared.estimation.memory_model import FULL_BYTES
 from shared.schemas.results import Plan, Recipe
 from worker.trainer.data import labels
-from worker.trainer.data.dataset import CARVE_FROM_ROWS, Split, load, split
+from worker.trainer.data.dataset import Split, load, split
 from worker.trainer.data.encoding import Encoder, longest_document
 from worker.trainer.data.statistics import doubts, statistics
 from worker.trainer.planning import exports, recipe, sizing
@@ -20,7 +21,10 @@ from worker.trainer.protocol import Task
 
 
 def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
-    """Raises TrainingFailed for a file or a setting that cannot be trained on. `tick` is called with each row."""
+    """Plan a job. `tick` is called with each row that is read.
+
+    Raises TrainingFailed: a file, a base or a setting that cannot be trained on, or a job that fits on no device.
+    """
     base = recipe.read_traits(task.base_dir)
     recipe.check_method(task.method.type, base)
     if task.trainer.full_finetuning:
@@ -74,13 +78,13 @@ def _fallback_levels(recipe: Recipe, *, longest: int) -> int:
 
 
 def _check_size(task: Task) -> None:
-    """Raises TrainingFailed for a base that is too large to be trained whole."""
+    """Raises TrainingFailed if full fine-tuning of the base needs more memory than the server allows."""
     parameters, limit = task.base_parameters, task.full_finetuning_bytes
     if parameters is None or limit is None or FULL_BYTES * parameters <= limit:
         return
     raise TrainingFailed(
-        f"full fine-tuning of this base would hold {FULL_BYTES * parameters / 1e9:,.1f} GB, {FULL_BYTES} bytes each "
-        f"for {parameters:,} parameters; this server allows {limit / 1e9:,.1f} GB",
+        f"full fine-tuning of this base needs {FULL_BYTES * parameters / 1e9:,.1f} GB, {FULL_BYTES} bytes for each of "
+        f"its {parameters:,} parameters; this server allows {limit / 1e9:,.1f} GB",
         code="base_too_large",
         param="trainer.full_finetuning",
         hint=f"leave it out and train a LoRA, or choose a base of at most {limit // FULL_BYTES:,} parameters",
@@ -92,10 +96,10 @@ def _row_warnings(rows: Split, length: int) -> list[str]:
     if rows.truncated:
         warnings.append(f"{rows.truncated} rows are cut at {length:,} tokens (trainer.max_length)")
     if rows.dropped:
-        warnings.append(f"{rows.dropped} rows are dropped: nothing trained is left within {length:,} tokens")
+        warnings.append(f"{rows.dropped} rows are dropped: no trained token is left within {length:,} tokens")
     if rows.heldout_source == "training_file":
         warnings.append(
-            f"under {CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows themselves"
+            f"with fewer than {CARVE_FROM_ROWS} rows none is held out: losses are measured on the training rows"
         )
     elif rows.dropped_heldout:
         warnings.append(f"{rows.dropped_heldout} rows of the validation file are dropped by the cut")

@@ -12,15 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from shared.estimation.defaults import PACK_LENGTH
+from shared.estimation.fallback import Level, fallback_levels
 from shared.schemas.requests import Quantization
 from tests.worker.trainer.conftest import Child, MakeTask, WriteRows, adapter_bytes, quotes, recipe_of, run
 from tests.worker.trainer.scarce_memory import Failing, limit_data, warnings_of, wide_base
 from worker.trainer.artifact import metrics_file
+from worker.trainer.data.dataset import load, split
+from worker.trainer.data.encoding import Encoder
 from worker.trainer.forward import fallback
 from worker.trainer.forward.layout import Layout
+from worker.trainer.forward.layout_probe import layout_of
 from worker.trainer.model import adapter_weights
 from worker.trainer.model import base as base_module
 from worker.trainer.model.base import load_base
+from worker.trainer.planning.prepare import prepare
 from worker.trainer.protocol import CheckpointSaved, Done, Failed, Measured, Notice, Task, Train
 from worker.trainer.training import checkpoint
 
@@ -47,6 +52,28 @@ def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llam
     assert fallback.levels(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
     assert fallback.levels(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
     assert fallback.levels(replace(anew, packing=False), base, longest=9) == [unpacked]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+def test_the_trainer_has_as_many_levels_as_the_planner_counts(llama: str, checkpointing: bool, packing: bool) -> None:
+    base = load_base(llama, Quantization.NONE)
+    for micro_batch in (1, 2, 5, 32):
+        for longest in (9, PACK_LENGTH - 1, PACK_LENGTH, 300):
+            widest = replace(WIDEST, micro_batch=micro_batch, checkpointing=checkpointing, packing=packing)
+            counted = fallback_levels(Level(micro_batch, checkpointing, packing), longest=longest)
+            assert len(fallback.levels(widest, base, longest=longest)) == len(counted)
+
+
+@pytest.mark.parametrize("trainer", [{}, {"packing": False}, {"gradient_checkpointing": True}, {"micro_batch": 1}])
+def test_the_plan_of_a_job_counts_the_levels_of_its_run(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, trainer: dict[str, Any]
+) -> None:
+    task = make_task(write_rows(quotes(24)), trainer=trainer)
+    plan, base, encoder = prepare(task), load_base(llama, Quantization.NONE), Encoder(llama)
+    rows = split(load(task, encoder), plan.recipe.max_length, seed=task.seed).train
+    layout, _ = layout_of(plan.recipe, base, rows, encoder)
+    assert plan.fallback_levels == len(fallback.levels(layout, base, longest=max(map(len, rows))))
 
 
 def test_narrower_run_comes_to_the_same_but_for_rounding(

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shared.estimation.defaults import CHUNK_BYTES
 from shared.schemas.requests import Quantization
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes, recipe_of
 from worker.trainer.data import dataset
@@ -29,7 +30,7 @@ from worker.trainer.data.encoding import Encoded, Encoder
 from worker.trainer.forward import layout_probe
 from worker.trainer.forward.batches import IGNORED, batches, collate, trained_tokens
 from worker.trainer.forward.layout import Layout
-from worker.trainer.forward.log_likelihood import CHUNK_BYTES, log_likelihood
+from worker.trainer.forward.log_likelihood import log_likelihood
 from worker.trainer.methods import sft
 from worker.trainer.model.base import Base, attach, load_base, trainable
 

@@ -1,4 +1,4 @@
-"""What cannot be exported is refused before training, by a word of what is in the way."""
+"""An export that cannot be made is refused before training, with the reason."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from worker.trainer.planning.prepare import prepare
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def refused(task: Any, said: str) -> None:
-    with pytest.raises(TrainingFailed, match=said) as failed:
+def refused(task: Any, message: str) -> None:
+    with pytest.raises(TrainingFailed, match=message) as failed:
         prepare(task)
     assert (failed.value.code, failed.value.param) == ("invalid_exports", "trainer.exports")
     assert failed.value.hint
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "said"),
+    ("kind", "config", "message"),
     [
         ("gpt_neox", {}, "the architecture 'gpt_neox'; known are gemma2, gemma3_text, gpt2, llama"),
         ("llama", {"hidden_act": "relu"}, "the activation 'relu'; llama has 'silu'"),
@@ -46,16 +46,22 @@ def refused(task: Any, said: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", [ExportName.GGUF_ADAPTER, ExportName.GGUF_MERGED])
-def test_a_base_that_llama_cpp_computes_otherwise(
-    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, kind: str, config: dict[str, Any], said: str, name: str
+def test_a_base_that_llama_cpp_computes_differently_is_refused(
+    make_task: MakeTask,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    kind: str,
+    config: dict[str, Any],
+    message: str,
+    name: str,
 ) -> None:
     tiny_base(tmp_path / "base", kind, **config)
     task = make_task(write_rows(quotes(8)), base_dir=str(tmp_path / "base"), trainer={"exports": [name]})
-    refused(task, said)
+    refused(task, message)
     prepare(task.model_copy(update={"trainer": task.trainer.model_copy(update={"exports": [ExportName.MERGED]})}))
 
 
-def test_a_window_that_no_context_outgrows() -> None:
+def test_a_sliding_window_as_long_as_the_context_is_allowed() -> None:
     for kind, options in (
         ("phi3", {"sliding_window": 256}),
         ("phi3", {"sliding_window": None}),
@@ -64,39 +70,39 @@ def test_a_window_that_no_context_outgrows() -> None:
         assert forms.refusal(AutoConfig.for_model(kind, max_position_embeddings=256, **options)) is None
 
 
-def test_an_adapter_that_llama_cpp_does_not_know(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_dora_adapter_is_refused_as_gguf_and_allowed_merged(make_task: MakeTask, write_rows: WriteRows) -> None:
     rows = write_rows(quotes(8))
-    refused(make_task(rows, lora={"use_dora": True}, trainer={"exports": ["gguf_adapter"]}), "no DoRA")
+    refused(make_task(rows, lora={"use_dora": True}, trainer={"exports": ["gguf_adapter"]}), "does not support DoRA")
     prepare(make_task(rows, lora={"use_dora": True}, trainer={"exports": ["gguf_merged"]}))
 
 
-def test_what_would_be_the_same_twice(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_dequantized_export_of_an_unquantized_base_is_refused(make_task: MakeTask, write_rows: WriteRows) -> None:
     rows = write_rows(quotes(8))
     refused(make_task(rows, trainer={"exports": ["merged_dequantized"]}), "the base is not quantized")
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "message"),
     [
         ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "cuts text in a way of its own"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizes by Lowercase"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_cannot_be_told_of(
-    llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, part: dict[str, Any], said: str
+def test_a_tokenizer_that_gguf_cannot_describe_is_refused(
+    llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, part: dict[str, Any], message: str
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
     for path in Path(llama).iterdir():
         (base / path.name).write_bytes(path.read_bytes())
-    told = json.loads((base / "tokenizer.json").read_text())
-    (base / "tokenizer.json").write_text(json.dumps(told | part))
+    saved = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(saved | part))
     task = make_task(write_rows(quotes(8)), base_dir=str(base), trainer={"exports": ["gguf_merged"]})
-    refused(task, said)
+    refused(task, message)
     prepare(task.model_copy(update={"trainer": task.trainer.model_copy(update={"exports": [ExportName.GGUF_ADAPTER]})}))
 
 
-def test_a_vocabulary_is_padded_to_the_embeddings(llama: str) -> None:
+def test_a_vocabulary_is_padded_to_the_number_of_embeddings(llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     found = vocabulary.of(tokenizer, 400)
     assert (found.kind, found.pre, len(found.tokens)) == ("gpt2", "gpt-2", 400)
@@ -106,12 +112,12 @@ def test_a_vocabulary_is_padded_to_the_embeddings(llama: str) -> None:
         vocabulary.of(tokenizer, 200)
 
 
-def test_a_classifier_stays_with_its_head(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_classifier_has_no_exports(make_task: MakeTask, write_rows: WriteRows) -> None:
     rows = write_rows([{"text": f"hat {i}", "label": "ab"[i % 2]} for i in range(8)])
     task = make_task(rows, method="classification", trainer={"exports": ["merged"]})
     refused(task, "a classifier has no exports")
 
 
-def test_a_model_that_was_trained_whole_is_merged(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_full_finetuning_has_no_exports(make_task: MakeTask, write_rows: WriteRows) -> None:
     task = make_task(write_rows(quotes(8)), trainer={"full_finetuning": True, "exports": ["gguf_merged"]})
-    refused(task, "a model that was trained whole has no exports")
+    refused(task, "full fine-tuning has no exports")

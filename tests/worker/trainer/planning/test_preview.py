@@ -1,4 +1,4 @@
-"""What is shown is what is trained on: the same rows, the same tokens, the same spans."""
+"""A preview shows the rows, tokens and trained spans that training uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT = {
 
 
 @pytest.fixture
-def look(llama: str, make_task: MakeTask, write_rows: WriteRows) -> Any:
+def show(llama: str, make_task: MakeTask, write_rows: WriteRows) -> Any:
     def ask(
         rows: Rows, *, count: int = 5, lines: list[int] | None = None, base_dir: str = llama, **trainer: Any
     ) -> PreviewOut:
@@ -38,7 +38,7 @@ def look(llama: str, make_task: MakeTask, write_rows: WriteRows) -> Any:
 
 
 def spans(row: PreviewRow) -> tuple[str, list[str]]:
-    """All of its text, and the trained parts of it."""
+    """The row's text, and its trained parts."""
     trained: list[str] = []
     last = False
     for segment in row.segments:
@@ -50,8 +50,8 @@ def spans(row: PreviewRow) -> tuple[str, list[str]]:
     return "".join(segment.text for segment in row.segments), trained
 
 
-def test_a_chat_is_trained_where_its_weight_says(look: Any, encoder: Encoder) -> None:
-    out = look([CHAT])
+def test_only_turns_without_weight_zero_are_trained_in_a_chat(show: Any, encoder: Encoder) -> None:
+    out = show([CHAT])
     whole, trained = spans(out.rows[0])
     assert whole == encoder.tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
     assert trained == ["yes,\na 帽子<|im_end|>"]
@@ -60,14 +60,14 @@ def test_a_chat_is_trained_where_its_weight_says(look: Any, encoder: Encoder) ->
     assert special == ["<|im_start|>", "<|im_end|>"] * 4
 
 
-def test_a_completion_is_trained_to_its_stop_token(look: Any) -> None:
-    out = look([{"prompt": "1 + 1 =", "completion": " 2"}])
+def test_a_completion_is_trained_up_to_its_stop_token(show: Any) -> None:
+    out = show([{"prompt": "1 + 1 =", "completion": " 2"}])
     assert spans(out.rows[0]) == ("1 + 1 = 2<|im_end|>", [" 2<|im_end|>"])
     assert (out.format, out.chat_template_sha256, out.max_length) == ("completion", None, 256)
 
 
-def test_a_text_is_trained_from_its_second_token(look: Any) -> None:
-    row = look([{"text": "hat on the head"}]).rows[0]
+def test_a_text_is_trained_from_its_second_token(show: Any) -> None:
+    row = show([{"text": "hat on the head"}]).rows[0]
     whole, [trained] = spans(row)
     assert whole == "hat on the head<|im_end|>"
     assert not row.segments[0].trained
@@ -75,18 +75,18 @@ def test_a_text_is_trained_from_its_second_token(look: Any) -> None:
     assert row.trained_tokens == row.tokens - 1
 
 
-def test_a_row_to_be_classified_has_a_label_and_no_trained_token(bert: str, look: Any) -> None:
-    out = look([{"premise": "a hat", "hypothesis": "it is felt", "label": 2}], base_dir=bert)
+def test_a_classification_row_has_a_label_and_no_trained_token(bert: str, show: Any) -> None:
+    out = show([{"premise": "a hat", "hypothesis": "it is felt", "label": 2}], base_dir=bert)
     whole, trained = spans(out.rows[0])
     assert (whole, trained) == ("<|im_start|>a hat<|im_end|>it is felt<|im_end|>", [])
     assert (out.format, out.rows[0].label, out.rows[0].trained_tokens) == ("classification", "2", 0)
 
 
-def test_what_is_shown_is_what_is_trained_on(
-    look: Any, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder
+def test_shown_tokens_are_those_of_training(
+    show: Any, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder
 ) -> None:
     rows: Rows = [{"prompt": "hat " * 4 * n, "completion": "felt " * n} for n in range(1, 9)]
-    shown = look(rows, count=20, max_length=16).rows
+    shown = show(rows, count=20, max_length=16).rows
     fitted = dataset.fit(dataset.load(make_task(write_rows(rows)), encoder).train, 16).kept
     kept = [row for row in shown if row.trained_tokens]
     assert 0 < len(kept) < len(shown) == 8
@@ -99,7 +99,7 @@ def test_what_is_shown_is_what_is_trained_on(
         assert (row.trained_tokens, row.truncated) == (wanted.trained_tokens, row.tokens > 16)
 
 
-def test_it_reads_no_further_than_it_must(make_task: MakeTask, tmp_path: Path) -> None:
+def test_no_row_after_the_last_requested_line_is_read(make_task: MakeTask, tmp_path: Path) -> None:
     path = tmp_path / "endless.jsonl"
     path.write_text('{"text": "hat"}\n' * 1000)
     ticks: list[None] = []
@@ -108,24 +108,24 @@ def test_it_reads_no_further_than_it_must(make_task: MakeTask, tmp_path: Path) -
     assert ([row.line for row in out.rows], len(ticks)) == ([3, 7], 7)
 
 
-def test_bad_rows_are_told_beside_the_good_ones(look: Any) -> None:
-    out = look([*quotes(1), {"txt": "x"}, *quotes(9)], count=3)
+def test_bad_rows_are_reported_with_the_good_ones(show: Any) -> None:
+    out = show([*quotes(1), {"txt": "x"}, *quotes(9)], count=3)
     assert [row.line for row in out.rows] == [1, 3]
     assert [(problem.line, problem.message) for problem in out.problems] == [(2, 'found keys "txt"')]
 
 
-def test_lines_that_are_not_there_are_told(look: Any) -> None:
-    out = look(quotes(3), lines=[2, 9])
+def test_missing_lines_are_reported(show: Any) -> None:
+    out = show(quotes(3), lines=[2, 9])
     assert [row.line for row in out.rows] == [2]
     assert [(problem.line, problem.message) for problem in out.problems] == [(9, "no row begins at this line")]
 
 
-def test_a_file_without_a_good_row_fails_as_its_job_would(look: Any) -> None:
+def test_a_file_without_a_good_row_fails_as_a_job_would(show: Any) -> None:
     with pytest.raises(TrainingFailed, match="1 bad row: line 1") as failed:
-        look([{"text": ""}])
+        show([{"text": ""}])
     assert (failed.value.code, failed.value.param) == ("invalid_training_file", "training_file")
 
 
-def test_a_length_that_the_base_cannot_bear_is_refused(look: Any) -> None:
+def test_a_length_above_the_bases_context_is_refused(show: Any) -> None:
     with pytest.raises(TrainingFailed, match="at most 256"):
-        look(quotes(1), max_length=300)
+        show(quotes(1), max_length=300)

@@ -1,4 +1,4 @@
-"""`auto` comes to the numbers that are documented."""
+"""Every "auto" resolves to the documented number."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shared.errors import TrainingFailed
+from shared.estimation import defaults
 from shared.schemas.requests import Lora, Method, MethodName, Quantization, TrainerParams
 from shared.schemas.results import Recipe
 from worker.trainer.planning import recipe
@@ -32,7 +33,7 @@ def resolve(
         Quantization.NF4,
         seed=1,
         base=base,
-        size=Size(rows, longest, min(longest, asked.get("trainer", {}).get("max_length", recipe.LONGEST_AUTO_ROW))),
+        size=Size(rows, longest, min(longest, asked.get("trainer", {}).get("max_length", defaults.LONGEST_AUTO_ROW))),
     )
 
 
@@ -48,7 +49,9 @@ def resolve(
         (20_000, 1, 32, 625, 32),
     ],
 )
-def test_auto_follows_the_number_of_rows(rows: int, n_epochs: int, batch_size: int, total_steps: int, r: int) -> None:
+def test_auto_depends_on_the_number_of_rows(
+    rows: int, n_epochs: int, batch_size: int, total_steps: int, r: int
+) -> None:
     found, _ = resolve(rows)
     assert (found.n_epochs, found.batch_size, found.total_steps, found.r) == (n_epochs, batch_size, total_steps, r)
 
@@ -57,14 +60,14 @@ def test_auto_follows_the_number_of_rows(rows: int, n_epochs: int, batch_size: i
     ("model_type", "hidden", "rate"),
     [("llama", 2000, 5e-4), ("llama", 576, 1.320e-3), ("llama", 4096, 2.858e-4), ("qwen3", 4096, 4.721e-4)],
 )
-def test_rate_falls_with_width(model_type: str, hidden: int, rate: float) -> None:
+def test_learning_rate_falls_with_width(model_type: str, hidden: int, rate: float) -> None:
     base = BaseTraits(model_type, hidden, 8192)
     assert resolve(base=base)[0].learning_rate == pytest.approx(rate, rel=1e-3)
     doubled, _ = resolve(base=base, hyperparameters={"learning_rate_multiplier": 2})
     assert doubled.learning_rate == pytest.approx(2 * rate, rel=1e-3)
 
 
-def test_full_finetuning_learns_at_a_tenth_of_the_rate_and_has_no_rank() -> None:
+def test_full_finetuning_has_a_tenth_of_the_learning_rate_and_no_rank() -> None:
     full, _ = resolve(trainer={"full_finetuning": True})
     assert full.learning_rate == pytest.approx(resolve()[0].learning_rate / 10)
     assert (full.full_finetuning, full.r, full.alpha) == (True, 0, 0)
@@ -82,7 +85,7 @@ def test_max_length_fits_the_longest_row_and_the_base(longest: int, context: int
     assert resolve(longest=longest, base=BaseTraits("llama", 576, context))[0].max_length == length
 
 
-def test_max_length_beyond_the_base_is_refused() -> None:
+def test_max_length_above_the_bases_context_is_refused() -> None:
     with pytest.raises(TrainingFailed, match="at most 8,192") as failed:
         resolve(trainer={"max_length": 9000})
     assert failed.value.param == "trainer.max_length"
@@ -104,14 +107,14 @@ def test_micro_batch_holds_about_1536_tokens(trainer: dict[str, Any], longest: i
     assert resolve(5000, longest, trainer=trainer)[0].micro_batch == micro_batch
 
 
-def test_max_steps_caps_and_few_steps_are_warned_of() -> None:
+def test_max_steps_limits_a_run_and_few_steps_cause_a_warning() -> None:
     found, warnings = resolve(trainer={"max_steps": 7})
     assert (found.total_steps, found.warmup_steps, found.save_every, found.eval_every) == (7, 1, 2, 2)
     assert any("only 7 optimizer steps" in warning for warning in warnings)
     assert resolve(5000)[1] == []
 
 
-def test_what_is_asked_for_is_taken() -> None:
+def test_given_settings_are_used() -> None:
     found, warnings = resolve(
         hyperparameters={"n_epochs": 2, "batch_size": 5},
         lora={"r": 3, "alpha": 7, "dropout": 0.1, "target_modules": ["q_proj"], "use_rslora": True, "use_dora": True},
@@ -125,7 +128,7 @@ def test_what_is_asked_for_is_taken() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_rate_warms_up_and_falls_towards_zero(schedule: str) -> None:
+def test_learning_rate_warms_up_and_decays_towards_zero(schedule: str) -> None:
     found = resolve(3200, hyperparameters={"n_epochs": 1, "batch_size": 32})[0].model_copy(
         update={"schedule": schedule}
     )
@@ -143,7 +146,7 @@ def test_rate_warms_up_and_falls_towards_zero(schedule: str) -> None:
         ({"model_type": "g", "text_config": {"model_type": "t", "hidden_size": 8}}, BaseTraits("t", 8, None)),
     ],
 )
-def test_architecture_is_read_from_config(tmp_path: Path, config: dict[str, Any], found: BaseTraits) -> None:
+def test_traits_are_read_from_config(tmp_path: Path, config: dict[str, Any], found: BaseTraits) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert recipe.read_traits(str(tmp_path)) == found
 
@@ -154,6 +157,6 @@ def test_folder_without_a_text_model_is_refused(tmp_path: Path) -> None:
     assert failed.value.code == "unsupported_base_model"
 
 
-def test_config_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str]) -> None:
+def test_io_error_of_config_is_not_reported_as_the_users_error(unreadable: Callable[[str], str]) -> None:
     with pytest.raises(OSError, match="Errno 5"):
         recipe.read_traits(unreadable("config.json"))

@@ -1,4 +1,4 @@
-"""Micro-batch and checkpointing from the memory that there is; and the verdict where there is too little."""
+"""Micro-batch and checkpointing are chosen by device memory, and a job that fits nowhere is refused."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def sized(tmp_path: Path, make_task: MakeTask) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(config))
         task: Task = make_task("", base_dir=str(tmp_path), trainer=trainer, devices=devices)
         rows = [row(i, length) for i in range(64)]
-        wish = task.trainer.gradient_checkpointing
+        checkpointing = task.trainer.gradient_checkpointing
         recipe: Recipe = RECIPE.model_copy(
             update={
                 "batch_size": 32,
                 "total_steps": 2,
                 "max_length": 2048,
                 "micro_batch": 4 if task.trainer.micro_batch == "auto" else task.trainer.micro_batch,
-                "gradient_checkpointing": None if wish == "auto" else wish,
+                "gradient_checkpointing": None if checkpointing == "auto" else checkpointing,
             }
         )
         return size(task, recipe, rows)
@@ -69,7 +69,7 @@ def device(gigabytes: float, kind: Kind = "cuda", **fields: Any) -> KnownDevice:
     ],
     ids=lambda value: ",".join(one.name for one in value) if isinstance(value, list) else str(value),
 )
-def test_auto_is_the_most_that_fits(
+def test_auto_is_the_largest_that_fits_every_device(
     sized: Any, devices: list[KnownDevice], micro_batch: int, checkpointing: bool
 ) -> None:
     found: Sized = sized(devices)
@@ -90,14 +90,14 @@ def test_auto_is_the_most_that_fits(
         ({"micro_batch": 30}, 30, True),
     ],
 )
-def test_what_is_asked_for_is_kept(sized: Any, asked: dict[str, Any], micro_batch: int, checkpointing: bool) -> None:
+def test_given_settings_are_kept(sized: Any, asked: dict[str, Any], micro_batch: int, checkpointing: bool) -> None:
     found: Sized = sized([device(48)], **asked)
     assert (found.recipe.micro_batch, found.recipe.gradient_checkpointing) == (micro_batch, checkpointing)
     assert found.warnings == []
 
 
-def test_too_much_that_is_asked_for_is_warned_of(sized: Any) -> None:
-    """The trainer narrows it by itself when memory runs out."""
+def test_a_given_micro_batch_that_does_not_fit_causes_a_warning(sized: Any) -> None:
+    """The trainer lowers it by itself when memory runs out."""
     found: Sized = sized([device(10)], micro_batch=64)
     assert found.recipe.micro_batch == 64
     (warning,) = found.warnings
@@ -105,7 +105,7 @@ def test_too_much_that_is_asked_for_is_warned_of(sized: Any) -> None:
     assert "cuda 10 has 10.0: there, memory will run out" in warning
 
 
-def test_without_a_device_both_kinds_are_predicted_and_nothing_is_chosen(sized: Any) -> None:
+def test_without_a_known_device_both_kinds_are_predicted_and_nothing_is_chosen(sized: Any) -> None:
     found: Sized = sized([])
     assert (found.recipe.micro_batch, found.recipe.gradient_checkpointing) == (4, None)
     assert found.fit is not None
@@ -115,7 +115,7 @@ def test_without_a_device_both_kinds_are_predicted_and_nothing_is_chosen(sized: 
     ]
 
 
-def test_what_fits_nowhere_fails_with_what_would(sized: Any) -> None:
+def test_a_job_that_fits_nowhere_fails_and_names_a_change_that_would_fit(sized: Any) -> None:
     with pytest.raises(TrainingFailed) as failed:
         sized([device(7), device(4)], length=2048)
     assert (failed.value.code, failed.value.param) == ("does_not_fit", "trainer.max_length")
@@ -127,25 +127,25 @@ def test_what_fits_nowhere_fails_with_what_would(sized: Any) -> None:
     assert "take a smaller base" in (hopeless.value.hint or "")
 
 
-def test_earlier_runs_decide(sized: Any) -> None:
+def test_earlier_runs_correct_the_choice(sized: Any) -> None:
     plain: Sized = sized([device(26)])
     assert plain.fit is not None
     (peak,) = plain.fit.peaks
-    taken = Weighing(computed_bytes=peak.computed_bytes, measured_bytes=round(1.5 * peak.computed_bytes))
-    found: Sized = sized([device(26, weighings=[taken])])
+    weighing = Weighing(computed_bytes=peak.computed_bytes, measured_bytes=round(1.5 * peak.computed_bytes))
+    found: Sized = sized([device(26, weighings=[weighing])])
     assert found.fit is not None
     (corrected,) = found.fit.peaks
     assert corrected.predicted_bytes == pytest.approx(1.5 * corrected.computed_bytes)
     assert found.recipe.gradient_checkpointing is True
 
 
-def test_an_architecture_that_is_not_known_is_not_predicted(sized: Any) -> None:
+def test_an_unknown_architecture_is_not_predicted(sized: Any) -> None:
     found: Sized = sized([device(1)], config={"model_type": "mamba"})
     assert found.fit is None
     assert found.recipe.micro_batch == 4
 
 
-def test_a_dataset_is_planned_with_it(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_plan_contains_the_choice(make_task: MakeTask, write_rows: WriteRows) -> None:
     file = write_rows(quotes(24))
     plan = prepare(make_task(file, devices=[device(16, "cpu")]))
     assert plan.fit is not None
