@@ -35,12 +35,12 @@ def renew(session: Session, job_id: str, epoch: int, *, lease_seconds: float) ->
     return None if desired is None else Desired(desired)
 
 
-def enter(session: Session, job_id: str, epoch: int, phase: Phase) -> bool:
+def set_phase(session: Session, job_id: str, epoch: int, phase: Phase) -> bool:
     """Say what the job is doing now."""
     return session.scalar(_held(job_id, epoch).values(phase=phase).returning(Job.id)) is not None
 
 
-def note(session: Session, job_id: str, epoch: int, *, level: str, message: str) -> bool:
+def add_event(session: Session, job_id: str, epoch: int, *, level: str, message: str) -> bool:
     """Add a line to the job's events."""
     seq = session.scalar(_held(job_id, epoch).values(event_seq=Job.event_seq + 1).returning(Job.event_seq))
     if seq is None:
@@ -49,7 +49,9 @@ def note(session: Session, job_id: str, epoch: int, *, level: str, message: str)
     return True
 
 
-def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]) -> bool:
+def record_metrics(
+    session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], progress: dict[str, Any]
+) -> bool:
     """Store a batch of steps, the last of them as an event too, as OpenAI shows them.
 
     A step and the evaluation after it come as two `Metrics` and make one row. `progress` gets the time: `at`, in Unix
@@ -80,7 +82,7 @@ def record(session: Session, job_id: str, epoch: int, batch: Sequence[Metrics], 
     return True
 
 
-def checkpointed(
+def add_checkpoint(
     session: Session, job_id: str, epoch: int, *, step: int, prefix: str, files: list[Entry], metrics: Metrics
 ) -> bool:
     """Make an uploaded checkpoint real. One of an earlier attempt at the same step gives way."""
@@ -106,7 +108,7 @@ def checkpointed(
     return True
 
 
-def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
+def finish_planning(session: Session, job_id: str, epoch: int, plan: Plan) -> State | None:
     """The dataset is good: queue the job, or end it where it was a dry run or its user has changed their mind."""
     job = lock_held_job(session, job_id, epoch)
     if job is None:
@@ -117,7 +119,7 @@ def planned(session: Session, job_id: str, epoch: int, plan: Plan) -> State | No
     return MOVES[reason].target if transition(session, job_id, reason, epoch=epoch, values=values) else None
 
 
-def succeeded(
+def succeed(
     session: Session, job_id: str, epoch: int, *, report: Report, adapter: Adapter, result_file: File
 ) -> State | None:
     """End the job well, with its adapter and result file; a cancel that was accepted before wins."""
@@ -132,7 +134,7 @@ def succeeded(
     return State.SUCCEEDED if transition(session, job_id, Reason.COMPLETED, epoch=epoch, values=values) else None
 
 
-def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
+def fail(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     """End the job for a reason that its user must mend; a cancel that was accepted before wins."""
     job = lock_held_job(session, job_id, epoch)
     if job is not None and job.desired_state == Desired.CANCEL:
@@ -143,7 +145,7 @@ def failed(session: Session, job_id: str, epoch: int, error: JobError) -> bool:
     )
 
 
-def released(session: Session, job_id: str, epoch: int, *, message: str | None = None, wait: float = 0.0) -> bool:
+def release(session: Session, job_id: str, epoch: int, *, message: str | None = None, wait: float = 0.0) -> bool:
     """Give the job back with its checkpoint: to its user's wish, or to the queue where the worker cannot go on.
 
     A job that is queued again is not claimed for `wait` seconds.
@@ -158,7 +160,7 @@ def released(session: Session, job_id: str, epoch: int, *, message: str | None =
     return transition(session, job_id, Reason.PREEMPTED, epoch=epoch, message=message, values=again)
 
 
-def shrunk(session: Session, job_id: str, epoch: int) -> bool:
+def step_down(session: Session, job_id: str, epoch: int) -> bool:
     """The kernel killed the attempt for its memory: the next one halves the micro-batch. No crash is counted."""
     job = lock_held_job(session, job_id, epoch)
     if job is None:
@@ -167,7 +169,7 @@ def shrunk(session: Session, job_id: str, epoch: int) -> bool:
     return transition(session, job_id, _wish(job) or Reason.OUT_OF_MEMORY, epoch=epoch, values=less)
 
 
-def crashed(
+def crash(
     session: Session,
     job_id: str,
     epoch: int,

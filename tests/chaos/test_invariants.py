@@ -347,9 +347,9 @@ def history(bind: Engine, folder: Path) -> dict[str, str]:
         claim(bind, Queue.PREPARE)
         with session_scope(bind) as session:
             if fate == "invalid":
-                assert attempts.failed(session, ids[fate], 1, OOPS)
+                assert attempts.fail(session, ids[fate], 1, OOPS)
             else:
-                assert attempts.planned(session, ids[fate], 1, PLAN)
+                assert attempts.finish_planning(session, ids[fate], 1, PLAN)
         if fate == "won":
             ids["result"] = win(bind, ids, folder)
         elif fate == "poison":
@@ -377,11 +377,11 @@ def win(bind: Engine, ids: dict[str, str], folder: Path) -> str:
     train(bind, second, [3, 4])
     checkpoint(bind, second, 4, weights)
     with session_scope(bind) as session:
-        assert attempts.released(session, won, second.lease_epoch)
+        assert attempts.release(session, won, second.lease_epoch)
     third = claim(bind, Queue.TRAIN)
     ask(bind, ids, "won", Desired.PAUSE)
     with session_scope(bind) as session:
-        assert attempts.released(session, won, third.lease_epoch)
+        assert attempts.release(session, won, third.lease_epoch)
     ask(bind, ids, "won", Desired.RUN)
     last = claim(bind, Queue.TRAIN)
     train(bind, last, [5, 6])
@@ -409,7 +409,7 @@ def publish(bind: Engine, last: Job, weights: Path) -> str:
     )  # fmt: skip
     report = REPORT.model_copy(update={"steps": STEPS})
     with session_scope(bind) as session:
-        done = attempts.succeeded(session, last.id, last.lease_epoch, report=report, adapter=adapter, result_file=file)
+        done = attempts.succeed(session, last.id, last.lease_epoch, report=report, adapter=adapter, result_file=file)
         assert done is State.SUCCEEDED
     return result
 
@@ -429,18 +429,18 @@ def ask(bind: Engine, ids: dict[str, str], fate: str, desired: Desired) -> None:
 def train(bind: Engine, held: Job, steps: list[int]) -> None:
     batch = [Metrics(step=step, total_steps=STEPS, train_loss=1.0) for step in steps]
     with session_scope(bind) as session:
-        assert attempts.record(session, held.id, held.lease_epoch, batch, {})
+        assert attempts.record_metrics(session, held.id, held.lease_epoch, batch, {})
 
 
 def checkpoint(bind: Engine, held: Job, step: int, weights: Path) -> None:
     prefix = f"checkpoints/{held.tenant_id}/{held.id}/{held.lease_epoch}/{step}/"
     files, metrics = storage.put_folder(prefix, weights), Metrics(step=step, total_steps=STEPS, train_loss=1.0)
     with session_scope(bind) as session:
-        assert attempts.checkpointed(
+        assert attempts.add_checkpoint(
             session, held.id, held.lease_epoch, step=step, prefix=prefix, files=files, metrics=metrics
         )
 
 
 def crash(bind: Engine, held: Job) -> None:
     with session_scope(bind) as session:
-        assert attempts.crashed(session, held.id, held.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)
+        assert attempts.crash(session, held.id, held.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)

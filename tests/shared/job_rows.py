@@ -22,7 +22,7 @@ def queued(database: Engine, tenant: Tenant, dataset: str, *, priority: int = 0)
     job = make(database, tenant, dataset, priority=priority)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.QUEUED
+        assert attempts.finish_planning(session, job.id, epoch, PLAN) is State.QUEUED
     return job
 
 

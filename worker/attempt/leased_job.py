@@ -61,17 +61,17 @@ class LeasedJob:
 
     def enter(self, phase: Phase) -> None:
         """Say on the job what it is doing now."""
-        self.guarded(lambda s: attempts.enter(s, self.job.id, self.lease.epoch, phase))
+        self.guarded(lambda s: attempts.set_phase(s, self.job.id, self.lease.epoch, phase))
 
     def tell(self, level: str, message: str) -> None:
         """A line for the job's events."""
-        self.guarded(lambda s: attempts.note(s, self.job.id, self.lease.epoch, level=level, message=message))
+        self.guarded(lambda s: attempts.add_event(s, self.job.id, self.lease.epoch, level=level, message=message))
 
     def complain(self, message: str) -> None:
         """A line for the job's events, if the database takes it."""
         try:
             with session_scope() as session:
-                attempts.note(session, self.job.id, self.lease.epoch, level="warn", message=message)
+                attempts.add_event(session, self.job.id, self.lease.epoch, level="warn", message=message)
         except Unavailable:
             log.warning("complaint.unheard", message=message)
 
@@ -93,13 +93,13 @@ class LeasedJob:
         if self.pending:
             batch, self.pending = self.pending, []
             progress = self.pace.progress()
-            self.guarded(lambda s: attempts.record(s, self.job.id, self.lease.epoch, batch, progress))
+            self.guarded(lambda s: attempts.record_metrics(s, self.job.id, self.lease.epoch, batch, progress))
         self.recorded_at = time.monotonic()
 
     def end(self, error: JobError) -> None:
         """End the job for good: another attempt would meet the same."""
         self.tracking.last_call()
-        self.guarded(lambda s: attempts.failed(s, self.job.id, self.lease.epoch, error))
+        self.guarded(lambda s: attempts.fail(s, self.job.id, self.lease.epoch, error))
 
     def crash(self, error: JobError) -> None:
         """Count it; the job goes back to the queue, or ends as poison."""
@@ -109,7 +109,7 @@ class LeasedJob:
         backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
         log.warning("job.crashed", message=error.message)
         self.guarded(
-            lambda s: attempts.crashed(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
+            lambda s: attempts.crash(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
         )
 
     def release(self, leave: Leave) -> None:
@@ -122,7 +122,7 @@ class LeasedJob:
         while not self.lease.is_lost():
             try:
                 with session_scope() as session:
-                    attempts.released(session, self.job.id, self.lease.epoch, message=message, wait=leave.wait)
+                    attempts.release(session, self.job.id, self.lease.epoch, message=message, wait=leave.wait)
                 break
             except Unavailable as error:
                 log.warning("release.failed", error=error.message)

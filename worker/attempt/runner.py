@@ -166,7 +166,7 @@ class Attempt(LeasedJob):
                 return Failed(job=self.job.id, code="trainer_crashed", message=str(end), retryable=True)
             if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
                 self.flush()
-                self.guarded(lambda s: attempts.shrunk(s, self.job.id, self.lease.epoch))
+                self.guarded(lambda s: attempts.step_down(s, self.job.id, self.lease.epoch))
                 return None
             code = "trainer_stuck" if isinstance(end, Stuck) else "trainer_crashed"
             hint = "the last log lines tell more"
@@ -254,7 +254,7 @@ class Attempt(LeasedJob):
         files = self.patience.do(lambda: storage.put_folder(prefix, folder))
         failpoint(Failpoint.AFTER_CHECKPOINT_UPLOAD)
         self.guarded(
-            lambda s: attempts.checkpointed(
+            lambda s: attempts.add_checkpoint(
                 s, self.job.id, epoch, step=event.step, prefix=prefix, files=files, metrics=event.metrics
             )
         )
@@ -274,7 +274,7 @@ class Attempt(LeasedJob):
         """The dataset is good: queue the job and ring for a trainer."""
         for warning in plan.warnings:
             self.tell("warn", warning)
-        state = self.guarded(lambda s: attempts.planned(s, self.job.id, self.lease.epoch, plan))
+        state = self.guarded(lambda s: attempts.finish_planning(s, self.job.id, self.lease.epoch, plan))
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
         failpoint(Failpoint.AFTER_PLAN)
         if state is State.QUEUED:
@@ -322,7 +322,7 @@ class Attempt(LeasedJob):
                 devices.report(session, done.report.fit.device)
                 devices.weigh(session, job, done.report.fit)
             file = publishing.result_row(job, result)
-            return attempts.succeeded(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
+            return attempts.succeed(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
 
         self.tracking.last_call()
         state = self.guarded(finish)

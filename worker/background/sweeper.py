@@ -96,7 +96,7 @@ def reclaim(session: Session, settings: Settings) -> int:
             hint="the machine or the worker process died; out of memory is the usual cause (exit code 137)",
         )
         backoff, crashes = settings.crash_backoff_seconds, settings.max_crashes
-        if attempts.crashed(session, job_id, epoch, error, backoff=backoff, max_crashes=crashes, silent=True):
+        if attempts.crash(session, job_id, epoch, error, backoff=backoff, max_crashes=crashes, silent=True):
             log.warning("job.reclaimed", job=job_id, epoch=epoch, owner=owner)
             reclaimed += 1
     return reclaimed

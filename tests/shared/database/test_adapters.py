@@ -52,11 +52,11 @@ def source(database: Engine, tenant: Tenant, dataset: str) -> Source:
         for step in (4, 8):
             metrics, prefix = Metrics(step=step, total_steps=8), f"checkpoints/{step}/"
             files = [Entry(path="state.json", bytes=1, sha256="c" * 64), weights(SAVED)]
-            attempts.checkpointed(session, job.id, epoch, step=step, prefix=prefix, files=files, metrics=metrics)
+            attempts.add_checkpoint(session, job.id, epoch, step=step, prefix=prefix, files=files, metrics=metrics)
         found = {checkpoint.step: checkpoint.id for checkpoint in latest_checkpoints(session, job.id)}
         published = adapter(job)
         published.name, published.prefix, published.files = model, f"adapters/{job.id}/", [weights(PUBLISHED)]
-        attempts.succeeded(session, job.id, epoch, report=REPORT, adapter=published, result_file=result_file(job))
+        attempts.succeed(session, job.id, epoch, report=REPORT, adapter=published, result_file=result_file(job))
     return Source(job.id, model, found)
 
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_is_dropped_while_a_job_is_submitted_keeps_its_objects
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         for step in (1, 2):
-            attempts.checkpointed(
+            attempts.add_checkpoint(
                 session, other.id, epoch, step=step, prefix=f"running/{step}/", files=[weights(SAVED)],
                 metrics=Metrics(step=step, total_steps=8),
             )  # fmt: skip

@@ -44,13 +44,15 @@ def test_a_job_goes_all_the_way(database: Engine, tenant: Tenant, dataset: str) 
     prepared = claim(database, Queue.PREPARE)
     assert (prepared.id, prepared.state, prepared.attempt, prepared.lease_epoch) == (job.id, State.VALIDATING, 0, 1)
     with session_scope(database) as session:
-        assert attempts.planned(session, job.id, 1, PLAN) is State.QUEUED
+        assert attempts.finish_planning(session, job.id, 1, PLAN) is State.QUEUED
     running = claim(database, Queue.TRAIN)
     assert (running.state, running.attempt, running.lease_epoch) == (State.RUNNING, 1, 2)
     with session_scope(database) as session:
-        assert attempts.record(session, job.id, 2, [Metrics(step=1, total_steps=2, train_loss=1.5)], {"step": 1})
+        assert attempts.record_metrics(
+            session, job.id, 2, [Metrics(step=1, total_steps=2, train_loss=1.5)], {"step": 1}
+        )
     with session_scope(database) as session:
-        done = attempts.succeeded(session, job.id, 2, report=REPORT, adapter=adapter(job), result_file=result_file(job))
+        done = attempts.succeed(session, job.id, 2, report=REPORT, adapter=adapter(job), result_file=result_file(job))
         assert done is State.SUCCEEDED
     ended = read(database, job.id)
     assert (ended.state, ended.reason, ended.lease_owner) == (State.SUCCEEDED, Reason.COMPLETED, None)
@@ -68,26 +70,26 @@ def test_a_worker_without_the_lease_can_write_nothing(database: Engine, tenant: 
     job = queued(database, tenant, dataset)
     zombie = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert attempts.released(session, job.id, zombie)
+        assert attempts.release(session, job.id, zombie)
     owner = claim(database, Queue.TRAIN).lease_epoch
     assert owner > zombie
     step = Metrics(step=9, total_steps=9, train_loss=0.0)
     with session_scope(database) as session:
-        assert attempts.checkpointed(session, job.id, owner, step=8, prefix="p/", files=[], metrics=step)
+        assert attempts.add_checkpoint(session, job.id, owner, step=8, prefix="p/", files=[], metrics=step)
     before = read(database, job.id)
     with session_scope(database) as session:
         assert attempts.renew(session, job.id, zombie, lease_seconds=60) is None
-        assert not attempts.enter(session, job.id, zombie, Phase.TRAINING)
-        assert not attempts.note(session, job.id, zombie, level="info", message="boo")
-        assert not attempts.record(session, job.id, zombie, [step], {})
-        assert not attempts.checkpointed(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
+        assert not attempts.set_phase(session, job.id, zombie, Phase.TRAINING)
+        assert not attempts.add_event(session, job.id, zombie, level="info", message="boo")
+        assert not attempts.record_metrics(session, job.id, zombie, [step], {})
+        assert not attempts.add_checkpoint(session, job.id, zombie, step=9, prefix="p/", files=[], metrics=step)
         assert checkpoints.drop_checkpoints(session, job.id, zombie, keep=0) == []
-        assert attempts.planned(session, job.id, zombie, PLAN) is None
-        assert not attempts.failed(session, job.id, zombie, OOPS)
-        assert not attempts.crashed(session, job.id, zombie, OOPS, **CRASH)
-        assert not attempts.released(session, job.id, zombie)
+        assert attempts.finish_planning(session, job.id, zombie, PLAN) is None
+        assert not attempts.fail(session, job.id, zombie, OOPS)
+        assert not attempts.crash(session, job.id, zombie, OOPS, **CRASH)
+        assert not attempts.release(session, job.id, zombie)
         files: dict[str, Any] = {"adapter": adapter(job), "result_file": result_file(job)}
-        assert attempts.succeeded(session, job.id, zombie, report=REPORT, **files) is None
+        assert attempts.succeed(session, job.id, zombie, report=REPORT, **files) is None
     after = read(database, job.id)
     assert (after.state, after.lease_epoch, after.event_seq) == (State.RUNNING, owner, before.event_seq)
     with session_scope(database) as session:
@@ -126,7 +128,7 @@ def test_the_back_off_doubles_up_to_five_minutes(database: Engine, tenant: Tenan
             session.execute(update(Job).where(Job.id == job.id).values(crash_count=crashes, not_before=func.now()))
         epoch = claim(database, Queue.TRAIN).lease_epoch
         with session_scope(database) as session:
-            assert attempts.crashed(session, job.id, epoch, OOPS, backoff=5.0, max_crashes=10_000)
+            assert attempts.crash(session, job.id, epoch, OOPS, backoff=5.0, max_crashes=10_000)
             wait = extract("epoch", Job.not_before - func.clock_timestamp())
             waits.append(session.scalars(select(wait).where(Job.id == job.id)).one())
     assert [round(wait) for wait in waits] == [5, 10, 160, 300, 300]
@@ -174,7 +176,7 @@ def test_cancel_is_at_once_without_a_lease_and_a_wish_with_one(database: Engine,
         assert attempts.renew(session, busy.id, epoch, lease_seconds=60) is Desired.CANCEL
     with session_scope(database) as session:
         files: dict[str, Any] = {"adapter": adapter(busy), "result_file": result_file(busy)}
-        assert attempts.succeeded(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
+        assert attempts.succeed(session, busy.id, epoch, report=REPORT, **files) is State.CANCELLED
     with session_scope(database) as session, pytest.raises(Conflict, match="is cancelled"):
         jobs.set_desired_state(session, tenant.id, busy.id, Desired.CANCEL)
     assert read(database, busy.id).reason == Reason.CANCELLED
@@ -202,12 +204,12 @@ def test_a_wish_survives_whatever_happens_to_the_worker(
         jobs.set_desired_state(session, tenant.id, job.id, wish)
     with session_scope(database) as session:
         if letting_go == "released":
-            assert attempts.released(session, job.id, epoch)
+            assert attempts.release(session, job.id, epoch)
         elif letting_go == "crashed":
-            assert attempts.crashed(session, job.id, epoch, OOPS, **CRASH)
+            assert attempts.crash(session, job.id, epoch, OOPS, **CRASH)
         else:
             expire(session, job.id)
-            assert attempts.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
+            assert attempts.crash(session, job.id, epoch, OOPS, silent=True, **CRASH)
     assert read(database, job.id).state == state
 
 
@@ -225,10 +227,10 @@ def test_three_crashes_are_poison_and_preemptions_are_not(database: Engine, tena
     job = queued(database, tenant, dataset)
     for _ in range(5):
         with session_scope(database) as session:
-            assert attempts.released(session, job.id, claim(database, Queue.TRAIN).lease_epoch)
+            assert attempts.release(session, job.id, claim(database, Queue.TRAIN).lease_epoch)
     for _ in range(3):
         with session_scope(database) as session:
-            assert attempts.crashed(session, job.id, claim(database, Queue.TRAIN).lease_epoch, OOPS, **CRASH)
+            assert attempts.crash(session, job.id, claim(database, Queue.TRAIN).lease_epoch, OOPS, **CRASH)
     ended = read(database, job.id)
     assert (ended.state, ended.reason, ended.crash_count, ended.preempt_count) == (State.FAILED, Reason.POISON, 3, 5)
     assert ended.error is not None
@@ -240,7 +242,7 @@ def test_a_crash_waits_before_the_next_attempt(database: Engine, tenant: Tenant,
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert attempts.crashed(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
+        assert attempts.crash(session, job.id, epoch, OOPS, backoff=3600, max_crashes=3)
     with session_scope(database) as session:
         assert claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60) is None
         assert claims.to_ring_for(session, Queue.TRAIN, backoff=0, limit=9) == []
@@ -262,7 +264,7 @@ def test_a_cancel_wins_over_a_failure(database: Engine, tenant: Tenant, dataset:
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         jobs.set_desired_state(session, tenant.id, job.id, Desired.CANCEL)
-        assert attempts.failed(session, job.id, epoch, OOPS)
+        assert attempts.fail(session, job.id, epoch, OOPS)
     assert read(database, job.id).state == State.CANCELLED
 
 
@@ -272,7 +274,7 @@ def test_a_paused_dataset_is_still_read_and_then_waits(database: Engine, tenant:
         jobs.set_desired_state(session, tenant.id, job.id, Desired.PAUSE)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.PAUSED
+        assert attempts.finish_planning(session, job.id, epoch, PLAN) is State.PAUSED
     with session_scope(database) as session:
         assert jobs.set_desired_state(session, tenant.id, job.id, Desired.RUN).state == State.QUEUED
 
@@ -281,7 +283,7 @@ def test_a_lease_that_was_renewed_is_not_taken_back(database: Engine, tenant: Te
     job = queued(database, tenant, dataset)
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
-        assert not attempts.crashed(session, job.id, epoch, OOPS, silent=True, **CRASH)
+        assert not attempts.crash(session, job.id, epoch, OOPS, silent=True, **CRASH)
     assert read(database, job.id).state == State.RUNNING
 
 
@@ -361,7 +363,7 @@ def test_a_dry_run_ends_with_its_plan(database: Engine, tenant: Tenant, dataset:
     job = make(database, tenant, dataset, dry_run=True)
     epoch = claim(database, Queue.PREPARE).lease_epoch
     with session_scope(database) as session:
-        assert attempts.planned(session, job.id, epoch, PLAN) is State.CANCELLED
+        assert attempts.finish_planning(session, job.id, epoch, PLAN) is State.CANCELLED
     ended = read(database, job.id)
     assert (ended.reason, ended.plan is not None) == (Reason.DRY_RUN, True)
 
@@ -371,7 +373,7 @@ def test_a_step_and_its_evaluation_are_one_row_and_one_event(database: Engine, t
     epoch = claim(database, Queue.TRAIN).lease_epoch
     with session_scope(database) as session:
         batch = [step(1, 2.0), Metrics(step=1, total_steps=3, valid_loss=1.5)]
-        assert attempts.record(session, job.id, epoch, batch, {})
+        assert attempts.record_metrics(session, job.id, epoch, batch, {})
         session.flush()
         row = session.get_one(JobMetric, (job.id, 1))
         assert (row.values["train_loss"], row.values["valid_loss"]) == (2.0, 1.5)
@@ -383,7 +385,7 @@ def test_a_step_trained_again_overwrites_its_metrics(database: Engine, tenant: T
     epoch = claim(database, Queue.TRAIN).lease_epoch
     for batch in ([step(1, 3.0), step(2, 2.0)], [step(2, 2.5), step(3, 1.0)]):
         with session_scope(database) as session:
-            assert attempts.record(session, job.id, epoch, batch, {})
+            assert attempts.record_metrics(session, job.id, epoch, batch, {})
     with session_scope(database) as session:
         rows = session.scalars(select(JobMetric).where(JobMetric.job_id == job.id).order_by(JobMetric.step)).all()
         assert [(row.step, row.values["train_loss"]) for row in rows] == [(1, 3.0), (2, 2.5), (3, 1.0)]

@@ -113,9 +113,9 @@ class Machine(RuleBasedStateMachine):
         metrics = Metrics(step=1, total_steps=2, train_loss=1.0)
         writes: dict[str, Callable[[Any], Any]] = {
             "renew": lambda s: attempts.renew(s, job_id, epoch, lease_seconds=60),
-            "note": lambda s: attempts.note(s, job_id, epoch, level="info", message="x"),
-            "record": lambda s: attempts.record(s, job_id, epoch, [metrics], {}),
-            "checkpoint": lambda s: attempts.checkpointed(
+            "note": lambda s: attempts.add_event(s, job_id, epoch, level="info", message="x"),
+            "record": lambda s: attempts.record_metrics(s, job_id, epoch, [metrics], {}),
+            "checkpoint": lambda s: attempts.add_checkpoint(
                 s, job_id, epoch, step=1, prefix="p/", files=[], metrics=metrics
             ),
         }
@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
         if model is not None and model.holds(epoch) and model.state is not State.VALIDATING:
             return  # a trainer has no plan to hand in
         with session_scope(self.database) as session:
-            state = attempts.planned(session, job_id, epoch, PLAN)
+            state = attempts.finish_planning(session, job_id, epoch, PLAN)
         if model is None or not model.holds(epoch):
             assert state is None
             return
@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         row = model.row if model else Job(id="none", tenant_id=self.tenant.id)
         with session_scope(self.database) as session:
             files: dict[str, Any] = {"adapter": adapter(row), "result_file": result_file(row)}
-            state = attempts.succeeded(session, job_id, epoch, report=REPORT, **files)
+            state = attempts.succeed(session, job_id, epoch, report=REPORT, **files)
         if model is None or not model.holds(epoch):
             assert state is None
             return
@@ -162,26 +162,26 @@ class Machine(RuleBasedStateMachine):
     @rule(lease=leases)
     def fail(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.failed(session, *lease, ERROR)
+            taken = attempts.fail(session, *lease, ERROR)
         self.left(lease, taken, lambda model: State.CANCELLED if model.desired is Desired.CANCEL else State.FAILED)
 
     @rule(lease=leases)
     def release(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.released(session, *lease)
+            taken = attempts.release(session, *lease)
         self.left(lease, taken, lambda model: model.wish() or model.waiting())
 
     @rule(lease=leases)
     def crash(self, lease: tuple[str, int]) -> None:
         with session_scope(self.database) as session:
-            taken = attempts.crashed(session, *lease, ERROR, backoff=0, max_crashes=MAX_CRASHES)
+            taken = attempts.crash(session, *lease, ERROR, backoff=0, max_crashes=MAX_CRASHES)
         self.left(lease, taken, self.after_crash)
 
     @rule(lease=leases)
     def shrink(self, lease: tuple[str, int]) -> None:
         model = self.models.get(lease[0])
         with session_scope(self.database) as session:
-            taken = attempts.shrunk(session, *lease)
+            taken = attempts.step_down(session, *lease)
         if taken and model is not None:
             model.halvings += 1
         self.left(lease, taken, lambda model: model.wish() or model.waiting())
@@ -195,7 +195,7 @@ class Machine(RuleBasedStateMachine):
                 past = func.clock_timestamp() - text("interval '1s'")
                 leased = Job.lease_owner.is_not(None)
                 session.execute(update(Job).where(Job.id == job_id, leased).values(lease_expires_at=past))
-            taken = attempts.crashed(session, job_id, epoch, ERROR, backoff=0, max_crashes=MAX_CRASHES, silent=True)
+            taken = attempts.crash(session, job_id, epoch, ERROR, backoff=0, max_crashes=MAX_CRASHES, silent=True)
         if not runs_out and not taken:
             return  # whether an earlier round has turned the clock is not the model's to know
         self.left(lease, taken, self.after_crash)

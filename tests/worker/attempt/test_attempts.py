@@ -148,7 +148,7 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
         assert claimed.id == job.id
         jobs.set_desired_state(session, job.tenant_id, job.id, Desired.PAUSE)
     with session_scope() as session:
-        assert attempts.shrunk(session, job.id, claimed.lease_epoch)
+        assert attempts.step_down(session, job.id, claimed.lease_epoch)
         assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED
 
 
@@ -165,10 +165,10 @@ def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_taken(attempt: Att
         files = storage.put_folder(prefix, folder)
         metrics = Metrics(step=step, total_steps=60)
         with session_scope() as session:
-            assert attempts.checkpointed(session, job, 1, step=step, prefix=prefix, files=files, metrics=metrics)
+            assert attempts.add_checkpoint(session, job, 1, step=step, prefix=prefix, files=files, metrics=metrics)
     storage.put_bytes(f"{prefix}state.json", b"41")
     with session_scope() as session:
-        assert attempts.released(session, job, 1)
+        assert attempts.release(session, job, 1)
     after = attempt(TRAINER_COMMAND="sh -c cat")
     said = events(after)
     assert any("Checkpoint of step 40 is broken, going one back" in message for message in said)

@@ -194,8 +194,8 @@ def test_a_checkpoint_that_is_committed_after_the_listing_stays(tenant: str, dat
     def commit(session: Session) -> None:
         metrics = Metrics(step=10, total_steps=20)
         prefix = f"checkpoints/{tenant}/{job}/1/10/"
-        assert attempts.checkpointed(session, job, 1, step=10, prefix=prefix, files=[], metrics=metrics)
-        assert attempts.released(session, job, 1)
+        assert attempts.add_checkpoint(session, job, 1, step=10, prefix=prefix, files=[], metrics=metrics)
+        assert attempts.release(session, job, 1)
 
     assert meanwhile("jobs", commit) == {}
     assert everything() == [key]
@@ -222,7 +222,7 @@ def test_a_result_file_waits_for_its_row_however_long_the_outage(tenant: str, da
     assert collect(orphan_seconds=0) == {}
     assert everything() == [key]
     with session_scope() as session:
-        assert attempts.released(session, job, 1)
+        assert attempts.release(session, job, 1)
     assert collect(orphan_seconds=0) == {"files": 1}
 
 
