@@ -30,10 +30,10 @@ class Mutant(NamedTuple):
 
 
 JOBS, SWEEPER, ATTEMPTS, LEASE = (
-    "tests/shared/test_jobs.py",
-    "tests/worker/test_sweeper.py",
-    "tests/worker/test_attempts.py",
-    "tests/worker/test_lease.py",
+    "tests/shared/database/test_jobs.py",
+    "tests/worker/background/test_sweeper.py",
+    "tests/worker/attempt/test_attempts.py",
+    "tests/worker/attempt/test_lease.py",
 )
 MUTANTS = {
     "a write of the holder without its epoch": Mutant(
@@ -49,13 +49,13 @@ MUTANTS = {
         JOBS,
     ),
     "a transition without the epoch": Mutant(
-        "shared/database/jobs.py",
+        "shared/database/state_machine.py",
         "guard += [Job.lease_epoch == epoch, Job.lease_owner.is_not(None)]",
         "guard += [Job.lease_owner.is_not(None)]",
         JOBS,
     ),
     "a claim that does not lock its row": Mutant(
-        "shared/database/jobs.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
+        "shared/database/claims.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
     ),
     "a success that does not ask for the wish": Mutant(
         "shared/database/attempts.py",
@@ -76,10 +76,10 @@ MUTANTS = {
         "worker/trainer/artifact/verify.py",
         "    check(proof, command.report)\n",
         "",
-        "tests/worker/trainer/test_verify.py",
+        "tests/worker/trainer/artifact/test_verify.py",
     ),
     "a lease that does not freeze its trainer": Mutant(
-        "worker/attempt/lease.py", "if late and not session.frozen:", "if False:", LEASE
+        "worker/attempt/lease.py", "if late and not trainer.frozen:", "if False:", LEASE
     ),
 }
 
