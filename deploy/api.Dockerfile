@@ -1,4 +1,5 @@
-# The API and the migrations. No torch: about 600 MB, of which pyarrow is 170.  docker build -f deploy/api.Dockerfile .
+# The API and the migrations. Without torch: about 600 MB, of which pyarrow takes 170 MB.
+# docker build -f deploy/api.Dockerfile .
 FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -1,4 +1,4 @@
-# A worker of either queue. CUDA comes in torch's wheels; the host needs only the NVIDIA driver and container toolkit.
+# A worker of either queue. torch's wheels include CUDA; the host needs only the NVIDIA driver and container toolkit.
 # docker build -f deploy/worker.Dockerfile .
 FROM python:3.11-slim-bookworm
 
@@ -15,7 +15,7 @@ COPY shared shared
 COPY worker worker
 RUN pip install -c constraints.txt '.[worker,trackers]'
 
-# The folder is made here so that the volume mounted over it belongs to the user, too.
+# Create the folder here so that the volume mounted over it belongs to the same user.
 RUN useradd --system --uid 10001 milliner && install -d -o milliner /var/cache/milliner
 ENV MILLINER_CACHE_DIR=/var/cache/milliner HOME=/var/cache/milliner
 USER milliner

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from deploy.local.folder import Folder, Record
-from deploy.local.process import binding
+from deploy.local.process import preparation
 from shared.database.session import engine, session_scope
 from shared.database.tenants import create_key, ensure_tenant
 
@@ -56,7 +56,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         env=clean | SHORT,
         stdout=subprocess.PIPE,
         process_group=0,
-        preexec_fn=binding(SIGTERM),  # noqa: PLW1509 (pytest has one thread here)
+        preexec_fn=preparation(SIGTERM),  # noqa: PLW1509 (pytest has one thread here)
     )
     with supervisor:
         assert supervisor.stdout is not None

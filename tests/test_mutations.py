@@ -79,7 +79,7 @@ MUTANTS = {
         "tests/worker/trainer/artifact/test_verify.py",
     ),
     "a lease that does not freeze its trainer": Mutant(
-        "worker/attempt/lease.py", "if late and not session.frozen:", "if False:", LEASE
+        "worker/attempt/lease.py", "if late and not trainer.frozen:", "if False:", LEASE
     ),
 }
 

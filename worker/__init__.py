@@ -1,1 +1,1 @@
-"""Celery workers: claim a job, hold its lease, run a trainer child, publish what it made. No torch outside trainer/."""
+"""Celery workers: claim a job, renew its lease, run a trainer child, publish the result. No torch outside trainer/."""

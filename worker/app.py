@@ -1,9 +1,9 @@
-"""The Celery application: two tasks without arguments, and what a worker process does when it starts and stops.
+"""The Celery application: two tasks without arguments, and the start and stop of a worker process.
 
-A ring wakes a slot; the slot claims jobs from Postgres until there are none, and where it prepares, it answers previews
-first. SIGTERM sets one byte of shared memory that every slot looks at: a running job checkpoints, goes back to the
-queue, and the slot ends. The first slot of a worker also collects the bucket's garbage and asks whether this machine
-will be taken away. Every slot that trains says what device it trains on.
+A Celery message (a "ring") wakes a slot, which claims jobs from Postgres until there are none. A slot of the `prepare`
+queue answers previews before each job. SIGTERM sets one byte of shared memory that every slot polls: a running job
+saves a checkpoint and goes back to the queue, and the slot ends. The first slot of a worker also collects the bucket's
+garbage and watches for the notice that this machine will be taken away. Every training slot reports its device.
 """
 
 from __future__ import annotations
@@ -36,54 +36,53 @@ from worker.background import device_report, garbage, preemption, sweeper
 from worker.trackers import supervisor
 
 app = celery_app()
-LONGEST_SETBACK = 120.0
+LONGEST_PAUSE = 120.0
 _drain = mmap.mmap(-1, 1)  # anonymous and shared: written by the main process, read by the slots it forked
 _owner = ""
 
 
 @app.task(name=f"milliner.{Queue.PREPARE}")
 def prepare() -> None:
-    """There may be datasets to validate."""
+    """Work on datasets that wait for validation."""
     _work(Queue.PREPARE)
 
 
 @app.task(name=f"milliner.{Queue.TRAIN}")
 def train() -> None:
-    """There may be jobs to train."""
+    """Work on jobs that wait for training."""
     _work(Queue.TRAIN)
 
 
 def draining() -> bool:
-    """Has this worker been asked to stop?"""
+    """Return whether this worker was asked to stop."""
     return _drain[0] != 0
 
 
 def _work(queue: Queue) -> None:
-    """Job after job until none waits.
+    """Run jobs until none waits.
 
-    A slot that cannot work keeps its ring and waits, or it would take the ring of one that can; and after one crash
-    upon another it waits ever longer, so that one bad machine does not spoil every job of the queue.
+    A slot that cannot work waits and keeps its ring; if it returned, it would take the next ring from a slot that can
+    work. After each crash in a row it waits longer, so that one bad machine does not crash every job of the queue.
     """
-    setbacks, answered = 0, False
+    failures, answered = 0, False
     while not draining():
         if queue is Queue.PREPARE:
-            answered = preview_requests.answer_next(
-                draining
-            )  # first: somebody sits and waits; but jobs have their turn
+            # Previews first: a user is waiting. But only one at a time, so that jobs get their turn.
+            answered = preview_requests.answer_next(draining)
         outcome = run_next(queue, owner=_owner, slot=_slot(), draining=draining)
         if outcome is Outcome.IDLE:
             if answered:
                 continue
             return
-        setbacks = 0 if outcome is Outcome.DONE else setbacks + 1
-        until = time.monotonic() + setback_seconds(setbacks)
+        failures = 0 if outcome is Outcome.DONE else failures + 1
+        until = time.monotonic() + pause_seconds(failures)
         while not draining() and time.monotonic() < until:
             time.sleep(0.2)
 
 
-def setback_seconds(setbacks: int) -> float:
-    """How long a slot waits after so many in a row: not after the first, then 1 s, 2 s, … two minutes."""
-    return 0.0 if setbacks < 2 else min(2.0 ** (setbacks - 2), LONGEST_SETBACK)
+def pause_seconds(failures: int) -> float:
+    """Return how long a slot waits after this many failures in a row: 0 s after the first, then 1 s, 2 s, … 120 s."""
+    return 0.0 if failures < 2 else min(2.0 ** (failures - 2), LONGEST_PAUSE)
 
 
 def _slot() -> int:
@@ -96,16 +95,16 @@ def _logging(**_: Any) -> None:
 
 
 @worker_init.connect
-def _before_the_slots(**_: Any) -> None:
-    storage.client()  # a second of reading boto's models, which every slot then inherits; no connection yet
+def _before_slots_fork(**_: Any) -> None:
+    storage.client()  # loads boto's models (1 s) once, for every forked slot; opens no connection
     if (path := get_settings().signing_key_file) is not None:
         try:
             private_key(path)
-        except InvalidRequest as error:  # now, and not when the first job is trained; Celery lets nothing else through
+        except InvalidRequest as error:  # fail at start, not at the first job; Celery passes on SystemExit only
             sys.exit(f"MILLINER_SIGNING_KEY_FILE: {error.message}")
     for kind in sorted(get_settings().integrations):
-        if (lack := supervisor.missing(kind)) is not None:  # no reason to stand still: a job loses its curves, no more
-            log.error("tracker.unusable", tracker=kind, lack=lack)
+        if (missing := supervisor.missing(kind)) is not None:  # not fatal: jobs run, without this tracker
+            log.error("tracker.misconfigured", tracker=kind, missing=missing)
 
 
 @worker_process_init.connect
@@ -115,9 +114,11 @@ def _slot_started(**_: Any) -> None:
     configure("worker")
     bind(worker=_owner)
     sweeper.start(Event())
-    Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot four seconds to be up
-    if Queue.TRAIN in app.amqp.queues.consume_from and get_settings().trainer_command is None:  # another's may differ
-        device_report.announce(_slot())
+    Thread(target=cache.sweep, name="sweep-cache", daemon=True).start()  # Celery gives a slot 4 s to start
+    if (
+        Queue.TRAIN in app.amqp.queues.consume_from and get_settings().trainer_command is None
+    ):  # another trainer may see another device
+        device_report.start(_slot())
     if _slot() == 0:
         garbage.start(Event(), head_start=random())
         preemption.start(Event(), _drain_worker)
@@ -129,6 +130,6 @@ def _drain_slots(**_: Any) -> None:
 
 
 def _drain_worker() -> None:
-    """From a slot: as if the worker had been sent SIGTERM."""
+    """Drain the whole worker from within a slot, as SIGTERM to the worker would."""
     _drain_slots()
     os.kill(os.getppid(), signal.SIGTERM)

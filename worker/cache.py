@@ -1,8 +1,9 @@
-"""This machine's disk: base models by hash within a budget, and the work directories of attempts.
+"""The cache on this machine's disk: base models by hash, within a budget, and the work directories of attempts.
 
-A base is fetched from the bucket once, every file checked against the catalog, and made visible by one rename when all
-of it is on the disk; eviction begins with the rename back. So what bears a base's name is whole, whatever was killed.
-Who uses a base or a work directory holds a lock on it, so that nobody evicts or sweeps it away. Must not know jobs.
+A base is downloaded from the bucket once. Every file is checked against the catalog, and one rename makes the base
+visible when all of it is on the disk; eviction starts with a rename back. A folder with a base's name is therefore
+always complete, even after a kill. Users of a base or a work directory lock it, which protects it from eviction and
+from the sweep. Must not know jobs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PARTIAL = ".partial"
 
 
 class Cached(NamedTuple):
-    """A base on this disk."""
+    """A base on this disk. `used_at` is its modification time in Unix seconds."""
 
     used_at: float
     folder: Path
@@ -36,37 +37,37 @@ class Cached(NamedTuple):
 
 @contextmanager
 def base_model(base: BaseModelRow, *, with_weights: bool, tick: Callable[[], None]) -> Iterator[Path]:
-    """The folder of a base, safe from eviction inside the `with`. `tick` is called while it waits, and may raise.
+    """Yield the folder of a base, protected from eviction inside the `with`.
 
-    Without weights it holds only what tokenizing needs: `prepare` workers never pull gigabytes. Raises OSError
-    (ENOSPC) if the disk has no room for it.
+    `tick` is called during waits and downloads, and may raise. Without weights the folder has only what tokenizing
+    needs: `prepare` workers never download gigabytes. Raises OSError (ENOSPC) if the disk has no space for the base.
     """
     folder = _models() / (base.digest if with_weights else f"{base.digest}-tokenizer")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock_of(folder).open("w") as lock:
         while True:
-            there = folder.exists()
-            if not _locked(lock.fileno(), fcntl.LOCK_SH if there else fcntl.LOCK_EX):
-                tick()  # another slot of this machine fetches or evicts the same base
+            exists = folder.exists()
+            if not _try_lock(lock.fileno(), fcntl.LOCK_SH if exists else fcntl.LOCK_EX):
+                tick()  # another slot of this machine is fetching or evicting the same base
                 time.sleep(POLL)
-            elif there != folder.exists():
-                continue  # fetched or evicted between the look and the lock
-            elif there:
+            elif exists != folder.exists():
+                continue  # fetched or evicted between the check and the lock
+            elif exists:
                 break
             else:
-                _fetch(base, folder, with_weights=with_weights, tick=tick)  # and round again, for the shared lock
+                _fetch(base, folder, with_weights=with_weights, tick=tick)  # then loop, for the shared lock
         os.utime(folder)
         yield folder
 
 
 @contextmanager
 def work_dir(name: str) -> Iterator[Path]:
-    """An empty folder for one attempt, gone with the `with` block."""
+    """Yield an empty folder for one attempt, and remove it after the `with` block."""
     folder = get_settings().cache_dir / "work" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock_of(folder).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir()  # after the lock: a folder that nobody holds is swept
+        folder.mkdir()  # after the lock: the sweep removes unlocked folders
         try:
             yield folder
         finally:
@@ -74,7 +75,7 @@ def work_dir(name: str) -> Iterator[Path]:
 
 
 def has_room() -> bool:
-    """Whether this machine's disk can take another job, if need be without the bases that no job uses."""
+    """Return whether the disk has space for another job, after evicting unused bases if necessary."""
     settings = get_settings()
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
     wanted = settings.min_free_bytes
@@ -86,46 +87,47 @@ def has_room() -> bool:
 
 
 def sweep() -> None:
-    """Remove what was killed in the middle on this machine: work directories and parts of bases that nobody holds."""
+    """Remove what killed processes left on this machine: unlocked work directories and partial bases."""
     for folder in (get_settings().cache_dir / "work").glob("*/"):
-        with _alone(folder) as alone:
-            if alone:
-                log.info("work.swept", folder=folder.name)
+        with _exclusive(folder) as locked:
+            if locked:
+                log.info("work_dir.removed", folder=folder.name)
                 _remove(folder)
     for partial in _models().glob(f"*{PARTIAL}/"):
-        with _alone(partial.with_suffix("")) as alone:
-            if alone:
-                log.info("base.swept", folder=partial.name)
+        with _exclusive(partial.with_suffix("")) as locked:
+            if locked:
+                log.info("base.partial_removed", folder=partial.name)
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def visible_device(slot: int) -> str:
-    """CUDA_VISIBLE_DEVICES for a slot: the slot-th of the devices that the worker may see, or of all."""
-    told = linux.inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
-    if told is None:
+    """Return CUDA_VISIBLE_DEVICES for a slot: the slot-th device that the worker may see, or of all devices."""
+    visible = linux.inherited("CUDA_VISIBLE_DEVICES").get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return str(slot)
-    devices = told.split(",")
+    devices = visible.split(",")
     return devices[slot % len(devices)]
 
 
 def _fetch(base: BaseModelRow, folder: Path, *, with_weights: bool, tick: Callable[[], None]) -> None:
-    """Bring a base that we hold alone to the disk, then to its name; an error leaves nothing."""
+    """Download a base whose lock we hold exclusively, then give it its name. An error leaves no files."""
     partial = _partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     wanted = [file for file in base.files if with_weights or not file["path"].endswith(".safetensors")]
     size = sum(file["bytes"] for file in wanted)
     _make_room(size)
     if (free := _free()) < size:
-        raise OSError(errno.ENOSPC, f"{base.name} needs {size} bytes and {free} are free; nothing more can be evicted")
+        raise OSError(errno.ENOSPC, f"{base.name} needs {size} bytes and {free} are free; no more bases can be evicted")
     log.info("base.fetching", base=base.name, bytes=size)
     with disk.atomic_folder(folder, partial=partial, tick=tick):
         storage.fetch_folder(base.prefix, wanted, partial, tick=tick)
 
 
 def _make_room(wanted: int) -> None:
-    """Drop what nobody holds, the least recently used base first, until budget and disk have room for `wanted` bytes.
+    """Evict unused bases, least recently used first, until budget and disk have space for `wanted` bytes.
 
-    On the disk `min_free_bytes` stay free besides. Other slots may be at it too: what has gone already is fine.
+    On the disk, `min_free_bytes` stay free in addition. Other slots may evict at the same time: a base that is already
+    gone is fine.
     """
     settings = get_settings()
     sweep()
@@ -134,8 +136,8 @@ def _make_room(wanted: int) -> None:
     for base in bases:
         if used + wanted <= settings.cache_bytes and _free() >= wanted + settings.min_free_bytes:
             return
-        with _alone(base.folder) as alone:
-            if alone:
+        with _exclusive(base.folder) as locked:
+            if locked:
                 used -= base.bytes
                 if base.folder.exists():
                     log.info("base.evicted", folder=base.folder.name, bytes=base.bytes)
@@ -143,7 +145,7 @@ def _make_room(wanted: int) -> None:
 
 
 def _bases() -> list[Cached]:
-    """Those of this disk, the least recently used first."""
+    """Return the complete bases on this disk, least recently used first."""
     bases = []
     for folder in _models().glob("*/"):
         if folder.suffix != PARTIAL:
@@ -154,7 +156,7 @@ def _bases() -> list[Cached]:
 
 
 def _evict(folder: Path) -> None:
-    """Take the name away first, on the disk too: a kill in the middle must not leave half a base that looks whole."""
+    """Rename, sync, then delete: a kill in between must not leave half a base that looks complete."""
     partial = _partial_of(folder)
     folder.rename(partial)
     disk.sync(folder.parent)
@@ -179,17 +181,17 @@ def _partial_of(folder: Path) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether nobody else holds the folder; nobody then will inside the `with`."""
+def _exclusive(folder: Path) -> Iterator[bool]:
+    """Try to lock the folder exclusively for the `with` block; yield whether that succeeded."""
     with _lock_of(folder).open("w") as lock:
-        yield _locked(lock.fileno(), fcntl.LOCK_EX)
+        yield _try_lock(lock.fileno(), fcntl.LOCK_EX)
 
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _locked(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

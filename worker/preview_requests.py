@@ -1,7 +1,7 @@
-"""A preview, top to bottom: take it, bring its file and its tokenizer here, ask a trainer, write down what it says.
+"""Answer one preview, top to bottom: take it, download its file and tokenizer, ask a trainer, store the result.
 
-Owns: that no preview costs a worker more than the time it takes. Nothing that happens to one is raised; it is told on
-the preview's row. A request waits for it, so there are no second tries: who still wants it asks again.
+Owns: that a failing preview does not harm the worker. Errors are not raised but stored on the preview's row. There are
+no retries, because an API request waits for the answer; the user can ask again. Must not know jobs' rows.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from worker.child import trainer_pool
 from worker.child.trainer_process import Ended
 from worker.trainer.protocol import Failed, Preview, Previewed
 
-#: How often others hear that somebody is at it.
+#: Seconds between two writes that show other workers that this one still works on the preview.
 KEEP_EVERY = 2.0
 
 
-class Unwanted(Exception):
-    """Nobody waits for this preview any more, or another worker should do it: let go."""
+class Abandoned(Exception):
+    """Stop work on this preview: nobody waits for it any more, or another worker should answer it."""
 
 
 class Refused(Exception):
-    """There is no preview, for this reason."""
+    """The preview cannot be made. `error` says why."""
 
     def __init__(self, error: PreviewError) -> None:
         super().__init__(error.message)
@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 def answer_next(draining: Callable[[], bool]) -> bool:
-    """Answer the preview that is next, if one waits; returns whether one did."""
+    """Answer the next preview if one waits. Returns whether there was one."""
     try:
         if draining() or not cache.has_room() or (preview := _take()) is None:
             return False
@@ -66,8 +66,8 @@ def _take() -> PreviewRow | None:
 
 def _answer(preview: PreviewRow, draining: Callable[[], bool]) -> None:
     try:
-        result = _made(preview, _Watch(preview.id, draining))
-    except Unwanted:
+        result = _make_preview(preview, _Heartbeat(preview.id, draining))
+    except Abandoned:
         with session_scope() as session:
             previews.give_back(session, preview.id)
     except Refused as refused:
@@ -79,59 +79,59 @@ def _answer(preview: PreviewRow, draining: Callable[[], bool]) -> None:
             with session_scope() as session:
                 previews.answer(session, preview.id, result)
         except DataError as error:
-            log.exception("preview.unstorable")
+            log.exception("preview.result_rejected")
             with session_scope() as session:
                 previews.refuse(session, preview.id, _error("internal_error", f"{error.orig}", retryable=False))
 
 
-def _made(preview: PreviewRow, watch: _Watch) -> PreviewOut:
-    """Raises Unwanted or Refused, and nothing else."""
+def _make_preview(preview: PreviewRow, heartbeat: _Heartbeat) -> PreviewOut:
+    """Return the preview; raise Abandoned or Refused, and nothing else."""
     try:
-        return _asked(preview, watch)
-    except (Unwanted, Refused):
+        return _ask_trainer(preview, heartbeat)
+    except (Abandoned, Refused):
         raise
-    except storage.Corrupt as lost:
-        raise Refused(_error("object_lost", f"{lost}; upload the file again", retryable=False)) from lost
+    except storage.Corrupt as corrupt:
+        raise Refused(_error("object_lost", f"{corrupt}; upload the file again", retryable=False)) from corrupt
     except Unavailable as error:
         raise Refused(_error(error.code, error.message)) from error
     except Ended as end:
         raise Refused(_error("trainer_crashed", str(end))) from end
     except Exception as error:
-        log.exception("preview.broke")
+        log.exception("preview.crashed")
         raise Refused(_error("internal_error", f"{type(error).__name__}: {error}")) from error
 
 
-def _asked(preview: PreviewRow, watch: _Watch) -> PreviewOut:
+def _ask_trainer(preview: PreviewRow, heartbeat: _Heartbeat) -> PreviewOut:
     request = PreviewCreate.model_validate(preview.request)
     job = JobCreate(model=request.model, training_file=request.training_file, trainer=request.trainer)
     with session_scope() as session:
         base = session.get_one(BaseModelRow, preview.base_model)
         file = session.get_one(File, preview.training_file)
     with ExitStack() as held:
-        # Named apart: another slot of this machine may be at the same preview, stopped or slow.
+        # A unique name: another slot of this machine, stopped or slow, may work on the same preview.
         work_dir = held.enter_context(cache.work_dir(f"{preview.id}-{secrets.token_hex(4)}"))
-        base_dir = held.enter_context(cache.base_model(base, with_weights=False, tick=watch.tick))
+        base_dir = held.enter_context(cache.base_model(base, with_weights=False, tick=heartbeat.tick))
         path = work_dir / file.id
-        storage.fetch(file.key, path, file.sha256, tick=watch.tick)
+        storage.fetch(file.key, path, file.sha256, tick=heartbeat.tick)
         trainer = trainer_pool.take(trainer_pool.Purpose.WORK, visible_device="")
-        ended = held.enter_context(ExitStack())
-        ended.callback(trainer_pool.close, trainer)
+        closing = held.enter_context(ExitStack())
+        closing.callback(trainer_pool.close, trainer)
         task = task_of(job, base, base_dir=base_dir, training_file=path, validation_file=None, seed=0)
         trainer.send(Preview(job=preview.id, task=task, rows=request.rows, lines=request.lines))
         while True:
-            watch.tick()
+            heartbeat.tick()
             match trainer.receive(timeout=TICK):
                 case Previewed(preview=result):
-                    ended.pop_all()
+                    closing.pop_all()
                     trainer_pool.keep(trainer_pool.Purpose.WORK, trainer)
                     return result
                 case Failed() as failed:
-                    said = failed.model_dump(include={"code", "message", "param", "hint", "retryable"})
-                    raise Refused(PreviewError.model_validate(said))
+                    fields = failed.model_dump(include={"code", "message", "param", "hint", "retryable"})
+                    raise Refused(PreviewError.model_validate(fields))
 
 
-class _Watch:
-    """Says that somebody is at it, and hears when that is for nothing."""
+class _Heartbeat:
+    """Keeps the preview reserved for this worker, and notices when the work is no longer wanted."""
 
     def __init__(self, preview_id: str, draining: Callable[[], bool]) -> None:
         self._id = preview_id
@@ -139,14 +139,14 @@ class _Watch:
         self._kept_at = time.monotonic()
 
     def tick(self) -> None:
-        """Called all the time; raises Unwanted."""
+        """Renew the reservation every `KEEP_EVERY` seconds. Raises Abandoned."""
         if self._draining():
-            raise Unwanted
+            raise Abandoned
         if time.monotonic() - self._kept_at < KEEP_EVERY:
             return
         with session_scope() as session:
             if not previews.keep(session, self._id):
-                raise Unwanted
+                raise Abandoned
         self._kept_at = time.monotonic()
 
 

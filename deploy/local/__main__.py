@@ -1,4 +1,4 @@
-"""`python -m deploy.local`: the stack's commands alone, without the client. `up --detach` runs its supervisor by it."""
+"""`python -m deploy.local`: the stack's commands without the client. `up --detach` starts its supervisor this way."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The commands of the local stack: `up`, `down`, `doctor`, `keys`, `models add`. client/cli.py registers them.
 
-Owns: options and what is printed. The stack itself is imported inside the commands: it brings SQLAlchemy, boto3 and
-psycopg, 0.4 s that every other `milliner` command would otherwise wait for.
+Owns: their options and output. The stack itself is imported inside the commands: it imports SQLAlchemy, boto3 and
+psycopg, which take 0.4 s that every other `milliner` command would otherwise wait for. Must not start a server itself.
 """
 
 # ruff: noqa: PLC0415
@@ -37,83 +37,88 @@ keys = typer.Typer(help="API keys of the server's tenants.", no_args_is_help=Tru
 def up(
     *,
     data: Data = None,
-    port: Annotated[int | None, typer.Option(help="Port of the API; otherwise a free one, kept.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once all is ready.")] = False,
-    base_model: Annotated[bool, typer.Option(help="Import the bundled base model, once.")] = True,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API; by default a free one, reused by the next run.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Run in the background; return when everything is ready.")
+    ] = False,
+    base_model: Annotated[bool, typer.Option(help="Import the bundled base model if the catalog lacks it.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Start the whole service on this machine: PostgreSQL, Valkey, S3, the API and two workers."""
     from deploy.local.stack import Stack
 
-    with _reported():
+    with _errors_printed():
         folder = _folder(data)
-        holder = folder.holder()
-        if holder is not None and not (detach or as_json):
+        supervisor = folder.supervisor_pid()
+        if supervisor is not None and not (detach or as_json):
             record = folder.record()
             raise Conflict(
-                f"a stack already runs on {folder.root} ({record.base_url if record else f'starting, pid {holder}'}); "
-                f"use it, or end it with: milliner down --data {folder.root}"
+                f"a stack already runs on {folder.root} "
+                f"({record.base_url if record else f'starting, pid {supervisor}'}); "
+                f"use it, or stop it with: milliner down --data {folder.root}"
             )
-        if holder is not None:
-            _show(_ready(folder, holder), as_json=as_json, detached=True)
+        if supervisor is not None:
+            _print_record(_wait_for_record(folder, supervisor), as_json=as_json, detached=True)
         elif detach:
-            _show(_detached(folder, port=port, base_model=base_model), as_json=as_json, detached=True)
+            _print_record(_start_detached(folder, port=port, base_model=base_model), as_json=as_json, detached=True)
         else:
-            stack = Stack(folder, port=port, base_model=base_model, say=_say)
-            stack.run(lambda record: _show(record, as_json=as_json, detached=False))
+            stack = Stack(folder, port=port, base_model=base_model, report=_print_status)
+            stack.run(lambda record: _print_record(record, as_json=as_json, detached=False))
 
 
 def down(data: Data = None) -> None:
-    """End the stack of a folder, in order; its data stay."""
-    with _reported():
+    """Stop the stack of a folder, in order; its data stays."""
+    with _errors_printed():
         folder = _folder(data)
-        holder = folder.holder()
-        if holder is not None:
-            os.kill(holder, signal.SIGTERM)
-        if not folder.emptied(patience=100):
-            raise Unavailable(f"processes of the stack on {folder.root} still run; see {folder.logs}")
-        _say(f"the stack on {folder.root} has ended" if holder else f"no stack runs on {folder.root}")
+        supervisor = folder.supervisor_pid()
+        if supervisor is not None:
+            os.kill(supervisor, signal.SIGTERM)
+        if not folder.wait_until_stopped(timeout=100):
+            raise Unavailable(f"processes of the stack on {folder.root} are still running; see {folder.logs}")
+        _print_status(f"the stack on {folder.root} has ended" if supervisor else f"no stack runs on {folder.root}")
 
 
 def doctor(data: Data = None, as_json: AsJson = False) -> None:
-    """Look at each part, and say in one line what mends it."""
+    """Check each part, and print in one line how to fix it."""
     from deploy.local.doctor import examine
 
     checks = examine(_folder(data))
     if as_json:
-        print(json.dumps({"ok": all(check.ok for check in checks), "checks": [vars(check) for check in checks]}))
+        print(json.dumps({"ok": all(check.ok for check in checks), "checks": [check.to_json() for check in checks]}))
     else:
         table = Table.grid(padding=(0, 2))
         for check in checks:
             mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
-            table.add_row(mark, check.name, check.found if check.ok else f"{check.found}\n[bold]→ {check.mend}[/]")
+            table.add_row(mark, check.name, check.found if check.ok else f"{check.found}\n[bold]→ {check.fix}[/]")
         Console().print(table)
     raise typer.Exit(0 if all(check.ok for check in checks) else 1)
 
 
 @keys.command("add")
 def add_key(
-    tenant: Annotated[str, typer.Argument(help="Whose key; made if new.")],
+    tenant: Annotated[str, typer.Argument(help="Tenant of the key; created if it does not exist.")],
     *,
     name: Annotated[str, typer.Option(help="What the key is for.")] = "cli",
     data: Data = None,
 ) -> None:
-    """Make a key. It is printed this once; the server keeps only its hash."""
+    """Make a key. It is printed only once; the server stores its hash."""
     from shared.database.session import engine, session_scope
     from shared.database.tenants import create_key, ensure_tenant
 
-    with _reported(), session_scope(engine(_database_url(data))) as session:
+    with _errors_printed(), session_scope(engine(_database_url(data))) as session:
         secret = create_key(session, ensure_tenant(session, tenant), name=name)
     print(secret)
 
 
 @keys.command("ls")
 def list_keys(data: Data = None, as_json: AsJson = False) -> None:
-    """List all keys; secrets are not known."""
+    """List all keys, without their secrets."""
     from shared.database import tenants
     from shared.database.session import engine, session_scope
 
-    with _reported(), session_scope(engine(_database_url(data))) as session:
+    with _errors_printed(), session_scope(engine(_database_url(data))) as session:
         rows = [
             {
                 "id": key.id,
@@ -136,33 +141,35 @@ def list_keys(data: Data = None, as_json: AsJson = False) -> None:
 
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")], *, data: Data = None) -> None:
-    """Refuse a key from now on."""
+    """Revoke a key: requests with it are refused from now on."""
     from shared.database import tenants
     from shared.database.session import engine, session_scope
 
-    with _reported(), session_scope(engine(_database_url(data))) as session:
+    with _errors_printed(), session_scope(engine(_database_url(data))) as session:
         tenants.revoke_key(session, key_id)
-    _say(f"key {key_id} is refused from now on")
+    _print_status(f"key {key_id} is revoked")
 
 
 def add_model(
     name: Annotated[str, typer.Argument(help="Name in the catalog.")],
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a .gguf file, or hf://repo@revision.")],
     *,
-    public_id: Annotated[str | None, typer.Option(help="Its name on the Hugging Face hub.")] = None,
-    license: Annotated[str | None, typer.Option(help="SPDX name of its licence.")] = None,
+    public_id: Annotated[
+        str | None, typer.Option(help="The model's id on the Hugging Face hub, such as org/name.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX id of its licence.")] = None,
     revision: Annotated[str | None, typer.Option(help="Pinned revision.")] = None,
     data: Data = None,
 ) -> None:
     """Import a base model into the bucket and the catalog."""
     from deploy.local import services
 
-    with _reported():
+    with _errors_printed():
         if _settings_name_a_server():
             env = dict(os.environ)
         else:
             folder = _folder(data)
-            record = _running(folder)
+            record = _require_record(folder)
             env = services.environment(
                 folder, database_url=record.database_url, redis_url=record.redis_url, s3=record.s3
             )
@@ -173,8 +180,8 @@ def add_model(
 # ---------------------------------------------------------------- a stack in the background
 
 
-def _detached(folder: Folder, *, port: int | None, base_model: bool) -> Record:
-    """Start a supervisor in a session of its own, pass on what it says, and return when it is ready."""
+def _start_detached(folder: Folder, *, port: int | None, base_model: bool) -> Record:
+    """Start a supervisor in its own session, pass on its output, and return when the stack is ready."""
     folder.create()
     command = [sys.executable, "-m", "deploy.local", "up", "--data", str(folder.root)]
     command += ["--base-model" if base_model else "--no-base-model"]
@@ -191,10 +198,10 @@ def _detached(folder: Folder, *, port: int | None, base_model: bool) -> Record:
             start_new_session=True,
         )
     try:
-        with log.open() as said:
+        with log.open() as output:
             while True:
                 ended, record = supervisor.poll() is not None, folder.record()
-                sys.stderr.write(said.read())
+                sys.stderr.write(output.read())
                 if record is not None:
                     return record
                 if ended:
@@ -206,16 +213,16 @@ def _detached(folder: Folder, *, port: int | None, base_model: bool) -> Record:
         raise
 
 
-def _ready(folder: Folder, holder: int) -> Record:
-    """The record of a stack that somebody else has started, once it is ready."""
+def _wait_for_record(folder: Folder, supervisor: int) -> Record:
+    """Wait until a stack that is already starting is ready, and return its record."""
     while (record := folder.record()) is None:
-        if folder.holder() != holder:
+        if folder.supervisor_pid() != supervisor:
             raise Unavailable(f"the stack on {folder.root} ended while it was starting; see {folder.logs}")
         time.sleep(0.1)
     return record
 
 
-def _running(folder: Folder) -> Record:
+def _require_record(folder: Folder) -> Record:
     record = folder.record()
     if record is None:
         raise Unavailable(
@@ -228,7 +235,7 @@ def _running(folder: Folder) -> Record:
 def _database_url(data: Path | None) -> str:
     if _settings_name_a_server():
         return get_settings().database_url.get_secret_value()
-    return _running(_folder(data)).database_url
+    return _require_record(_folder(data)).database_url
 
 
 def _settings_name_a_server() -> bool:
@@ -242,7 +249,7 @@ def _folder(data: Path | None) -> Folder:
 # ---------------------------------------------------------------- printing
 
 
-def _show(record: Record, *, as_json: bool, detached: bool) -> None:
+def _print_record(record: Record, *, as_json: bool, detached: bool) -> None:
     if as_json:
         print(record.model_dump_json(), flush=True)
         return
@@ -251,19 +258,19 @@ def _show(record: Record, *, as_json: bool, detached: bool) -> None:
         f"key       {record.api_key}",
         f"bucket    {record.s3.bucket} at {record.s3.endpoint}",
         f"data      {record.data}",
-        f"end it    {f'milliner down --data {record.data}' if detached else 'Ctrl-C'}",
+        f"stop it   {f'milliner down --data {record.data}' if detached else 'Ctrl-C'}",
     )
     Console().print(Panel("\n".join(lines), title="Milliner is ready", expand=False), soft_wrap=True)
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def _errors_printed() -> Iterator[None]:
     try:
         yield
     except MillinerError as error:
-        _say(f"milliner: {error.message}")
+        _print_status(f"milliner: {error.message}")
         raise typer.Exit(1) from None

@@ -1,6 +1,6 @@
-"""`milliner doctor`: what is there, what answers, and one line that mends each part.
+"""`milliner doctor`: check what is installed and what answers, and name a fix for each broken part.
 
-Owns: the checks. It changes nothing, except that it puts and deletes one small object.
+Owns: the checks. Must not change anything; only the S3 check puts and deletes one small object.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ _DISK_BYTES = 5 * 1024**3
 
 @dataclass(frozen=True)
 class Check:
-    """One part; `mend` is what to do when it is not ok."""
+    """The result for one part. `fix` says what to do if it is not ok."""
 
     name: str
     ok: bool
     found: str
-    mend: str
+    fix: str
+
+    def to_json(self) -> dict[str, str | bool]:
+        """Return the object that `doctor --json` prints; its key `mend` is public and stays."""
+        return {"name": self.name, "ok": self.ok, "found": self.found, "mend": self.fix}
 
 
 @dataclass(frozen=True)
 class _Server:
-    """What is examined: a local stack, or the servers that the settings name."""
+    """The servers to check: a local stack, or those that the settings name."""
 
     database_url: str
     redis_url: str
@@ -48,7 +52,7 @@ class _Server:
 
 
 def examine(folder: Folder) -> list[Check]:
-    """All checks, in the order in which parts depend on each other."""
+    """Run all checks, in the order in which parts depend on each other."""
     settings = get_settings()
     record = folder.record()
     checks = [_python(), _packages(), _torch(), _disk(folder), _stack(folder, settings, record)]
@@ -70,7 +74,7 @@ def _packages() -> Check:
 
 
 def _torch() -> Check:
-    """Torch takes seconds to import: it is asked only about a GPU that the driver shows, in a process of its own."""
+    """Check that torch sees the GPU if the driver does. In its own process, because torch takes seconds to import."""
     version = _version("torch")
     if version is None:
         return Check("torch", False, "not installed", "run: make setup")
@@ -78,21 +82,21 @@ def _torch() -> Check:
         return Check("torch", True, f"{version}, CPU", "")
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     env = linux.inherited(*linux.BASIC, "HOME", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
-    seen = linux.run([sys.executable, "-c", code], env=env, timeout=120)
-    gpu = seen.stdout.decode(errors="replace").strip()
+    done = linux.run([sys.executable, "-c", code], env=env, timeout=120)
+    gpu = done.stdout.decode(errors="replace").strip()
     return Check(
         "torch",
         bool(gpu),
-        f"{version}, {gpu or 'and it does not see the GPU that nvidia-smi shows'}",
-        "install the CUDA build of torch that fits the driver, or unset CUDA_VISIBLE_DEVICES",
+        f"{version}, {gpu or 'but it does not see the GPU that nvidia-smi shows'}",
+        "install the CUDA build of torch that matches the driver, or unset CUDA_VISIBLE_DEVICES",
     )
 
 
 def _disk(folder: Folder) -> Check:
-    there = next(path for path in (folder.root, *folder.root.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    mend = f"free {_DISK_BYTES / 1e9:.0f} GB, or choose another folder with --data"
-    return Check("disk", free >= _DISK_BYTES, f"{free / 1e9:.1f} GB free at {there}", mend)
+    existing = next(path for path in (folder.root, *folder.root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    fix = f"free {_DISK_BYTES / 1e9:.0f} GB, or choose another folder with --data"
+    return Check("disk", free >= _DISK_BYTES, f"{free / 1e9:.1f} GB free at {existing}", fix)
 
 
 def _stack(folder: Folder, settings: Settings, record: Record | None) -> Check:
@@ -123,42 +127,46 @@ def _postgres(server: _Server) -> Check:
 def _valkey(server: _Server) -> Check:
     ok = servers.valkey_answers(server.redis_url)
     found = "answers PING" if ok else "does not answer PING"
-    return Check("redis", ok, found, "start it, or set MILLINER_REDIS_URL; jobs wait meanwhile, none is lost")
+    return Check("redis", ok, found, "start it, or set MILLINER_REDIS_URL; jobs wait until then, none is lost")
 
 
 def _s3(server: _Server) -> Check:
-    mend = "start it, or set MILLINER_S3_ENDPOINT, MILLINER_S3_BUCKET and the two keys"
+    fix = "start it, or set MILLINER_S3_ENDPOINT, MILLINER_S3_BUCKET and the two keys"
     try:
         servers.try_s3(server.s3)
     except (BotoCoreError, ClientError) as error:
-        return Check("s3", False, str(error), mend)
-    return Check("s3", True, f"bucket {server.s3.bucket} lists, takes and deletes", mend)
+        return Check("s3", False, str(error), fix)
+    return Check("s3", True, f"bucket {server.s3.bucket}: list, put and delete work", fix)
 
 
 def _api(server: _Server) -> Check:
     if server.base_url is None:
-        return Check("api", True, "not looked at: MILLINER_BASE_URL is not set", "")
+        return Check("api", True, "not checked: MILLINER_BASE_URL is not set", "")
     ok = services.api_ready(server.base_url)
     found = f"{server.base_url} {'is ready' if ok else 'is not ready'}"
-    return Check("api", ok, found, "start it, and look at its log (logs/api.log of the stack)")
+    return Check("api", ok, found, "start it, and read its log (logs/api.log of the stack)")
 
 
 def _workers(server: _Server) -> Check:
     if not server.workers:
-        return Check("workers", True, "not looked at: they are no children of a stack here", "")
-    deaf = [name for name, pid in server.workers.items() if not services.worker_listens(pid, server.redis_url)]
-    found = f"{', '.join(deaf)}: no connection to Redis" if deaf else f"{', '.join(server.workers)} listen"
-    return Check("workers", not deaf, found, "look at logs/prepare.log and logs/train.log of the stack")
+        return Check("workers", True, "not checked: no local stack runs them", "")
+    unconnected = [name for name, pid in server.workers.items() if not services.worker_listens(pid, server.redis_url)]
+    found = (
+        f"{', '.join(unconnected)}: no connection to Redis"
+        if unconnected
+        else f"{', '.join(server.workers)} are connected to Redis"
+    )
+    return Check("workers", not unconnected, found, "read logs/prepare.log and logs/train.log of the stack")
 
 
 def _models(server: _Server) -> Check:
-    mend = "run: milliner models add NAME SOURCE"
+    fix = "run: milliner models add NAME SOURCE"
     try:
         names = services.catalog(server.database_url)
     except SQLAlchemyError as error:
         found = f"the catalog cannot be read ({type(error).__name__})"
-        return Check("base models", False, found, "mend postgres first")
-    return Check("base models", bool(names), ", ".join(names) or "the catalog is empty", mend)
+        return Check("base models", False, found, "fix postgres first")
+    return Check("base models", bool(names), ", ".join(names) or "the catalog is empty", fix)
 
 
 def _of_record(record: Record | None) -> _Server | None:

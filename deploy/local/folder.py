@@ -1,7 +1,7 @@
-"""The folder of one local stack: what lies in it, who may read it, and who holds it.
+"""The folder of one local stack: its files, their permissions, and its locks.
 
 Owns: the layout, the generated secrets and ports, `stack.json`, and two locks. Must not start or end any process.
-Everything in the folder is private to its owner; files that hold a secret have mode 0600.
+Only the owner can read the folder; files with a secret have mode 0600.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from shared.errors import Conflict
 
 BUCKET = "milliner"
 
-# Below Linux's usual ephemeral range (32768-60999), so that no outgoing connection takes a port of ours meanwhile. The
-# room at the top is for SeaweedFS, whose admin speaks gRPC at its port plus 10000.
+# Below Linux's usual ephemeral range (32768-60999), so that no outgoing connection can take one of our ports. The range
+# ends 10000 below that, because SeaweedFS's admin server opens its gRPC port at its own port plus 10000.
 _PORTS = range(10240, 22700)
 
 
 class Secrets(BaseModel):
-    """Generated once; `api_key` follows as soon as there is a database to keep its hash."""
+    """Generated once. `api_key` is added when a database exists to store its hash."""
 
     postgres: str
     valkey: str
@@ -40,7 +40,7 @@ class Secrets(BaseModel):
 
 
 class Ports(BaseModel):
-    """Loopback ports. SeaweedFS opens many, and picks for itself whichever it is not told."""
+    """Loopback ports. SeaweedFS opens many, and chooses by itself each one that is not configured."""
 
     api: int
     postgres: int
@@ -74,7 +74,7 @@ class Pids(BaseModel):
 
 
 class Record(BaseModel):
-    """`stack.json`, and what `up --json` prints. It is there only while the stack is ready."""
+    """The content of `stack.json` and of `up --json`. The file exists only while the stack is ready."""
 
     base_url: str
     api_key: str
@@ -86,7 +86,7 @@ class Record(BaseModel):
 
 
 class Folder:
-    """One stack's folder. It need not exist to be looked at."""
+    """One stack's folder. Reading methods also work if the folder does not exist."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
@@ -105,20 +105,20 @@ class Folder:
         self.root.chmod(0o700)
         return self
 
-    def hold(self) -> None:
-        """Become the supervisor. The kernel frees the lock however its holder ends, so that it cannot go stale.
+    def acquire(self) -> None:
+        """Become the supervisor. The kernel frees the lock however the process ends, so that it cannot go stale.
 
-        Raises Conflict: another supervisor runs.
+        Raises Conflict if another supervisor runs.
         """
         self.create()
         lock = _open(self._lock)
-        if not _soon(lambda: _locked(lock), 0.5):  # `holder` takes it for an instant to see whether it is free
+        if not _wait_until(lambda: _try_lock(lock), 0.5):  # `supervisor_pid` locks it for an instant to test it
             os.close(lock)
-            raise Conflict(f"a stack already runs on {self.root}; end it with: milliner down --data {self.root}")
+            raise Conflict(f"a stack already runs on {self.root}; stop it with: milliner down --data {self.root}")
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
         self._lock_fd = lock
-        self.forget()
+        self.remove_record()
 
     def release(self) -> None:
         """Stop being the supervisor."""
@@ -126,34 +126,36 @@ class Folder:
             os.close(self._lock_fd)
             self._lock_fd = None
 
-    def children_fd(self, *, patience: float) -> int | None:
-        """The descriptor that every child inherits, locked; None if children of an earlier supervisor still have it."""
+    def children_fd(self, *, timeout: float) -> int | None:
+        """Lock and return the descriptor that every child inherits.
+
+        Returns None if children of an earlier supervisor still have it open after `timeout` seconds.
+        """
         fd = _open(self.children_lock)
-        if _soon(lambda: _locked(fd), patience):
+        if _wait_until(lambda: _try_lock(fd), timeout):
             return fd
         os.close(fd)
         return None
 
-    def holder(self) -> int | None:
-        """The pid of the running supervisor, or None."""
+    def supervisor_pid(self) -> int | None:
+        """Return the pid of the running supervisor, or None."""
         if not self._lock.exists():
             return None
         lock = _open(self._lock)
         try:
-            if _locked(lock):
+            if _try_lock(lock):
                 return None
             return int(os.pread(lock, 32, 0) or 0) or None
         finally:
             os.close(lock)
 
-    def emptied(self, *, patience: float) -> bool:
-        """Whether supervisor and children have all ended within `patience` seconds."""
-
+    def wait_until_stopped(self, *, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for the supervisor, then for its children; return whether all have ended."""
         if not self.root.exists():
             return True
-        if not _soon(lambda: self.holder() is None, patience):
+        if not _wait_until(lambda: self.supervisor_pid() is None, timeout):
             return False
-        fd = self.children_fd(patience=patience)
+        fd = self.children_fd(timeout=timeout)
         if fd is not None:
             os.close(fd)
         return fd is not None
@@ -161,20 +163,23 @@ class Folder:
     def secrets(self) -> Secrets:
         if self._secrets.exists():
             return _load(Secrets, self._secrets)
-        made = Secrets(
+        generated = Secrets(
             postgres=secrets.token_urlsafe(32),
             valkey=secrets.token_urlsafe(32),
             s3_access_key=secrets.token_hex(10),
             s3_secret_key=secrets.token_urlsafe(32),
         )
-        self.keep_secrets(made)
-        return made
+        self.save_secrets(generated)
+        return generated
 
-    def keep_secrets(self, value: Secrets) -> None:
+    def save_secrets(self, value: Secrets) -> None:
         _save(self._secrets, value)
 
     def signing_key(self) -> Path:
-        """The key that signs adapters, made once; its public half lies beside it, for `milliner verify --key`."""
+        """Return the path of the key that signs adapters, generated once.
+
+        Its public half is next to it, in `signing.pub`, for `milliner verify --key`.
+        """
         path = self.root / "signing.pem"
         if not path.exists():
             key = Ed25519PrivateKey.generate()
@@ -184,36 +189,36 @@ class Folder:
         return path
 
     def ports(self, *, api: int | None = None) -> Ports:
-        """The ports of the last run, each replaced if it has been taken since; `api` overrides that one.
+        """Return the ports of the last run, each replaced if it is in use now; `api` overrides the API's port.
 
-        Raises Conflict: `api` was asked for and is in use.
+        Raises Conflict if the port `api` is in use.
         """
         if api is not None and not _free(api):
             raise Conflict(f"port {api} is in use; choose another with --port, or leave it out")
-        kept = self.kept_ports()
-        known = kept.model_dump() if kept else _block(list(Ports.model_fields))
+        last = self.last_ports()
+        known = last.model_dump() if last else _block(list(Ports.model_fields))
         chosen = {name: port if _free(port) else _block([name])[name] for name, port in known.items()}
         ports = Ports(**chosen | ({"api": api} if api is not None else {}))
         _save(self._ports, ports)
         return ports
 
-    def kept_ports(self) -> Ports | None:
-        """The ports of the last run, whether they are in use or not."""
+    def last_ports(self) -> Ports | None:
+        """Return the ports of the last run, whether or not they are in use; None before the first run."""
         return _load(Ports, self._ports) if self._ports.exists() else None
 
     def record(self) -> Record | None:
-        """The ready stack, or None while there is none."""
-        holder = self.holder()
+        """Return the record of the ready stack, or None if no stack is ready."""
+        supervisor = self.supervisor_pid()
         try:
             record = _load(Record, self._stack)
         except FileNotFoundError:
             return None
-        return record if record.pids.supervisor == holder else None
+        return record if record.pids.supervisor == supervisor else None
 
-    def keep_record(self, record: Record) -> None:
+    def save_record(self, record: Record) -> None:
         _save(self._stack, record)
 
-    def forget(self) -> None:
+    def remove_record(self) -> None:
         self._stack.unlink(missing_ok=True)
 
 
@@ -240,22 +245,22 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _locked(fd: int) -> bool:
+def _try_lock(fd: int) -> bool:
     with suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
 
 
-def _soon(probe: Callable[[], bool], patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while not (done := probe()) and time.monotonic() < deadline:
+def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not (done := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return done
 
 
 def _block(names: list[str]) -> dict[str, int]:
-    """A run of free neighbouring ports. Two stacks that choose at once then clash with odds of one in a thousand."""
+    """Choose consecutive free ports. Two stacks that choose at the same time clash with a chance of 1 in 1,000."""
     while True:
         first = _PORTS[secrets.randbelow(len(_PORTS) // len(names)) * len(names)]
         ports = range(first, first + len(names))
@@ -265,7 +270,7 @@ def _block(names: list[str]) -> dict[str, int]:
 
 def _free(port: int) -> bool:
     with socket.socket() as probe:
-        # Servers bind with SO_REUSEADDR too: a port whose last connections linger in TIME_WAIT is free to them.
+        # Servers bind with SO_REUSEADDR too: to them, a port with old connections in TIME_WAIT is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

@@ -1,6 +1,6 @@
-"""One child process of the supervisor, and how it is bound to it.
+"""Start and stop one child process of the supervisor.
 
-Owns: starting a program with its log, and ending it. A child never outlives the supervisor (PDEATHSIG), is alone in its
+Owns: starting a program with its log, and ending it. A child never outlives the supervisor (PDEATHSIG), has its own
 process group (a terminal's Ctrl-C reaches only the supervisor), and inherits one descriptor, that of `children.lock`.
 Must not know what the programs are. Linux only.
 """
@@ -28,16 +28,16 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # for unshare(2), which `os` has from
 
 
 class Identity(StrEnum):
-    """Under which user a program runs. PostgreSQL refuses to run as root."""
+    """The user that a program runs as. PostgreSQL refuses to run as root."""
 
     SELF = "self"
     NAMESPACE = "namespace"  # root outside, uid 1000 inside a user namespace: files keep their owner
-    NOBODY = "nobody"  # where user namespaces are forbidden
+    NOBODY = "nobody"  # for systems that forbid user namespaces
 
 
 @dataclass(frozen=True)
 class Program:
-    """What to run; `grace` is the time between `stop_signal` and SIGKILL, in seconds."""
+    """A program to run. `grace` is the time between `stop_signal` and SIGKILL, in seconds."""
 
     name: str
     argv: list[str]
@@ -63,18 +63,18 @@ def spawn(program: Program, *, log: Path, inherit: int) -> subprocess.Popen[byte
             pass_fds=(inherit,),
             process_group=0,
             umask=0o077,
-            preexec_fn=binding(program.stop_signal, identity=program.identity),  # noqa: PLW1509 (it has one thread)
+            preexec_fn=preparation(program.stop_signal, identity=program.identity),  # noqa: PLW1509 (it has one thread)
         )
 
 
-def binding(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Callable[[], None]:
-    """What a child does between fork and exec: become `identity`, and get the signal `death` when this process ends.
+def preparation(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Callable[[], None]:
+    """Return what a child runs between fork and exec: become `identity`, and get signal `death` when this process ends.
 
-    The signal comes last: a change of credentials clears it.
+    The signal is set last, because a change of credentials clears it.
     """
     parent = os.getpid()
 
-    def bind() -> None:
+    def prepare() -> None:
         if identity is Identity.NAMESPACE:
             _enter_namespace()
         elif identity is Identity.NOBODY:
@@ -84,17 +84,17 @@ def binding(death: signal.Signals, *, identity: Identity = Identity.SELF) -> Cal
             os.setuid(nobody.pw_uid)
         kill_when_parent_dies(parent, by=death)
 
-    return bind
+    return prepare
 
 
 def stop(child: subprocess.Popen[bytes], program: Program) -> None:
-    """Ask a child to end; `end` waits for it."""
+    """Send a child its stop signal; `end` waits for it."""
     if child.poll() is None:
         child.send_signal(program.stop_signal)
 
 
 def end(child: subprocess.Popen[bytes], program: Program, *, asked_at: float) -> None:
-    """Wait until the grace of a child that was asked at `asked_at` (monotonic) is over, then kill its whole group."""
+    """Wait until `grace` seconds after `asked_at` (monotonic) for a child to end, then kill its process group."""
     with suppress(subprocess.TimeoutExpired):
         child.wait(max(0.0, asked_at + program.grace - time.monotonic()))
     kill_group(child)
@@ -102,7 +102,7 @@ def end(child: subprocess.Popen[bytes], program: Program, *, asked_at: float) ->
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log, for an error message."""
+    """Return the last lines of a log, for an error message."""
     if not log.exists():
         return ""
     with log.open("rb") as stream:
@@ -111,7 +111,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def open_files(pid: int) -> set[str]:
-    """What a process's descriptors point to, such as "/a/file" or "socket:[8413]"; nothing if it has ended."""
+    """Return what a process has open, such as "/a/file" or "socket:[8413]"; an empty set if it has ended."""
     found = set()
     with suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -121,7 +121,7 @@ def open_files(pid: int) -> set[str]:
 
 
 def kill_holders(path: Path) -> None:
-    """Kill every process but this one that has `path` open."""
+    """Kill every other process that has `path` open."""
     for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         if pid != os.getpid() and str(path) in open_files(pid):
             with suppress(ProcessLookupError):
@@ -130,7 +130,7 @@ def kill_holders(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def unprivileged() -> Identity:
-    """The way to not be root here."""
+    """Return an identity that is not root on this system."""
     if os.geteuid() != 0:
         return Identity.SELF
     pid = os.fork()
@@ -145,7 +145,7 @@ def unprivileged() -> Identity:
 
 
 def _enter_namespace() -> None:
-    """Appear as uid 1000 while remaining, for the files outside, the user that we are (user_namespaces(7))."""
+    """Become uid 1000 in a user namespace; outside it, files still belong to the current user (user_namespaces(7))."""
     uid, gid = os.geteuid(), os.getegid()
     if _LIBC.unshare(_CLONE_NEWUSER) != 0:
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWUSER) failed")

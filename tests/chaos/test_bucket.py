@@ -207,7 +207,9 @@ def test_a_checkpoint_that_is_damaged_for_good_costs_the_steps_since_the_one_bef
     ours.settle()
     told = [message for (message,) in ours.sql("SELECT message FROM job_events WHERE job_id = %s ORDER BY seq", job)]
     at = next(
-        i for i, line in enumerate(told) if line.startswith(f"Checkpoint of step {broken} is broken, going one back")
+        i
+        for i, line in enumerate(told)
+        if line.startswith(f"Checkpoint of step {broken} is damaged; trying the one before it")
     )
     assert told[at + 1] == f"Resuming from the checkpoint of step {good}"
     assert ours.states()[job] == "succeeded"

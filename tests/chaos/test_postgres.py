@@ -79,7 +79,7 @@ def test_restarts_of_postgres_restart_no_trainer(
         {
             "restarts": words(own_servers, "received fast shutdown request") - told,
             "outage_seconds": {"longest": round(max(outages), 1), "mean": round(sum(outages) / len(outages), 1)},
-            "renewals_missed": logged(ours, "lease.unrenewed"),
+            "renewals_missed": logged(ours, "lease.renewal_failed"),
             **ours.check()._asdict() | {"steps_repeated": 0},
         }
     )
@@ -295,7 +295,7 @@ def everything(ours: Fleet, job: str) -> list[tuple[Any, ...]]:
 
 def has_left(ours: Fleet, cut: Cut) -> bool:
     lines = ours.crew.log(cut.program).read_text().splitlines()
-    return any('"job.left"' in line and cut.trainer.job in line for line in lines)
+    return any('"attempt.abandoned"' in line and cut.trainer.job in line for line in lines)
 
 
 def succeed(ours: Fleet, *, seconds: float = 240) -> None:

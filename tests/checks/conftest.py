@@ -21,7 +21,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty database."""
     folder = Folder(tmp_path_factory.mktemp("postgres")).create()
     secrets, ports = folder.secrets(), folder.ports()
-    inherit = folder.children_fd(patience=0)
+    inherit = folder.children_fd(timeout=0)
     assert inherit is not None
     initdb, server = servers.initdb(folder, secrets), servers.postgres(folder, ports)
     assert initdb is not None

@@ -1,4 +1,4 @@
-"""compose.yaml: valid by the Compose Specification, closed to the outside, and started in an order that works."""
+"""compose.yaml: valid by the Compose Specification, no public ports, and a start order that works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS = ("migrate", "api", "prepare", "train")
 
 
 def interpolated() -> dict[str, Any]:
-    """The file as compose reads it, with "secret" for each required variable."""
+    """Return the file as compose reads it, with "secret" for each required variable."""
     text = re.sub(r"\$\{\w+:\?[^}]*\}", "secret", TEXT)
     loaded: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("$$", "$"))
     return loaded
@@ -50,38 +50,38 @@ def test_ports_are_published_on_loopback_only() -> None:
 
 
 def test_images_are_pinned() -> None:
-    foreign = [service["image"] for service in interpolated()["services"].values() if "build" not in service]
-    assert len(foreign) == 3
-    assert all(re.fullmatch(r"[\w/]+:\d+(\.\d+)+", image) for image in foreign), foreign
+    images = [service["image"] for service in interpolated()["services"].values() if "build" not in service]
+    assert len(images) == 3
+    assert all(re.fullmatch(r"[\w/]+:\d+(\.\d+)+", image) for image in images), images
 
 
-def test_each_server_is_healthy_before_it_is_used() -> None:
+def test_services_wait_until_their_servers_are_healthy() -> None:
     services = interpolated()["services"]
     for name in ("postgres", "valkey", "s3", "api"):
         assert "healthcheck" in services[name]
     for name in OURS:
-        for needed, how in services[name]["depends_on"].items():
+        for needed, dependency in services[name]["depends_on"].items():
             expected = "service_completed_successfully" if needed == "migrate" else "service_healthy"
-            assert how["condition"] == expected, (name, needed)
+            assert dependency["condition"] == expected, (name, needed)
 
 
-def test_our_services_use_our_settings() -> None:
+def test_our_services_use_only_known_settings() -> None:
     known = {f"MILLINER_{name.upper()}" for name in Settings.model_fields}
     for name in OURS:
         assert set(interpolated()["services"][name]["environment"]) <= known
 
 
 @pytest.mark.parametrize("queue", ["prepare", "train"])
-def test_workers_run_as_they_do_in_the_local_stack(queue: str) -> None:
+def test_workers_have_the_command_of_the_local_stack(queue: str) -> None:
     program = services.worker(queue, {}, slots=1)
     assert interpolated()["services"][queue]["command"] == program.argv[2:]
     assert interpolated()["services"][queue]["stop_grace_period"] == f"{program.grace:.0f}s"
 
 
-def test_only_train_holds_the_key_that_signs() -> None:
-    holding = {name: s["environment"] for name, s in interpolated()["services"].items() if "secrets" in s}
-    assert list(holding) == ["train"]
-    assert holding["train"]["MILLINER_SIGNING_KEY_FILE"] == "/run/secrets/signing_key"
+def test_only_train_has_the_signing_key() -> None:
+    with_secrets = {name: s["environment"] for name, s in interpolated()["services"].items() if "secrets" in s}
+    assert list(with_secrets) == ["train"]
+    assert with_secrets["train"]["MILLINER_SIGNING_KEY_FILE"] == "/run/secrets/signing_key"
 
 
 def test_only_train_reserves_gpus() -> None:

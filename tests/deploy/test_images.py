@@ -1,4 +1,4 @@
-"""The Dockerfiles install what `make setup` installs, and copy what there is."""
+"""The Dockerfiles install a part of what `make setup` installs, and copy only existing paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGES: dict[str, set[str]] = {"api": set(), "worker": {"worker", "trackers"}}
 
 
 def installs(path: str) -> list[set[str]]:
-    """The extras of each command that installs the checkout under the constraints."""
+    """Return the extras of each command that installs the checkout with the constraints."""
     command = r"pip install (?:-q )?-c constraints\.txt (?:-e )?'?\.(?:\[([\w,]+)\])?'?$"
     return [set(extras.split(",")) - {""} for extras in re.findall(command, (ROOT / path).read_text(), re.MULTILINE)]
 

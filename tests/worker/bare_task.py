@@ -1,4 +1,4 @@
-"""A task with two paths in it and nothing else: no child can train it."""
+"""A minimal task: only its two paths are real, so no child can train it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny base, so that whole jobs take seconds; and this very process as a worker, of a database of its own."""
+"""Fixtures: a tiny base model, so that whole jobs take seconds, and this process as a worker with its own database."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before transformers is imported: no test may look for a hub.
+# Set before transformers is imported: no test may contact a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -29,7 +29,7 @@ from tests.tiny import tiny_llama
 
 ROW = b'{"text": "a hat"}\n'
 
-# A model this small is slower on two threads, and much slower where others work too.
+# A model this small is slower with two threads, and much slower on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -42,7 +42,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(stack: Record, llama: str) -> str:
-    """The name of a tiny base in the stack's catalog."""
+    """The name of a tiny base model in the stack's catalog."""
     command = [sys.executable, "-m", "deploy.local", "add-model", "tiny", llama, "--data", stack.data]
     subprocess.run([*command, "--public-id", "acme/tiny", "--revision", "1"], check=True, capture_output=True)
     return "tiny"
@@ -50,7 +50,7 @@ def tiny(stack: Record, llama: str) -> str:
 
 @pytest.fixture
 def as_worker(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as a worker of the unit database."""
+    """Configure this process as a worker of the unit database."""
     environment = {
         "DATABASE_URL": database.url.set(drivername="postgresql").render_as_string(hide_password=False),
         "REDIS_URL": stack.redis_url.replace("/0", "/9"),
@@ -75,7 +75,7 @@ def as_worker(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def job(as_worker: None) -> str:
-    """The only job of the unit database: queued, with its objects in the bucket."""
+    """The id of the only job in the unit database: queued, with its objects in the bucket."""
     with session_scope() as session:
         session.execute(text("TRUNCATE jobs, job_events, job_metrics, checkpoints, adapters CASCADE"))
         tenant = ensure_tenant(session, f"t-{secrets.token_hex(4)}")

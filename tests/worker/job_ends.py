@@ -1,4 +1,4 @@
-"""Wait for a job through the API, and check that it has ended once."""
+"""Wait for a job through the API, and check that it ended exactly once."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def wait(client: openai.OpenAI, job_id: str, states: set[str] = TERMINAL, *, sec
 
 def finished(client: openai.OpenAI, job_id: str) -> Job:
     deadline = time.monotonic() + 120
-    while (wire := client.fine_tuning.jobs.retrieve(job_id)).status != "succeeded":
-        assert wire.status not in {"failed", "cancelled"}, wire.error
+    while (retrieved := client.fine_tuning.jobs.retrieve(job_id)).status != "succeeded":
+        assert retrieved.status not in {"failed", "cancelled"}, retrieved.error
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    return Job.model_validate(wire.to_dict())
+    return Job.model_validate(retrieved.to_dict())
 
 
 def ends_once(stack: Record, client: openai.OpenAI, job_id: str) -> None:
-    """One terminal event, gapless events, one adapter at most, no lease left, the manifest right."""
+    """Assert one terminal event, events without gaps, at most one adapter, no lease, and the same state in the API."""
     with psycopg.connect(stack.database_url) as connection:
         seqs = connection.execute("SELECT seq FROM job_events WHERE job_id = %s ORDER BY seq", (job_id,)).fetchall()
-        ends = connection.execute(
+        terminal_events = connection.execute(
             "SELECT count(*) FROM job_events WHERE job_id = %s AND (message LIKE 'The job has successfully%%'"
             " OR message LIKE 'The job failed%%' OR message = 'The job was cancelled')",
             (job_id,),
@@ -44,7 +44,7 @@ def ends_once(stack: Record, client: openai.OpenAI, job_id: str) -> None:
         row = connection.execute("SELECT state, lease_owner FROM jobs WHERE id = %s", (job_id,)).fetchone()
         adapters = connection.execute("SELECT count(*) FROM adapters WHERE job_id = %s", (job_id,)).fetchone()
     assert [seq for (seq,) in seqs] == list(range(1, len(seqs) + 1))
-    assert ends == (1,)
+    assert terminal_events == (1,)
     assert row is not None
     assert row[1] is None
     assert adapters == (int(row[0] == "succeeded"),)

@@ -1,7 +1,7 @@
-"""This machine's disk, with a real bucket: kills in the middle, full disks, slots that get in each other's way.
+"""The cache on disk, with a real bucket: kills at bad moments, full disks, and slots that run at the same time.
 
-Another slot is a process of its own where it has to die. Where it has to act between two calls of this one, an audit
-hook of Python tells when.
+A slot that has to die is a process of its own. A slot that has to act between two calls uses a Python audit hook to
+find the moment.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from shared.database.tables import BaseModelRow
 from worker import cache
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": bytes(1000)}
-WHOLE = sorted(FILES)
+ALL_FILES = sorted(FILES)
 SIZE = sum(len(data) for data in FILES.values())
-MISER = str(2**62)
-Tell = Callable[..., None]
+HUGE = str(2**62)
+Configure = Callable[..., None]
 
 
 @pytest.fixture
-def tell(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> Tell:
+def configure(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> Configure:
     """Change settings of this worker."""
 
-    def change(**told: str) -> None:
-        for name, value in told.items():
+    def change(**values: str) -> None:
+        for name, value in values.items():
             monkeypatch.setenv(f"MILLINER_{name}", value)
         settings.get_settings.cache_clear()
 
@@ -46,13 +46,13 @@ def tell(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> Tell:
 
 
 @pytest.fixture
-def small_disk(tell: Tell, tmp_path: Path) -> Iterator[Path]:
-    """A megabyte for the cache."""
+def small_disk(configure: Configure, tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB for the cache."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False).returncode != 0:
         pytest.skip("needs the right to mount a small disk")
-    tell(CACHE_DIR=str(disk))
+    configure(CACHE_DIR=str(disk))
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -60,10 +60,10 @@ def small_disk(tell: Tell, tmp_path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- fetching
 
 
-def test_a_base_is_fetched_once_and_without_weights_where_only_tokens_are_wanted(tell: Tell) -> None:
+def test_a_base_is_fetched_once_and_without_weights_for_tokenizing(configure: Configure) -> None:
     base, ticks = a_base(), list[int]()
     with cache.base_model(base, with_weights=True, tick=lambda: ticks.append(1)) as folder:
-        assert on(folder) == WHOLE
+        assert on(folder) == ALL_FILES
     first = len(ticks)
     with cache.base_model(base, with_weights=True, tick=lambda: ticks.append(1)) as again:
         assert (again, len(ticks)) == (folder, first)
@@ -71,28 +71,30 @@ def test_a_base_is_fetched_once_and_without_weights_where_only_tokens_are_wanted
         assert on(folder) == ["config.json", "tokenizer.json"]
 
 
-def test_a_base_is_on_the_disk_before_its_name_is(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_synced_to_disk_before_it_gets_its_name(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced, sync = list[str](), os.fsync
 
-    def noting(descriptor: int) -> None:
+    def recording(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "fsync", recording)
     folder = fetch(a_base())
     partial = f"{folder}.partial"
     assert sorted(synced) == sorted([str(folder.parent), partial, *(f"{partial}/{name}" for name in FILES)])
     assert synced[-1] == str(folder.parent)
 
 
-def test_a_fetch_that_is_given_up_leaves_nothing(tell: Tell) -> None:
-    class GivenUp(BaseException):
-        """No Exception: as hard as it gets."""
+def test_an_aborted_fetch_leaves_no_files(configure: Configure) -> None:
+    class Aborted(BaseException):
+        """Not an Exception, so that `except Exception` does not catch it."""
 
-    def give_up() -> None:
-        raise GivenUp
+    def abort() -> None:
+        raise Aborted
 
-    with pytest.raises(GivenUp), cache.base_model(a_base(), with_weights=True, tick=give_up):
+    with pytest.raises(Aborted), cache.base_model(a_base(), with_weights=True, tick=abort):
         pass
     changed = a_base()
     storage.put_bytes(f"{changed.prefix}model.safetensors", b"other bytes")
@@ -101,22 +103,22 @@ def test_a_fetch_that_is_given_up_leaves_nothing(tell: Tell) -> None:
     assert bases() == []
 
 
-def test_a_fetch_that_fills_the_disk_leaves_nothing_on_it(small_disk: Path) -> None:
-    liar = a_base({"model.safetensors": bytes(2 * 1024**2)})
-    liar.files[0]["bytes"] = 1
+def test_a_fetch_that_fills_the_disk_leaves_no_files(small_disk: Path) -> None:
+    understated = a_base({"model.safetensors": bytes(2 * 1024**2)})
+    understated.files[0]["bytes"] = 1
     with pytest.raises(OSError, match="No space left"):
-        fetch(liar)
+        fetch(understated)
     assert bases() == []
-    assert on(fetch(a_base())) == WHOLE
+    assert on(fetch(a_base())) == ALL_FILES
 
 
-def test_a_base_that_no_eviction_makes_room_for_is_not_begun(small_disk: Path) -> None:
-    def never() -> None:
-        pytest.fail("it was begun")
+def test_a_base_that_cannot_fit_is_not_downloaded(small_disk: Path) -> None:
+    def fail() -> None:
+        pytest.fail("the download started")
 
     large = a_base({"model.safetensors": bytes(2 * 1024**2)})
-    refusal = pytest.raises(OSError, match="nothing more can be evicted")
-    with refusal as refused, cache.base_model(large, with_weights=True, tick=never):
+    refusal = pytest.raises(OSError, match="no more bases can be evicted")
+    with refusal as refused, cache.base_model(large, with_weights=True, tick=fail):
         pass
     assert refused.value.errno == errno.ENOSPC
 
@@ -124,7 +126,7 @@ def test_a_base_that_no_eviction_makes_room_for_is_not_begun(small_disk: Path) -
 # ---------------------------------------------------------------- kills
 
 
-def test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_of_a_base(tell: Tell) -> None:
+def test_a_kill_during_an_eviction_leaves_no_partial_base(configure: Configure) -> None:
     base = a_base()
     folder = fetch(base)
     killed = other_slot(f"""
@@ -135,20 +137,20 @@ def test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_of_a_base(tell: Tell
                 if len(removed) == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
-        os.environ["MILLINER_MIN_FREE_BYTES"] = "{MISER}"
+        os.environ["MILLINER_MIN_FREE_BYTES"] = "{HUGE}"
         cache.has_room()
     """)
     assert killed.returncode == -9, killed.stderr
     assert bases() == [f"{folder.name}.partial"]
     assert len(on(folder.with_name(bases()[0]))) == len(FILES) - 1
-    assert on(fetch(base)) == WHOLE
+    assert on(fetch(base)) == ALL_FILES
     assert bases() == [folder.name]
 
 
-def test_what_a_kill_in_the_middle_of_a_fetch_left_is_swept_unless_somebody_holds_it(tell: Tell) -> None:
+def test_the_partial_files_of_a_killed_fetch_are_swept_unless_locked(configure: Configure) -> None:
     base = a_base()
     killed = other_slot(f"""
-        base = BaseModel(name="b", digest="{base.digest}", prefix="{base.prefix}", files={base.files})
+        base = BaseModelRow(name="b", digest="{base.digest}", prefix="{base.prefix}", files={base.files})
         with cache.base_model(base, with_weights=True, tick=lambda: os.kill(os.getpid(), signal.SIGKILL)):
             pass
     """)
@@ -163,10 +165,10 @@ def test_what_a_kill_in_the_middle_of_a_fetch_left_is_swept_unless_somebody_hold
     assert bases() == []
 
 
-def test_a_work_directory_is_swept_unless_an_attempt_holds_it(tell: Tell) -> None:
+def test_a_work_directory_is_swept_unless_locked(configure: Configure) -> None:
     left = settings.get_settings().cache_dir / "work" / "of a killed attempt"
     left.mkdir(parents=True)
-    with cache.work_dir("of a living one") as held:
+    with cache.work_dir("of a running attempt") as held:
         cache.sweep()
         assert on(held.parent) == [held.name, f"{held.name}.lock"]
     assert on(held.parent) == []
@@ -175,8 +177,8 @@ def test_a_work_directory_is_swept_unless_an_attempt_holds_it(tell: Tell) -> Non
 # ---------------------------------------------------------------- eviction
 
 
-def test_the_least_recently_used_goes_first_and_what_is_held_stays(tell: Tell) -> None:
-    tell(CACHE_BYTES=str(3 * SIZE))
+def test_the_least_recently_used_base_is_evicted_first_and_a_locked_one_stays(configure: Configure) -> None:
+    configure(CACHE_BYTES=str(3 * SIZE))
     oldest, held, young, new, newer = (a_base() for _ in range(5))
     for age, base in enumerate((young, held, oldest)):
         os.utime(fetch(base), (1000 - age, 1000 - age))
@@ -189,9 +191,9 @@ def test_the_least_recently_used_goes_first_and_what_is_held_stays(tell: Tell) -
         assert bases() == sorted(base.digest for base in (held, new, newer))
 
 
-def test_a_disk_that_is_fuller_than_the_budget_makes_room_for_a_base(small_disk: Path, tell: Tell) -> None:
-    """Five times 300 KB do not fit into a megabyte, of which 200 KB are to stay free."""
-    tell(MIN_FREE_BYTES="200000")
+def test_bases_are_evicted_for_disk_space_within_the_budget(small_disk: Path, configure: Configure) -> None:
+    """Five bases of 300 KB do not fit on 1 MB, of which 200 KB must stay free."""
+    configure(MIN_FREE_BYTES="200000")
     several = [a_base({"model.safetensors": secrets.token_bytes(300_000)}) for _ in range(5)]
     for base in several:
         assert on(fetch(base)) == ["model.safetensors"]
@@ -199,41 +201,43 @@ def test_a_disk_that_is_fuller_than_the_budget_makes_room_for_a_base(small_disk:
     assert cache.has_room()
 
 
-def test_a_worker_drops_idle_bases_before_it_says_that_it_has_no_room(small_disk: Path, tell: Tell) -> None:
+def test_a_worker_evicts_unused_bases_before_it_reports_a_full_disk(small_disk: Path, configure: Configure) -> None:
     large = a_base({"model.safetensors": bytes(600_000)})
     (small_disk / "models" / "killed.partial").mkdir(parents=True)
     (small_disk / "models" / "killed.partial" / "model.safetensors").write_bytes(bytes(300_000))
-    tell(MIN_FREE_BYTES="100000")
+    configure(MIN_FREE_BYTES="100000")
     assert cache.has_room()
     fetch(large)
-    assert bases() == [large.digest]  # and not what the kill left
-    tell(MIN_FREE_BYTES="600000")
+    assert bases() == [large.digest]  # the partial base of the killed fetch is deleted
+    configure(MIN_FREE_BYTES="600000")
     with cache.base_model(large, with_weights=True, tick=nothing):
         assert not cache.has_room()
     assert cache.has_room()
     assert bases() == []
 
 
-def test_slots_that_evict_at_once_do_not_mind_each_other(tell: Tell) -> None:
-    tell(MIN_FREE_BYTES=MISER)
+def test_slots_can_evict_at_the_same_time(configure: Configure) -> None:
+    configure(MIN_FREE_BYTES=HUGE)
     for _ in range(30):
         for i in range(10):
             (models() / f"base-{i}" / "sub").mkdir(parents=True)
             (models() / f"base-{i}" / "sub" / "model.safetensors").write_bytes(b"x")
         with ThreadPoolExecutor(8) as pool:
-            said = [pool.submit(cache.has_room) for _ in range(8)]
-            assert [done.result() for done in said] == [False] * 8
+            results = [pool.submit(cache.has_room) for _ in range(8)]
+            assert [done.result() for done in results] == [False] * 8
         assert bases() == []
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_base_that_is_evicted_between_look_and_lock_is_fetched_alone(tell: Tell, there: bool) -> None:
-    """There before: evicted as it is about to be shared. Not there: as the fetcher is about to share it."""
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_base_evicted_between_check_and_lock_is_fetched_under_an_exclusive_lock(
+    configure: Configure, cached: bool
+) -> None:
+    """The eviction happens just before the shared lock: of a cached base, or of one that was just fetched."""
     base = a_base()
-    if there:
+    if cached:
         fetch(base)
     done = other_slot(f"""
-        base = BaseModel(name="b", digest="{base.digest}", prefix="{base.prefix}", files={base.files})
+        base = BaseModelRow(name="b", digest="{base.digest}", prefix="{base.prefix}", files={base.files})
         folder, evicted, alone = cache._models() / base.digest, [], set()
         def hook(event, args):
             if event == "fcntl.flock" and args[1] & fcntl.LOCK_SH and folder.exists() and not evicted:
@@ -241,7 +245,7 @@ def test_a_base_that_is_evicted_between_look_and_lock_is_fetched_alone(tell: Tel
         sys.addaudithook(hook)
         def tick():
             with folder.with_name(folder.name + ".lock").open() as lock:
-                alone.add(not cache._locked(lock.fileno(), fcntl.LOCK_SH))
+                alone.add(not cache._try_lock(lock.fileno(), fcntl.LOCK_SH))
         with cache.base_model(base, with_weights=True, tick=tick) as got:
             assert len(list(got.iterdir())) == {len(FILES)}
         assert evicted and alone == {{True}}, (evicted, alone)
@@ -249,20 +253,20 @@ def test_a_base_that_is_evicted_between_look_and_lock_is_fetched_alone(tell: Tel
     assert done.returncode == 0, done.stderr
 
 
-def test_slots_that_want_the_same_base_fetch_it_once(tell: Tell) -> None:
+def test_slots_that_need_the_same_base_fetch_it_once(configure: Configure) -> None:
     base = a_base()
-    structlog.reset_defaults()  # a test before may have raised the level
+    structlog.reset_defaults()  # an earlier test may have raised the log level
     with capture_logs() as logs, ThreadPoolExecutor(6) as pool:
         folders = {done.result() for done in [pool.submit(fetch, base) for _ in range(6)]}
-    assert [on(folder) for folder in folders] == [WHOLE]
+    assert [on(folder) for folder in folders] == [ALL_FILES]
     assert [line["event"] for line in logs] == ["base.fetching"]
 
 
-# ---------------------------------------------------------------- planting
+# ---------------------------------------------------------------- test data
 
 
 def a_base(files: dict[str, bytes] = FILES) -> BaseModelRow:
-    """A base in the bucket, and its row as the catalog would have it."""
+    """Put a base into the bucket and return its row, as in the catalog."""
     digest = secrets.token_hex(32)
     prefix = f"models/{digest}/"
     entries = []
@@ -278,7 +282,7 @@ def fetch(base: BaseModelRow) -> Path:
 
 
 def nothing() -> None:
-    """A tick that never gives up."""
+    """A tick that never aborts."""
 
 
 def models() -> Path:
@@ -286,7 +290,7 @@ def models() -> Path:
 
 
 def bases() -> list[str]:
-    """Whole or not."""
+    """Return the folders of all bases, complete or partial."""
     return sorted(folder.name for folder in models().glob("*/"))
 
 
@@ -295,7 +299,7 @@ def on(folder: Path) -> list[str]:
 
 
 def other_slot(script: str) -> subprocess.CompletedProcess[str]:
-    """Run it in a process of this worker."""
+    """Run a script in another process of this worker."""
     head = "import fcntl, os, signal, sys\nfrom shared.database.tables import BaseModelRow\nfrom worker import cache\n"
     command = [sys.executable, "-c", head + textwrap.dedent(script)]
     return subprocess.run(command, env=os.environ, timeout=60, check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What is taken into the catalog and what is refused, through the importer's own process."""
+"""Which sources are imported into the catalog and which are refused, through the importer's own process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_folder_becomes_a_base_model(client: openai.OpenAI, tiny: str, llama: 
     assert names["model.safetensors"] == weights.stat().st_size
 
 
-def test_the_same_bytes_are_the_same_entry_and_others_are_refused(
+def test_importing_the_same_files_again_is_allowed_and_other_files_are_refused(
     stack: Record, tiny: str, llama: str, tmp_path: Path
 ) -> None:
     again = add(stack, tiny, llama)
@@ -41,10 +41,10 @@ def test_the_same_bytes_are_the_same_entry_and_others_are_refused(
     (changed / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
     refused = add(stack, tiny, str(changed))
     assert refused.returncode != 0
-    assert "with other bytes" in refused.stderr
+    assert "with other files" in refused.stderr
 
 
-def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path) -> None:
+def test_pickles_remote_code_and_empty_folders_are_refused(llama: str, tmp_path: Path) -> None:
     pickled = Path(shutil.copytree(llama, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(InvalidRequest, match=r"pickled weights \(pytorch_model\.bin\), which can run code"):
@@ -54,7 +54,7 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
     (remote / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(InvalidRequest, match="remote code"):
         check_folder(remote)
-    with pytest.raises(InvalidRequest, match="is not there"):
+    with pytest.raises(InvalidRequest, match="does not exist"):
         check_folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidRequest, match=r"no config\.json"):
@@ -62,24 +62,24 @@ def test_pickles_remote_code_and_nothing_are_refused(llama: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kept", [slice(0), slice(5), slice(-1), slice(8, None)])
-def test_weights_that_are_cut_short_are_not_counted(llama: str, tmp_path: Path, kept: slice) -> None:
+def test_truncated_weights_are_refused(llama: str, tmp_path: Path, kept: slice) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes((Path(llama) / "model.safetensors").read_bytes()[kept])
-    with pytest.raises(InvalidRequest, match=r"model\.safetensors is truncated or no safetensors file"):
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors is truncated or not a safetensors file"):
         count_parameters(weights)
 
 
-def test_a_path_is_no_public_id(llama: str) -> None:
+def test_a_path_is_refused_as_public_id(llama: str) -> None:
     with pytest.raises(InvalidRequest, match=r"'/srv/llama' is a path; .* such as org/name"):
         add_model("llama", llama, public_id="/srv/llama")
 
 
-def test_a_base_has_no_name_of_an_adapter(llama: str) -> None:
+def test_a_base_cannot_have_an_adapters_name(llama: str) -> None:
     with pytest.raises(InvalidRequest, match="'ft:llama' is a name for adapters"):
         add_model("ft:llama", llama, public_id="acme/llama")
 
 
-def test_what_could_run_code_is_never_mirrored(llama: str, tmp_path: Path) -> None:
+def test_files_that_could_run_code_are_never_imported(llama: str, tmp_path: Path) -> None:
     mixed = Path(shutil.copytree(llama, tmp_path / "mixed"))
     for name in ("pytorch_model.bin", "modeling_evil.py", "setup.sh"):
         (mixed / name).write_text("boo")
@@ -99,7 +99,7 @@ def test_a_hub_repository_is_pinned_to_its_commit(
     assert {file["path"] for file in model["files"]} >= {"config.json", "model.safetensors"}
 
 
-def test_a_broken_gguf_is_told_of(stack: Record, tmp_path: Path) -> None:
+def test_a_broken_gguf_file_is_reported(stack: Record, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(os.urandom(1000))
     refused = add(stack, "bad", str(tmp_path / "bad.gguf"))
     assert refused.returncode != 0
@@ -107,25 +107,25 @@ def test_a_broken_gguf_is_told_of(stack: Record, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_the_converter_knows_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It reads a file that somebody has put on the net. Its program is one of ours that writes its environment down."""
+def test_the_converter_gets_no_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It reads an untrusted file. Here, its program is replaced by a script that writes its environment to a file."""
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     monkeypatch.setenv("HF_TOKEN", "s3cret")
-    told, converter = tmp_path / "told", tmp_path / "python"
-    converter.write_text(f"#!/bin/sh\nenv > {told}\necho broken >&2\nexit 1\n")
+    environment, converter = tmp_path / "environment", tmp_path / "python"
+    converter.write_text(f"#!/bin/sh\nenv > {environment}\necho broken >&2\nexit 1\n")
     converter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(converter))
     (tmp_path / "some.gguf").touch()
     with pytest.raises(InvalidRequest, match=r"some\.gguf could not be converted: broken"):
         add_model("some", str(tmp_path / "some.gguf"), public_id="acme/some")
-    assert "HF_HUB_OFFLINE=1" in told.read_text()
-    assert "MILLINER_" not in told.read_text()
-    assert "s3cret" not in told.read_text()
+    assert "HF_HUB_OFFLINE=1" in environment.read_text()
+    assert "MILLINER_" not in environment.read_text()
+    assert "s3cret" not in environment.read_text()
 
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[str, str]]:
-    """What huggingface_hub asks a hub for, served from a folder: (endpoint, commit)."""
+    """Serve the requests of huggingface_hub from a folder; yields (endpoint, commit)."""
     commit = "c0ffee" + "0" * 34
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -159,7 +159,7 @@ def hub(folder: Path) -> Iterator[tuple[str, str]]:
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Do not log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         Thread(target=server.serve_forever, daemon=True).start()

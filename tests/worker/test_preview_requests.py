@@ -1,4 +1,4 @@
-"""A preview from the bucket to its row, made by this process with the real child; and what is left when either dies."""
+"""Previews from the bucket to their row, made by this process with a real child, and what is left when either dies."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from worker.preview_requests import answer_next
 ROWS = b'{"prompt": "1 + 1 =", "completion": " 2"}\n{"prompt": "x"}\n'
 
 
-class Asked(NamedTuple):
+class Requested(NamedTuple):
     tenant: str
     body: PreviewCreate
     id: str
 
 
 @pytest.fixture
-def asked(as_worker: None, llama: str) -> Asked:
-    """The only preview of the unit database, its file and its base in the bucket."""
+def requested(as_worker: None, llama: str) -> Requested:
+    """The only preview in the unit database, with its file and its base in the bucket."""
     name = f"m-{secrets.token_hex(4)}"
     files = storage.put_folder(f"models/{name}/", Path(llama))
     with session_scope() as session:
@@ -49,15 +49,15 @@ def asked(as_worker: None, llama: str) -> Asked:
         session.add_all([file, base])
     storage.put_bytes(file.key, ROWS)
     body = PreviewCreate(model=name, training_file=file.id)
-    return Asked(tenant.id, body, ask(tenant.id, body))
+    return Requested(tenant.id, body, ask(tenant.id, body))
 
 
-def test_a_preview_of_a_dead_worker_is_taken_over(asked: Asked) -> None:
-    assert take() == asked.id
-    assert take() is None  # somebody is at it
-    pass_by("taken_at", previews.SILENT_SECONDS)
+def test_the_preview_of_a_dead_worker_is_answered_by_another(requested: Requested) -> None:
+    assert take() == requested.id
+    assert take() is None  # another worker has it
+    age("taken_at", previews.SILENT_SECONDS)
     answer_next(draining=lambda: False)
-    preview = read(asked.id)
+    preview = read(requested.id)
     assert (preview.error, preview.finished_at is None) == (None, False)
     out = PreviewOut.model_validate(preview.result)
     assert [(segment.text, segment.trained) for segment in out.rows[0].segments] == [
@@ -69,81 +69,83 @@ def test_a_preview_of_a_dead_worker_is_taken_over(asked: Asked) -> None:
     assert take() is None
 
 
-def test_a_trainer_that_dies_costs_the_answer_and_no_more(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_dies_fails_the_preview_which_can_be_requested_again(
+    requested: Requested, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MILLINER_TRAINER_COMMAND", "false")
     get_settings.cache_clear()
     answer_next(draining=lambda: False)
-    error = PreviewError.model_validate(read(asked.id).error)
+    error = PreviewError.model_validate(read(requested.id).error)
     assert (error.code, error.message, error.retryable) == (
         "trainer_crashed",
         "the trainer ended with exit code 1",
         True,
     )
-    assert ask(asked.tenant, asked.body) != asked.id  # asked again, it is tried again
+    assert ask(requested.tenant, requested.body) != requested.id  # a new request is a new try
 
 
-def test_a_preview_that_workers_die_of_is_refused(asked: Asked) -> None:
-    for _ in range(previews.MAX_TAKES):
-        assert take() == asked.id
-        pass_by("taken_at", previews.SILENT_SECONDS)
+def test_a_preview_that_kills_its_workers_is_refused(requested: Requested) -> None:
+    for _ in range(previews.MOST_TAKES):
+        assert take() == requested.id
+        age("taken_at", previews.SILENT_SECONDS)
     assert take() is None
-    error = PreviewError.model_validate(read(asked.id).error)
+    error = PreviewError.model_validate(read(requested.id).error)
     assert (error.code, error.retryable) == ("trainer_crashed", False)
 
 
-def test_a_tenant_has_a_few_at_a_time(asked: Asked) -> None:
-    for rows in range(1, previews.MAX_WAITING):
-        ask(asked.tenant, asked.body.model_copy(update={"rows": rows}))
+def test_a_tenant_can_have_only_a_few_waiting_previews(requested: Requested) -> None:
+    for rows in range(1, previews.MOST_WAITING):
+        ask(requested.tenant, requested.body.model_copy(update={"rows": rows}))
     with pytest.raises(TooMany, match="previews of yours are waiting"):
-        ask(asked.tenant, asked.body.model_copy(update={"rows": 20}))
-    assert ask(asked.tenant, asked.body) == asked.id
+        ask(requested.tenant, requested.body.model_copy(update={"rows": 20}))
+    assert ask(requested.tenant, requested.body) == requested.id
 
 
-def test_a_file_that_the_bucket_has_lost_is_told(asked: Asked) -> None:
+def test_a_file_missing_from_the_bucket_is_reported(requested: Requested) -> None:
     with session_scope() as session:
-        session.execute(update(File).where(File.id == asked.body.training_file).values(key="files/nowhere"))
+        session.execute(update(File).where(File.id == requested.body.training_file).values(key="files/nowhere"))
     answer_next(draining=lambda: False)
-    error = PreviewError.model_validate(read(asked.id).error)
+    error = PreviewError.model_validate(read(requested.id).error)
     assert (error.code, error.retryable) == ("object_lost", False)
 
 
-def test_a_worker_that_drains_leaves_it_to_another(asked: Asked) -> None:
+def test_a_draining_worker_leaves_the_preview_to_another(requested: Requested) -> None:
     answer_next(draining=after(1))
-    assert (read(asked.id).taken_at, read(asked.id).finished_at) == (None, None)
-    assert take() == asked.id
+    assert (read(requested.id).taken_at, read(requested.id).finished_at) == (None, None)
+    assert take() == requested.id
 
 
-def test_the_same_question_is_the_same_preview_and_the_first_answer_counts(asked: Asked) -> None:
-    assert ask(asked.tenant, asked.body) == asked.id
-    assert ask(asked.tenant, asked.body.model_copy(update={"rows": 2})) != asked.id
+def test_the_same_request_is_the_same_preview_and_the_first_answer_counts(requested: Requested) -> None:
+    assert ask(requested.tenant, requested.body) == requested.id
+    assert ask(requested.tenant, requested.body.model_copy(update={"rows": 2})) != requested.id
     first, second = (
         PreviewOut(format=form, max_length=8, chat_template_sha256=None, rows=[], problems=[])
         for form in ("text", "chat")
     )
     with session_scope() as session:
-        assert previews.keep(session, asked.id)
-        previews.answer(session, asked.id, first)
-        previews.answer(session, asked.id, second)
-        previews.refuse(session, asked.id, PreviewError(code="c", message="m", retryable=True))
-        previews.give_back(session, asked.id)
-        assert not previews.keep(session, asked.id)
-    preview = read(asked.id)
+        assert previews.keep(session, requested.id)
+        previews.answer(session, requested.id, first)
+        previews.answer(session, requested.id, second)
+        previews.refuse(session, requested.id, PreviewError(code="c", message="m", retryable=True))
+        previews.give_back(session, requested.id)
+        assert not previews.keep(session, requested.id)
+    preview = read(requested.id)
     assert (PreviewOut.model_validate(preview.result), preview.error) == (first, None)
-    assert ask(asked.tenant, asked.body) == asked.id  # answered at once
+    assert ask(requested.tenant, requested.body) == requested.id  # answered at once
 
 
-def test_anothers_file_and_anothers_answer_are_out_of_reach(asked: Asked) -> None:
+def test_another_tenants_file_cannot_be_previewed(requested: Requested) -> None:
     with session_scope() as session:
         other = ensure_tenant(session, f"t-{secrets.token_hex(4)}").id
     with pytest.raises(NotFound, match="no file"):
-        ask(other, asked.body)
+        ask(other, requested.body)
 
 
-def test_nobody_works_for_those_who_left_and_the_sweeper_tidies_up(asked: Asked) -> None:
-    pass_by("created_at", previews.WANTED_SECONDS)
+def test_abandoned_previews_are_not_answered_and_the_sweeper_deletes_them(requested: Requested) -> None:
+    age("created_at", previews.WANTED_SECONDS)
     assert take() is None
-    assert ask(asked.tenant, asked.body) != asked.id
-    pass_by("created_at", previews.KEPT_SECONDS)
+    assert ask(requested.tenant, requested.body) != requested.id
+    age("created_at", previews.KEPT_SECONDS)
     assert sweep(get_settings(), watched=0)
     with session_scope() as session:
         assert session.query(Preview).count() == 0
@@ -160,8 +162,8 @@ def take() -> str | None:
     return preview.id if preview else None
 
 
-def pass_by(column: str, seconds: float) -> None:
-    """Turn Postgres's clock."""
+def age(column: str, seconds: float) -> None:
+    """Move a time of all previews into the past, by more than `seconds`."""
     past = func.clock_timestamp() - text(f"interval '{seconds + 1:f}s'")
     with session_scope() as session:
         session.execute(update(Preview).values({column: past}))
@@ -173,6 +175,6 @@ def read(preview_id: str) -> Preview:
 
 
 def after(calls: int) -> Callable[[], bool]:
-    """False so many times, then True."""
+    """Return False for so many calls, then True."""
     left = iter([False] * calls)
     return lambda: next(left, True)

@@ -1,4 +1,4 @@
-"""One attempt at a job, under its lease: stage, train, prove, publish, finish.
+"""One attempt at a job, under its lease: stage, train, verify, publish, finish.
 
-Owns: the order of effects, and every guarded write that an attempt makes. Must not import torch.
+Owns: the order of effects, and every write guarded by the lease epoch. Must not import torch.
 """

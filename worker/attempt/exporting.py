@@ -1,7 +1,7 @@
-"""The exports that a job asked for: each made by a trainer of its own, then put beside the adapter.
+"""Make the exports that a job asked for, each in a trainer of its own, and upload them next to the adapter.
 
-Owns: where they lie (`exports/<name>/…` under the adapter's prefix), and that one which cannot be made costs itself
-alone: the adapter is proven by then. Must not write a row, nor decide what becomes of the job (`runner.py`).
+Owns: where exports are stored (`exports/<name>/…` under the adapter's prefix), and that a failed export does not fail
+the job: the adapter is verified by then. Must not write a row, nor decide how the job ends (`runner.py`).
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import NamedTuple
 from shared import storage
 from shared.schemas.results import Export
 from shared.storage import Entry
-from worker.attempt.waiting import Patience
+from worker.attempt.waiting import Retry
 from worker.trainer.protocol import Done, Exported, Failed, MakeExport, Train, Verified
 
 FOLDER = "exports/"
 
-#: Has one made; a line for the job's events.
 Make = Callable[[MakeExport], object]
-Tell = Callable[[str, str], None]
+#: (level, message) for the job's events.
+AddEvent = Callable[[str, str], None]
 
 
-class Published(NamedTuple):
-    """What came of each, and their files by their paths beside the adapter's."""
+class PublishedExports(NamedTuple):
+    """The result of each export, and the uploaded files; their paths are relative to the adapter's prefix."""
 
     exports: list[Export]
     files: list[Entry]
 
 
 def commands(trained: Train, done: Done, verified: Verified, adapter: Path) -> list[MakeExport]:
-    """One for each that the job asked for, of the proven files in `adapter`."""
+    """Return a command for each export that the job asked for, from the verified files in `adapter`."""
     return [
         MakeExport(
             job=trained.job,
@@ -50,34 +50,35 @@ def commands(trained: Train, done: Done, verified: Verified, adapter: Path) -> l
 
 
 def publish(
-    commands: Sequence[MakeExport], prefix: str, *, make: Make, tell: Tell, epoch: int, patience: Patience
-) -> Published:
-    """One after the other, so that a disk holds one at a time. `make` answers Exported or Failed.
+    commands: Sequence[MakeExport], prefix: str, *, make: Make, add_event: AddEvent, epoch: int, retry: Retry
+) -> PublishedExports:
+    """Make and upload one export after the other, so that the disk holds only one at a time.
 
-    What an earlier attempt has put there is written over; a file more that it had goes once the job has ended.
+    `make` returns Exported or Failed. Files of an earlier attempt are overwritten; those of an export that now fails
+    are deleted once the job has ended.
     """
     exports: list[Export] = []
     files: list[Entry] = []
     for command in commands:
-        name, said = command.name, make(command)
-        assert isinstance(said, Exported | Failed), said
-        if isinstance(said, Failed):
-            # What a trainer that was killed left half written is more than the next may find room beside.
+        name, answer = command.name, make(command)
+        assert isinstance(answer, Exported | Failed), answer
+        if isinstance(answer, Failed):
+            # A killed trainer may leave a partial export. Delete it: the next export may need the space.
             shutil.rmtree(Path(command.work_dir, FOLDER), ignore_errors=True)
-            tell("warn", f"no export {name.value}: {said.message}; the adapter is not affected")
-            exports.append(Export(name=name, error=said.message))
+            add_event("warn", f"export {name.value} failed: {answer.message}; the adapter is not affected")
+            exports.append(Export(name=name, error=answer.message))
             continue
         path = f"{FOLDER}{name.value}/"
-        put = partial(storage.put_files, prefix + path, Path(said.path), epoch=epoch)
-        for file in patience.do(put):
+        put = partial(storage.put_files, prefix + path, Path(answer.path), epoch=epoch)
+        for file in retry.call(put):
             files.append(Entry(path=path + file["path"], bytes=file["bytes"], sha256=file["sha256"]))
-        shutil.rmtree(said.path)
-        exports.append(said.export.model_copy(update={"path": path}))
-        tell("info", f"exported {name.value}: {_told(said.export)}")
-    return Published(exports, files)
+        shutil.rmtree(answer.path)
+        exports.append(answer.export.model_copy(update={"path": path}))
+        add_event("info", f"exported {name.value}: {_check_result(answer.export)}")
+    return PublishedExports(exports, files)
 
 
-def _told(export: Export) -> str:
+def _check_result(export: Export) -> str:
     if export.loss is None or export.difference is None:
-        return "read back, bit for bit the adapter"
-    return f"loaded anew, loss {export.loss:.4f}, {export.difference:+.4f} against the adapter"
+        return "read back, bit for bit equal to the adapter"
+    return f"reloaded, loss {export.loss:.4f}, {export.difference:+.4f} compared with the adapter"

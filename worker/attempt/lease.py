@@ -1,12 +1,17 @@
-"""A lease, held: renewed by one thread, enforced on ourselves by another.
+"""The lease of a running attempt: one thread renews it, another enforces it on this process.
 
-The renewing thread writes to Postgres every heartbeat and reads back what the user wants. The fencing thread never
-waits for anything: after `fence_seconds` without a renewal it freezes the trainer, and a renewal thaws it, so an outage
-of the database pauses training and does not restart it. An epoch that has moved kills the trainer. The clock is the one
-that counts while the machine sleeps, and a renewal counts from before it was sent. While the lease is good the trainer
-hears so twice a second: should this whole process be stopped, the trainer freezes itself before the lease ends. A
-worker that renews but gets nowhere is as bad as a dead one: after `stuck_seconds` its attempt is to end by itself, and
+The renewing thread writes to Postgres every heartbeat and reads what the user wants. The fencing thread never waits for
+a server: `fence_seconds` after the last renewal it freezes the trainer, and the next renewal thaws it. An outage of the
+database thus pauses training and does not restart it. A changed epoch kills the trainer.
+
+Times are read from a clock that also counts while the machine sleeps; a renewal counts from before it was sent. While
+the lease is valid, the trainer gets a message twice a second. Without messages (this process may have been stopped) the
+trainer freezes itself before the lease ends.
+
+A worker that renews its lease without progress is as bad as a dead one. After `stuck_seconds` its attempt ends itself;
 after twice that time the process is killed.
+
+Owns: the lease's threads and what they do to the trainer. Must not know what the attempt does.
 """
 
 from __future__ import annotations
@@ -31,25 +36,25 @@ ALIVE_EVERY = 0.5
 
 
 class Lost(Exception):
-    """Another attempt owns the job now: write nothing, upload nothing, end quietly."""
+    """The lease is lost: another attempt owns the job now. Write nothing, upload nothing, end without a message."""
 
 
 class Lease:
-    """The right to work on one job at one epoch, while the `with` block lasts."""
+    """The right to work on one job at one epoch, for the duration of the `with` block."""
 
     def __init__(self, job_id: str, epoch: int, claimed_at: float) -> None:
         self.job_id = job_id
         self.epoch = epoch
         self.desired = Desired.RUN
         self._settings = get_settings()
-        self._session: TrainerProcess | None = None
-        self._renewed = claimed_at
-        self._progressed = claimed_at
+        self._trainer: TrainerProcess | None = None
+        self._renewed_at = claimed_at
+        self._progress_at = claimed_at
         self._lost = Event()
         self._done = Event()
         self._threads = [
-            Thread(target=self._renewing, name=f"renew-{job_id}", daemon=True),
-            Thread(target=self._fencing, name=f"fence-{job_id}", daemon=True),
+            Thread(target=self._keep_renewing, name=f"renew-{job_id}", daemon=True),
+            Thread(target=self._keep_fencing, name=f"fence-{job_id}", daemon=True),
         ]
 
     def __enter__(self) -> Self:
@@ -60,47 +65,50 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A renewal that hangs is left alone: once the lease is given up, it renews nothing."""
+        """Stop both threads. A renewal that hangs is abandoned: it renews nothing once the job is given back."""
         self._done.set()
         for thread in self._threads:
             thread.join(timeout=1.0)
 
-    def guard(self, session: TrainerProcess | None) -> None:
-        """Freeze, thaw and kill this trainer as the lease demands; None once there is none."""
-        self._session = session
+    def guard(self, trainer: TrainerProcess | None) -> None:
+        """Freeze, thaw and kill this trainer as the lease requires; None if there is no trainer."""
+        self._trainer = trainer
 
     def is_lost(self) -> bool:
-        """Is the lease known to be gone?"""
+        """Return whether the lease is known to be lost."""
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raise `Lost` if it is."""
+        """Raise `Lost` if the lease is known to be lost."""
         if self.is_lost():
             raise Lost(self.job_id)
 
-    def hold(self) -> None:
-        """Wait until the lease is surely ours: this process may have been stopped since it was. Raises `Lost`."""
-        while boot_time() - self._renewed > self._settings.fence_seconds:
+    def wait_until_valid(self) -> None:
+        """Wait for a recent renewal: this process may have been stopped since the last one. Raises `Lost`."""
+        while self._is_overdue():
             self.check()
             time.sleep(0.05)
         self.check()
 
-    def progressed(self) -> None:
-        """The attempt has got somewhere, or waits for a server that is down."""
-        self._progressed = boot_time()
+    def mark_progress(self) -> None:
+        """Record that the attempt made progress, or is waiting for a server that is down."""
+        self._progress_at = boot_time()
 
     def is_stuck(self) -> bool:
-        """Has the attempt got nowhere for `stuck_seconds`?"""
-        return boot_time() - self._progressed > self._settings.stuck_seconds
+        """Return whether the attempt made no progress for `stuck_seconds`."""
+        return boot_time() - self._progress_at > self._settings.stuck_seconds
 
     def lose(self) -> None:
-        """The database has said that the epoch moved."""
+        """Mark the lease as lost and kill the trainer: the database or the bucket knows another epoch."""
         self._lost.set()
-        if self._session is not None:
-            self._session.kill()
+        if self._trainer is not None:
+            self._trainer.kill()
         log.warning("lease.lost", epoch=self.epoch)
 
-    def _renewing(self) -> None:
+    def _is_overdue(self) -> bool:
+        return boot_time() - self._renewed_at > self._settings.fence_seconds
+
+    def _keep_renewing(self) -> None:
         while not self._done.wait(self._settings.heartbeat_seconds):
             before = boot_time()
             try:
@@ -109,34 +117,37 @@ class Lease:
                         session, self.job_id, self.epoch, lease_seconds=self._settings.lease_seconds
                     )
             except Unavailable as error:
-                log.warning("lease.unrenewed", error=error.message, seconds=round(boot_time() - self._renewed, 1))
+                log.warning("lease.renewal_failed", error=error.message, seconds=self._seconds_since_renewal())
                 continue
             except Exception:
-                log.exception("lease.unrenewed", seconds=round(boot_time() - self._renewed, 1))
+                log.exception("lease.renewal_failed", seconds=self._seconds_since_renewal())
                 continue
             if desired is None:
                 if not self._done.is_set():
                     self.lose()
                 return
-            self.desired, self._renewed = desired, before
+            self.desired, self._renewed_at = desired, before
 
-    def _fencing(self) -> None:
-        said_at = 0.0
+    def _keep_fencing(self) -> None:
+        alive_sent_at = 0.0
         while not self._done.wait(0.1):
-            session, late = self._session, boot_time() - self._renewed > self._settings.fence_seconds
+            trainer, late = self._trainer, self._is_overdue()
             if late:
-                self.progressed()  # an outage is not the attempt's fault
-            elif boot_time() - self._progressed > 2 * self._settings.stuck_seconds:
+                self.mark_progress()  # an outage is not the attempt's fault
+            elif boot_time() - self._progress_at > 2 * self._settings.stuck_seconds:
                 log.critical("slot.stuck", job=self.job_id)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if session is None or self._lost.is_set():
+            if trainer is None or self._lost.is_set():
                 continue
-            if late and not session.frozen:
-                session.freeze()
-                log.warning("trainer.frozen", pid=session.pid, seconds=round(boot_time() - self._renewed, 1))
-            elif not late and session.is_stopped():
-                session.thaw()
-                log.info("trainer.thawed", pid=session.pid)
-            elif not late and boot_time() - said_at > ALIVE_EVERY:
-                session.tell_alive(self.job_id)
-                said_at = boot_time()
+            if late and not trainer.frozen:
+                trainer.freeze()
+                log.warning("trainer.frozen", pid=trainer.pid, seconds=self._seconds_since_renewal())
+            elif not late and trainer.is_stopped():
+                trainer.thaw()
+                log.info("trainer.thawed", pid=trainer.pid)
+            elif not late and boot_time() - alive_sent_at > ALIVE_EVERY:
+                trainer.send_alive(self.job_id)
+                alive_sent_at = boot_time()
+
+    def _seconds_since_renewal(self) -> float:
+        return round(boot_time() - self._renewed_at, 1)

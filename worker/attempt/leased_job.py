@@ -1,6 +1,6 @@
-"""A job under our lease: what we may write of it, and the ways to be done with it.
+"""A job under our lease: the writes we may make to it, and the ways to end work on it.
 
-Owns: that every write names our epoch and waits for a database that is away, and the steps that are not yet recorded.
+Owns: that every write names our epoch and is retried while the database is down, and the steps not yet recorded.
 Must not know trainers, nor the order of effects (`runner.py`); the statements are in shared/database/attempts.py.
 """
 
@@ -9,29 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from shared.database import attempts
-from shared.database.session import session_scope
+from shared.database.session import Session, session_scope
 from shared.database.tables import Job
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
-from shared.schemas.requests import Phase
 from shared.schemas.results import JobError, Metrics
 from shared.settings import get_settings
 from shared.telemetry import log
 from worker.attempt.lease import Lease, Lost
 from worker.attempt.progress import Pace
-from worker.attempt.waiting import Leave, Patience
-from worker.trackers.supervisor import Tracking
+from worker.attempt.waiting import Leave, Retry
 
-RELEASE_PATIENCE = 5.0  # a draining worker has 25 s in all
+RELEASE_SECONDS = 5.0  # a draining worker has 25 s in all
+RECORD_EVERY = 1.0
 DISK_FULL_WAIT = 30.0
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Outcome(StrEnum):
-    """What came of asking for a job, as far as the slot is concerned."""
+    """How a slot's request for a job ended."""
 
     IDLE = "idle"  # there was none
     UNABLE = "unable"  # no database to ask, or no disk
@@ -40,85 +40,89 @@ class Outcome(StrEnum):
 
 
 class LeasedJob:
-    """One job, for as long as its lease is ours. `outcome` is what the slot is told."""
+    """One job, as long as its lease is ours. The slot reads `outcome` at the end."""
 
-    def __init__(self, job: Job, lease: Lease, *, draining: Callable[[], bool], heeds_pause: bool) -> None:
+    def __init__(self, job: Job, lease: Lease, *, draining: Callable[[], bool], honours_pause: bool) -> None:
         self.job = job
         self.lease = lease
         self.outcome = Outcome.DONE
         self.settings = get_settings()
-        self.patience = Patience(
+        self.retry = Retry(
             lease,
             draining=draining,
-            complain=self.complain,
-            heeds_pause=heeds_pause,
+            warn=self.warn,
+            honours_pause=honours_pause,
             stop_seconds=self.settings.stop_seconds,
         )
-        self.pending: list[Metrics] = []
-        self.recorded_at = 0.0
-        self.pace = Pace()
-        self.tracking = Tracking(job, [], complain=self.complain)
+        self._pace = Pace()
+        self._pending: list[Metrics] = []
+        self._recorded_at = 0.0
 
-    def enter(self, phase: Phase) -> None:
-        """Say on the job what it is doing now."""
-        self.guarded(lambda s: attempts.set_phase(s, self.job.id, self.lease.epoch, phase))
+    def write(self, statement: Callable[Concatenate[Session, str, int, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `statement(session, job id, epoch, …)` in its own transaction, and return its result.
 
-    def tell(self, level: str, message: str) -> None:
-        """A line for the job's events."""
-        self.guarded(lambda s: attempts.add_event(s, self.job.id, self.lease.epoch, level=level, message=message))
-
-    def complain(self, message: str) -> None:
-        """A line for the job's events, if the database takes it."""
-        try:
-            with session_scope() as session:
-                attempts.add_event(session, self.job.id, self.lease.epoch, level="warn", message=message)
-        except Unavailable:
-            log.warning("complaint.unheard", message=message)
-
-    def guarded(self, write: Callable[[Any], T]) -> T:
-        """Run a guarded write in a transaction of its own; a refused one means that the lease is gone."""
+        A false result means that the epoch is no longer ours. Raises `Lost` then.
+        """
 
         def once() -> T:
             with session_scope() as session:
-                return write(session)
+                return statement(session, self.job.id, self.lease.epoch, *args, **kwargs)
 
-        result = self.patience.do(once)
+        result = self.retry.call(once)
         if not result:
             self.lease.lose()
             raise Lost(self.job.id)
         return result
 
-    def flush(self) -> None:
-        """Write the steps since the last time, at most once a second."""
-        if self.pending:
-            batch, self.pending = self.pending, []
-            progress = self.pace.progress()
-            self.guarded(lambda s: attempts.record_metrics(s, self.job.id, self.lease.epoch, batch, progress))
-        self.recorded_at = time.monotonic()
+    def add_event(self, level: str, message: str) -> None:
+        """Add a line to the job's events."""
+        self.write(attempts.add_event, level=level, message=message)
 
-    def end(self, error: JobError) -> None:
-        """End the job for good: another attempt would meet the same."""
-        self.tracking.last_call()
-        self.guarded(lambda s: attempts.fail(s, self.job.id, self.lease.epoch, error))
+    def warn(self, message: str) -> None:
+        """Add a warning to the job's events, without retries; while the database is down, log it instead."""
+        try:
+            with session_scope() as session:
+                attempts.add_event(session, self.job.id, self.lease.epoch, level="warn", message=message)
+        except Unavailable:
+            log.warning("notice.write_failed", message=message)
+
+    def add_metrics(self, metrics: Metrics, received_at: float) -> None:
+        """Queue a step or an evaluation for the next `flush`. `received_at` is in monotonic seconds."""
+        self._pace.add(metrics, received_at)
+        self._pending.append(metrics)
+
+    def flush_if_due(self) -> None:
+        """Write the queued steps, at most once per `RECORD_EVERY` seconds."""
+        if self._pending and time.monotonic() - self._recorded_at >= RECORD_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the queued steps now."""
+        if self._pending:
+            batch, self._pending = self._pending, []
+            self.write(attempts.record_metrics, batch, self._pace.progress())
+        self._recorded_at = time.monotonic()
+
+    def fail(self, error: JobError) -> None:
+        """End the job for good: another attempt would fail in the same way."""
+        self.write(attempts.fail, error)
 
     def crash(self, error: JobError) -> None:
-        """Count it; the job goes back to the queue, or ends as poison."""
+        """Count a crash; the job goes back to the queue, or fails after too many crashes."""
         self.flush()
-        error = error.model_copy(update={"step": error.step or self.pace.step})
+        error = error.model_copy(update={"step": error.step or self._pace.step})
         self.outcome = Outcome.CRASHED
         backoff, crashes = self.settings.crash_backoff_seconds, self.settings.max_crashes
         log.warning("job.crashed", message=error.message)
-        self.guarded(
-            lambda s: attempts.crash(s, self.job.id, self.lease.epoch, error, backoff=backoff, max_crashes=crashes)
-        )
+        self.write(attempts.crash, error, backoff=backoff, max_crashes=crashes)
 
     def release(self, leave: Leave) -> None:
-        """Give the job back. A worker that drains has little time; then the lease runs out by itself."""
+        """Give the job back. A draining worker tries for a few seconds only; then the lease expires by itself."""
         failpoint(Failpoint.BEFORE_RELEASE)
         message = leave.message
-        if message is None and self.patience.is_draining():
-            message = "The worker is shutting down; the job goes on elsewhere"
-        given_up_at = time.monotonic() + RELEASE_PATIENCE
+        if message is None and self.retry.is_draining():
+            message = "The worker is shutting down; another worker will continue the job"
+        give_up_at = time.monotonic() + RELEASE_SECONDS
         while not self.lease.is_lost():
             try:
                 with session_scope() as session:
@@ -126,14 +130,14 @@ class LeasedJob:
                 break
             except Unavailable as error:
                 log.warning("release.failed", error=error.message)
-            if self.patience.is_draining() and time.monotonic() > given_up_at:
+            if self.retry.is_draining() and time.monotonic() > give_up_at:
                 return
-            self.lease.progressed()
+            self.lease.mark_progress()
             time.sleep(0.5)
         failpoint(Failpoint.AFTER_RELEASE)
 
-    def no_room(self, message: str) -> Leave:
-        """The disk is full: no crash of the job, which waits ever longer for this machine or another to have room."""
+    def disk_full(self, message: str) -> Leave:
+        """Return the `Leave` for a full disk: not a crash, but a wait, doubled each time, until a disk has space."""
         self.outcome = Outcome.UNABLE
         wait = min(DISK_FULL_WAIT * 2.0 ** min(self.job.preempt_count, 10), attempts.LONGEST_BACKOFF)
-        return Leave(f"The disk of the worker is full; the job goes on when there is room: {message}", wait=wait)
+        return Leave(f"The worker's disk is full; the job continues when there is space: {message}", wait=wait)

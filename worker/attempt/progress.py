@@ -1,4 +1,4 @@
-"""How fast steps come, for the ETA on the job. Must not know rows."""
+"""How fast steps are trained, for the ETA on the job. Must not know rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from shared.schemas.results import Metrics
 
 
 class Pace:
-    """The mean since this attempt's first step, evaluations and checkpoints included, on its own clock.
+    """The mean time per step since this attempt's first step, evaluations and checkpoints included.
 
-    A resumed job's ETA owes nothing to the attempts before.
+    Measured on this worker's own clock. Earlier attempts do not count towards the ETA of a resumed job.
     """
 
     def __init__(self) -> None:
@@ -20,11 +20,11 @@ class Pace:
 
     @property
     def step(self) -> int | None:
-        """The last step that was heard of."""
+        """The last reported step, or None before the first."""
         return self._last[0] if self._last else None
 
-    def note(self, metrics: Metrics, at: float) -> None:
-        """A step, or an evaluation, was heard of `at` (monotonic seconds)."""
+    def add(self, metrics: Metrics, at: float) -> None:
+        """Add a step or an evaluation that was received `at` (monotonic seconds)."""
         if self._last is None or metrics.step > self._last[0]:
             self._last = (metrics.step, at)
             self._first = self._first or self._last
@@ -32,7 +32,7 @@ class Pace:
             self._metrics = metrics
 
     def progress(self) -> dict[str, Any]:
-        """What the job row keeps. When that was is Postgres's to say: a worker's clock may be an hour off."""
+        """Return the progress to store on the job row. Postgres adds the time: a worker's clock may be an hour off."""
         assert self._metrics is not None
         assert self._first is not None
         assert self._last is not None

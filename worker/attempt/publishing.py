@@ -1,7 +1,8 @@
-"""A trained adapter into the bucket: its files up and back again, then what seals them.
+"""Publish a trained adapter to the bucket: check its uploaded files, then add signature and manifest.
 
-Owns: what is put where, and in which order: the signature after all files, the manifest after the signature. Every put
-is fenced by the lease epoch. Must not write a row, nor decide what becomes of the job (`runner.py`).
+Owns: what is uploaded where, and the order: the signature after all files, the manifest after the signature. Every
+upload under the adapter's prefix is fenced by the lease epoch. Must not write a row, nor decide how the job ends
+(`runner.py`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from shared.schemas.results import Plan
 from shared.settings import get_settings
 from shared.storage import MANIFEST, Entry
 from shared.telemetry import log
-from worker.attempt.exporting import Published
-from worker.attempt.waiting import Patience
+from worker.attempt.exporting import PublishedExports
+from worker.attempt.waiting import Retry
 from worker.trainer.protocol import Verified
 
 COLUMNS = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 class Damaged(Exception):
-    """A file cannot be had again as it was made: from the bucket, although put there twice, nor from the disk."""
+    """A file is damaged for good: in the bucket after two uploads, or on the disk as well."""
 
 
 class Result(NamedTuple):
-    """A result file that lies in the bucket."""
+    """A result file in the bucket, not yet in the database."""
 
     id: str
     key: str
@@ -43,23 +44,23 @@ class Result(NamedTuple):
     sha256: str
 
 
-def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, epoch: int, patience: Patience) -> None:
-    """Download into `folder` what was uploaded from `source`, every hash checked. Raises `Damaged`.
+def fetch_back(prefix: str, files: list[Entry], source: Path, folder: Path, *, epoch: int, retry: Retry) -> None:
+    """Download into `folder` what was uploaded from `source`, and check every hash. Raises `Damaged`.
 
-    A file that comes back wrong is uploaded once more, if it is still right here, and must then come back right.
+    A file with the wrong hash is uploaded once more, if the copy on the disk is still right, and downloaded again.
     """
     for file in files:
         key, path = prefix + file["path"], file["path"]
-        fetch = partial(storage.fetch, key, folder / path, file["sha256"], tick=patience.tick)
+        fetch = partial(storage.fetch, key, folder / path, file["sha256"], tick=retry.tick)
         try:
-            patience.do(fetch)
+            retry.call(fetch)
         except storage.Corrupt as damaged:
-            log.warning("published.damaged", key=key, error=str(damaged))
+            log.warning("upload.damaged", key=key, error=str(damaged))
             if storage.sha256_of(source / path) != file["sha256"]:
                 raise Damaged(f"{path} has changed on the disk since it was uploaded") from damaged
-            patience.do(partial(storage.put_file, key, source / path, file["sha256"], epoch=epoch))
+            retry.call(partial(storage.put_file, key, source / path, file["sha256"], epoch=epoch))
             try:
-                patience.do(fetch)
+                retry.call(fetch)
             except storage.Corrupt as again:
                 raise Damaged(str(again)) from again
 
@@ -71,47 +72,48 @@ def seal(
     *,
     name: str,
     verified: Verified,
-    exported: Published,
+    exported: PublishedExports,
     epoch: int,
-    patience: Patience,
+    retry: Retry,
 ) -> tuple[list[Entry], str | None]:
-    """Put signature and manifest beside the files and the exports; returns the entries of all, and who signed (None:
-    nobody).
+    """Upload signature and manifest for the files and the exports.
+
+    Returns the entries of all files, and the name of the key that signed them (None without a key).
     """
     files = [*files, *exported.files]
     path = get_settings().signing_key_file
     key = signing.private_key(path) if path is not None else None
     signed_by = signing.name_of(key.public_key()) if key is not None else None
-    text = patience.do(lambda: _manifest(job, files, name, verified, exported, signed_by=signed_by)).text()
+    text = retry.call(lambda: _manifest(job, files, name, verified, exported, signed_by=signed_by)).text()
     put = partial(storage.put_named, prefix, epoch=epoch)
     sealed = list(files)
     if key is not None:
         signature = key.sign(text)
-        sealed.append(patience.do(lambda: put(SIGNATURE, signature, content_type="application/octet-stream")))
-    sealed.append(patience.do(lambda: put(MANIFEST, text, content_type="application/json")))
+        sealed.append(retry.call(lambda: put(SIGNATURE, signature, content_type="application/octet-stream")))
+    sealed.append(retry.call(lambda: put(MANIFEST, text, content_type="application/json")))
     return sealed, signed_by
 
 
-def put_result(job: Job, *, patience: Patience) -> Result:
-    """OpenAI's result file, one line a step, into the bucket."""
-    table = patience.do(lambda: _result_csv(job.id))
+def put_result(job: Job, *, retry: Retry) -> Result:
+    """Upload the result file, in OpenAI's format with one line per step."""
+    table = retry.call(lambda: _result_csv(job.id))
     file_id = new_id("file-")
     key = f"files/{job.tenant_id}/{file_id}"
-    patience.do(lambda: storage.put_bytes(key, table, content_type="text/csv"))
+    retry.call(lambda: storage.put_bytes(key, table, content_type="text/csv"))
     return Result(file_id, key, len(table), storage.sha256_of_bytes(table))
 
 
-def drop_strays(prefix: str, files: list[Entry], *, patience: Patience) -> None:
-    """What earlier attempts have put beside the manifest's files, such as an export that could not be made again.
+def delete_strays(prefix: str, files: list[Entry], *, retry: Retry) -> None:
+    """Delete files of earlier attempts that the manifest does not list, such as an export that failed this time.
 
-    Only of a job that has ended: nobody else can have put there what will be named.
+    Call it only once the job has ended: before, another attempt may be uploading files that its manifest will list.
     """
-    named = {prefix + file["path"] for file in files}
-    patience.do(lambda: storage.delete_many([at.key for at in storage.listing(prefix) if at.key not in named]))
+    listed = {prefix + file["path"] for file in files}
+    retry.call(lambda: storage.delete_many([at.key for at in storage.listing(prefix) if at.key not in listed]))
 
 
 def result_row(job: Job, result: Result) -> File:
-    """What makes it real; a new one for each try to commit it."""
+    """Return the row for an uploaded result file; each try to commit needs a new one."""
     return File(
         id=result.id,
         tenant_id=job.tenant_id,
@@ -125,7 +127,7 @@ def result_row(job: Job, result: Result) -> File:
 
 
 def _manifest(
-    job: Job, files: list[Entry], name: str, verified: Verified, exported: Published, *, signed_by: str | None
+    job: Job, files: list[Entry], name: str, verified: Verified, exported: PublishedExports, *, signed_by: str | None
 ) -> Manifest:
     with session_scope() as session:
         base, training, validation = jobs.inputs_of(session, job)

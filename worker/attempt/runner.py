@@ -1,27 +1,25 @@
-"""One attempt, top to bottom: claim, stage, run the trainer, record what it says, publish, finish.
+"""Run one attempt, top to bottom: claim, stage, run the trainer, record its events, publish, finish.
 
-Owns the order of effects. Files go to S3 first and become real by a row, which names our epoch; a row that is refused
-means that the lease moved on (`Lost`), and then nothing more is written. A server that is down is waited for, under the
-lease: an outage is not the job's fault and is no crash; nor is a full disk, which gives the job back. Every gap between
-two effects is a named crash point (shared/failpoints.py).
+Owns: the order of effects. Files go to S3 first; a row that names our epoch then makes them official. A refused row
+means that another attempt owns the job (`Lost`), and then nothing more is written. While a server is down, the attempt
+waits under its lease: an outage is not the job's fault and not a crash. Nor is a full disk, which gives the job back.
+Every gap between two effects is a named crash point (shared/failpoints.py).
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from shared import storage
 from shared.broker.doorbell import ring
 from shared.broker.queues import Queue
 from shared.database import attempts, checkpoints, claims, devices, jobs
-from shared.database.session import session_scope
-from shared.database.tables import Adapter, Job
+from shared.database.session import Session, session_scope
+from shared.database.tables import Adapter
 from shared.errors import Unavailable
 from shared.failpoints import Failpoint, failpoint
 from shared.linux import boot_time
@@ -58,17 +56,16 @@ from worker.trainer.protocol import (
 )
 from worker.trainer.system.resource_errors import is_disk_full
 
-RECORD_EVERY = 1.0
 KEPT_CHECKPOINTS = 3
 TRACKER_SECONDS = 3.0  # of the 25 that a draining worker has
-PUBLISHED = "published"  # what lies in the bucket, fetched back
-#: What an attempt goes on from. An export that failed is one of these: the job goes on without it.
-LastWord = Prepared | Done | Verified | Exported | Failed | None
+PUBLISHED = "published"  # the folder with the published files, downloaded again
+#: The final events after which an attempt continues. A failed export is one: the job continues without it.
+FinalEvent = Prepared | Done | Verified | Exported | Failed | None
 PURPOSES = {Verify: trainer_pool.Purpose.PROOF, MakeExport: trainer_pool.Purpose.EXPORT}
 
 
 def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool]) -> Outcome:
-    """Claim one job of this queue and see it through."""
+    """Claim the next job of this queue and run one attempt at it."""
     settings, claimed_at = get_settings(), boot_time()
     if not cache.has_room():
         return Outcome.UNABLE
@@ -87,109 +84,144 @@ def run_next(queue: Queue, *, owner: str, slot: int, draining: Callable[[], bool
     outcome = Outcome.DONE
     try:
         with ExitStack() as held, Lease(job.id, job.lease_epoch, claimed_at) as lease:
-            attempt = Attempt(job, lease, queue, draining, held)
-            attempt.run(slot)
-            outcome = attempt.outcome
+            # A pause does not interrupt reading a dataset, only training.
+            leased = LeasedJob(job, lease, draining=draining, honours_pause=queue is Queue.TRAIN)
+            _run_attempt(leased, queue, slot, held)
+            outcome = leased.outcome
     except (Lost, Leave):
-        log.warning("job.left")
+        log.warning("attempt.abandoned")
     finally:
         unbind("job", "epoch", "attempt")
     return outcome
 
 
-class Attempt(LeasedJob):
-    """The state of one attempt: its job under its lease, and what it holds on this machine."""
+def _run_attempt(leased: LeasedJob, queue: Queue, slot: int, held: ExitStack) -> None:
+    """Run an attempt until the job has ended, is back in the queue, or has crashed and was counted."""
+    job = leased.job
+    try:
+        request = JobCreate.model_validate(job.request)
+        work_dir = held.enter_context(cache.work_dir(f"{job.id}-{leased.lease.epoch}"))
+        integrations = (request.integrations or []) if queue is Queue.TRAIN else []
+        tracking = Tracking(job, integrations, warn=leased.warn)
+    except Exception as error:
+        _settle(leased, error)
+    else:
+        Attempt(leased, queue, request, slot, work_dir=work_dir, tracking=tracking, held=held).run()
 
-    def __init__(self, job: Job, lease: Lease, queue: Queue, draining: Callable[[], bool], held: ExitStack) -> None:
-        # A paused dataset is still read.
-        super().__init__(job, lease, draining=draining, heeds_pause=queue is Queue.TRAIN)
+
+def _settle(leased: LeasedJob, error: Exception) -> None:
+    """Give the job back, or count a crash, after an error. Raises `Lost` again: then the job is not ours to change."""
+    if isinstance(error, Lost):
+        raise error
+    if isinstance(error, Leave):
+        leased.release(error)
+        return
+    log.error("attempt.failed", exc_info=error)
+    if is_disk_full(error):
+        leased.release(leased.disk_full(str(error)))
+        return
+    message = f"{type(error).__name__}: {error}"
+    leased.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
+
+
+class Attempt:
+    """One attempt: a job under its lease, and what the attempt uses on this machine."""
+
+    def __init__(
+        self,
+        leased: LeasedJob,
+        queue: Queue,
+        request: JobCreate,
+        slot: int,
+        *,
+        work_dir: Path,
+        tracking: Tracking,
+        held: ExitStack,
+    ) -> None:
+        self.leased = leased
+        self.job = leased.job
+        self.lease = leased.lease
+        self.retry = leased.retry
+        self.settings = leased.settings
         self.queue = queue
+        self.request = request
+        self.slot = slot
+        self.work_dir = work_dir
+        self.tracking = tracking
         self.held = held
 
-    def run(self, slot: int) -> None:
-        """See the job to its end, back to the queue, or to a counted crash, whatever happens here."""
+    def run(self) -> None:
+        """Stage, train and publish; whatever is raised ends as a release, a failed job or a crash."""
         try:
-            self.request = JobCreate.model_validate(self.job.request)
-            self.work_dir = self.held.enter_context(cache.work_dir(f"{self.job.id}-{self.lease.epoch}"))
-            if self.queue is Queue.TRAIN:
-                self.tracking = Tracking(self.job, self.request.integrations or [], complain=self.complain)
             command = stage(
                 self.job,
                 self.request,
                 self.queue,
                 work_dir=self.work_dir,
                 held=self.held,
-                patience=self.patience,
-                tell=self.tell,
+                retry=self.retry,
+                add_event=self.leased.add_event,
             )
             failpoint(Failpoint.AFTER_STAGE)
-            done = self.talk(command, slot)
+            done = self.run_trainer(command)
             if isinstance(command, Train) and isinstance(done, Done):
-                self.publish(command, done, slot)
-        except Leave as leave:
-            self.release(leave)
-        except Lost:
-            raise
-        except storage.Corrupt as lost:
-            hint = "the bucket has lost or changed it: upload the dataset again, have the base model imported again, "
+                self.publish(command, done)
+        except storage.Corrupt as corrupt:
+            hint = "the bucket lost or changed this object: upload the dataset again, import the base model again, "
             hint += "or start from another adapter"
-            self.end(JobError(code="object_lost", message=str(lost), hint=hint))
+            self.fail_job(JobError(code="object_lost", message=str(corrupt), hint=hint))
         except Exception as error:
-            log.exception("attempt.broke")
-            if is_disk_full(error):
-                self.release(self.no_room(str(error)))
-                return
-            message = f"{type(error).__name__}: {error}"
-            self.crash(JobError(code="internal_error", message=message, hint="the worker's log has the traceback"))
+            _settle(self.leased, error)
         finally:
-            self.tracking.end(lost=self.lease.is_lost(), wait=TRACKER_SECONDS if self.patience.is_draining() else 0.0)
+            self.tracking.end(lost=self.lease.is_lost(), wait=TRACKER_SECONDS if self.retry.is_draining() else 0.0)
 
-    def talk(self, command: Prepare | Train | Verify | MakeExport, slot: int) -> LastWord:
-        """Take a trainer, tell it what to do, and listen until it has had its last word.
+    def run_trainer(self, command: Prepare | Train | Verify | MakeExport) -> FinalEvent:
+        """Take a trainer, send it the command, and handle its events up to the final one.
 
-        Returns what there is to go on from; any other end has been dealt with, and the trainer is gone.
+        Returns the event after which the attempt continues. None means that the job has failed, crashed or gone back
+        to the queue, and that the trainer is closed.
         """
-        self.lease.hold()
-        purpose, said = PURPOSES.get(type(command), trainer_pool.Purpose.WORK), None
-        session = trainer_pool.take(purpose, visible_device=cache.visible_device(slot))
-        self.lease.guard(session)
+        self.lease.wait_until_valid()
+        purpose, final = PURPOSES.get(type(command), trainer_pool.Purpose.WORK), None
+        trainer = trainer_pool.take(purpose, visible_device=cache.visible_device(self.slot))
+        self.lease.guard(trainer)
         failpoint(Failpoint.AFTER_TRAINER_START)
         try:
-            self.lease.hold()
-            session.send(command)
-            said = self.listen(session, command)
-            return said
+            self.lease.wait_until_valid()
+            trainer.send(command)
+            final = self.listen(trainer, command)
+            return final
         except Ended as end:
-            session.kill()  # before the job is given up: one that is stuck lives
+            trainer.kill()  # before the job is given back: a stuck trainer is still running
             self.lease.check()
             if isinstance(command, MakeExport):
                 return Failed(job=self.job.id, code="trainer_crashed", message=str(end), retryable=True)
-            if isinstance(end, Died) and end.out_of_memory and self.can_shrink():
-                self.flush()
-                self.guarded(lambda s: attempts.step_down(s, self.job.id, self.lease.epoch))
+            if isinstance(end, Died) and end.out_of_memory and self.can_step_down():
+                self.leased.flush()
+                self.leased.write(attempts.step_down)
                 return None
             code = "trainer_stuck" if isinstance(end, Stuck) else "trainer_crashed"
-            hint = "the last log lines tell more"
+            hint = "see the last log lines"
             if isinstance(end, Died) and end.signal == "SIGKILL":
                 hint += "; a smaller trainer.micro_batch or trainer.max_length needs less memory"
-            lines = session.last_log_lines()
-            self.crash(JobError(code=code, message=str(end), hint=hint, last_log_lines=lines))
+            lines = trainer.last_log_lines()
+            self.leased.crash(JobError(code=code, message=str(end), hint=hint, last_log_lines=lines))
             return None
         finally:
             self.lease.guard(None)
-            if said is None:
-                trainer_pool.close(session)
+            if final is None:
+                trainer_pool.close(trainer)
             else:
-                trainer_pool.keep(purpose, session)
+                trainer_pool.keep(purpose, trainer)
 
     # ------------------------------------------------------------ listening
 
     def listen(  # noqa: PLR0912 (one branch an event)
-        self, session: TrainerProcess, command: Prepare | Train | Verify | MakeExport
-    ) -> LastWord:
-        """Obey the lease and the user, and take in events until one of them is the last.
+        self, trainer: TrainerProcess, command: Prepare | Train | Verify | MakeExport
+    ) -> FinalEvent:
+        """Handle events until the final one, and obey the lease, the user and a drain meanwhile.
 
-        A trainer that trains is asked to stop and given time; of any other nothing would be kept.
+        A trainer that trains is asked to stop and gets time to save a checkpoint. Any other has nothing to save.
         """
         saves = isinstance(command, Train)
         asked = False
@@ -197,43 +229,41 @@ class Attempt(LeasedJob):
             self.lease.check()
             if self.lease.desired is Desired.CANCEL:
                 raise Leave
-            if not saves and self.patience.is_asked_to_leave():
+            if not saves and self.retry.stop_requested():
                 raise Leave
-            if not asked and self.patience.is_asked_to_leave():
+            if not asked and self.retry.stop_requested():
                 log.info("trainer.asked_to_stop")
-                session.send(Stop(job=self.job.id))
+                trainer.send(Stop(job=self.job.id))
                 asked = True
-            if asked and self.patience.is_over():
-                log.warning("trainer.too_slow", seconds=self.settings.stop_seconds)
+            if asked and self.retry.must_stop():
+                log.warning("trainer.stop_timed_out", seconds=self.settings.stop_seconds)
                 raise Leave
             if self.lease.is_stuck():
-                raise Stuck(f"the trainer got nowhere for {self.settings.stuck_seconds:.0f} s")
-            event = session.receive(timeout=TICK)
+                raise Stuck(f"the trainer made no progress for {self.settings.stuck_seconds:.0f} s")
+            event = trainer.receive(timeout=TICK)
             if event is not None and event.job != self.job.id:
-                continue  # a straggler of the work before
+                continue  # a late event of the trainer's previous job
             if event is not None:
-                self.lease.progressed()
-            if self.pending and time.monotonic() - self.recorded_at >= RECORD_EVERY:
-                self.flush()
+                self.lease.mark_progress()
+            self.leased.flush_if_due()
             match event:
                 case None | Working():
                     continue
                 case PhaseEntered(phase=phase):
                     log.info("phase.entered", phase=phase)
-                    self.enter(phase)
+                    self.leased.write(attempts.set_phase, phase)
                 case Notice(level=level, message=message):
-                    self.tell(level, message)
+                    self.leased.add_event(level, message)
                 case Measured(metrics=metrics):
-                    self.pace.note(metrics, session.heard_at)
-                    self.pending.append(metrics)
-                    self.tracking.note(metrics)
+                    self.leased.add_metrics(metrics, trainer.received_at)
+                    self.tracking.add(metrics)
                 case CheckpointSaved():
-                    self.keep(event)
+                    self.upload_checkpoint(event)
                 case Prepared(plan=plan):
-                    self.plan(plan)
+                    self.finish_planning(plan)
                     return event
                 case Done() | Verified() | Exported():
-                    self.flush()
+                    self.leased.flush()
                     return event
                 case Failed() if isinstance(command, MakeExport):
                     log.warning("export.failed", export=command.name, code=event.code, message=event.message)
@@ -242,72 +272,99 @@ class Attempt(LeasedJob):
                     log.info("trainer.stopped", step=step)
                     raise Leave
                 case Failed():
-                    self.fail(event, session)
+                    self.handle_failure(event, trainer)
                     return None
 
-    def keep(self, event: CheckpointSaved) -> None:
-        """Upload a checkpoint, make it real, let the oldest go."""
-        self.flush()
-        folder, epoch = Path(event.path), self.lease.epoch
-        prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{epoch}/{event.step}/"
+    def upload_checkpoint(self, event: CheckpointSaved) -> None:
+        """Upload a checkpoint, commit its row, and delete the oldest checkpoints."""
+        self.leased.flush()
+        folder = Path(event.path)
+        prefix = f"checkpoints/{self.job.tenant_id}/{self.job.id}/{self.lease.epoch}/{event.step}/"
         failpoint(Failpoint.BEFORE_CHECKPOINT_UPLOAD)
-        files = self.patience.do(lambda: storage.put_folder(prefix, folder))
+        files = self.retry.call(lambda: storage.put_folder(prefix, folder))
         failpoint(Failpoint.AFTER_CHECKPOINT_UPLOAD)
-        self.guarded(
-            lambda s: attempts.add_checkpoint(
-                s, self.job.id, epoch, step=event.step, prefix=prefix, files=files, metrics=event.metrics
-            )
-        )
+        self.leased.write(attempts.add_checkpoint, step=event.step, prefix=prefix, files=files, metrics=event.metrics)
         log.info("checkpoint.saved", step=event.step)
         failpoint(Failpoint.AFTER_CHECKPOINT_ROW)
         shutil.rmtree(folder)
-        for old in self.patience.do(self._retired):
-            self.patience.do(partial(storage.delete_prefix, old))
+        for dropped in self.retry.call(self._drop_checkpoints):
+            self.retry.call(partial(storage.delete_prefix, dropped))
 
-    def _retired(self) -> list[str]:
+    def _drop_checkpoints(self) -> list[str]:
         with session_scope() as session:
             return checkpoints.drop_checkpoints(session, self.job.id, self.lease.epoch, keep=KEPT_CHECKPOINTS)
 
-    # ------------------------------------------------------------ endings
-
-    def plan(self, plan: Plan) -> None:
-        """The dataset is good: queue the job and ring for a trainer."""
+    def finish_planning(self, plan: Plan) -> None:
+        """Store the plan of a valid dataset, queue the job, and ring for a training worker."""
         for warning in plan.warnings:
-            self.tell("warn", warning)
-        state = self.guarded(lambda s: attempts.finish_planning(s, self.job.id, self.lease.epoch, plan))
+            self.leased.add_event("warn", warning)
+        state = self.leased.write(attempts.finish_planning, plan)
         log.info("job.planned", state=state, rows=plan.rows, trained_tokens=plan.trained_tokens)
         failpoint(Failpoint.AFTER_PLAN)
         if state is State.QUEUED:
-            ring(Queue.TRAIN)  # unheard, the sweeper rings again
+            ring(Queue.TRAIN)  # if the broker is down, the sweeper rings again
 
-    def publish(self, trained: Train, done: Done, slot: int) -> None:
-        """Adapter up, back again and proven; its manifest; then one transaction that makes the job `succeeded`."""
+    def handle_failure(self, event: Failed, trainer: TrainerProcess) -> None:
+        """Fail the job for a user's error, count a crash for any other; raise `Leave` for a full disk."""
+        self.leased.flush()
+        if event.code == "disk_full":
+            raise self.leased.disk_full(event.message)
+        error = JobError(
+            code=event.code,
+            message=event.message,
+            param=event.param,
+            hint=event.hint,
+            step=event.step,
+            last_log_lines=trainer.last_log_lines() if event.retryable else [],
+        )
+        log.warning("trainer.failed", code=event.code, message=event.message, retryable=event.retryable)
+        if event.retryable:
+            self.leased.crash(error)
+        else:
+            self.fail_job(error)
+
+    def fail_job(self, error: JobError) -> None:
+        """End the job for good. Trackers get their last chance to report a problem first."""
+        self.tracking.last_call()
+        self.leased.fail(error)
+
+    def can_step_down(self) -> bool:
+        """Return whether the plan has a fallback level below the job's, which needs less memory."""
+        if not self.job.plan:
+            return False
+        return self.job.fallback_level < Plan.model_validate(self.job.plan).fallback_levels - 1
+
+    # ------------------------------------------------------------ publishing
+
+    def publish(self, trained: Train, done: Done) -> None:
+        """Upload and verify the adapter, add exports and manifest, then mark the job `succeeded` in one transaction."""
         job, epoch = self.job, self.lease.epoch
-        self.enter(Phase.VERIFYING)
+        self.leased.write(attempts.set_phase, Phase.VERIFYING)
         failpoint(Failpoint.BEFORE_PUBLISH)
         prefix = f"adapters/{job.tenant_id}/{job.id}/"
-        files = self.patience.do(lambda: storage.put_files(prefix, Path(done.path), epoch=epoch))
+        files = self.retry.call(lambda: storage.put_files(prefix, Path(done.path), epoch=epoch))
         failpoint(Failpoint.AFTER_ADAPTER_UPLOAD)
-        verified = self.prove(trained, done, prefix, files, slot)
+        verified = self.verify(trained, done, prefix, files)
         if verified is None:
-            return  # what lies in the bucket is garbage once the job has ended, and is written over otherwise
+            return  # the uploaded files are garbage if the job has ended, and are overwritten otherwise
         failpoint(Failpoint.AFTER_PROOF)
-        self.tell("info", f"the published adapter, fetched back and loaded anew: loss {verified.proof.tuned.loss:.4f}")
-        exported = self.export(trained, done, verified, prefix, slot)
+        loss = verified.proof.tuned.loss
+        self.leased.add_event("info", f"the published adapter, downloaded and reloaded: loss {loss:.4f}")
+        exported = self.export(trained, done, verified, prefix)
         failpoint(Failpoint.AFTER_EXPORTS)
-        self.enter(Phase.PUBLISHING)
-        result = publishing.put_result(job, patience=self.patience)
+        self.leased.write(attempts.set_phase, Phase.PUBLISHING)
+        result = publishing.put_result(job, retry=self.retry)
         failpoint(Failpoint.AFTER_RESULT_UPLOAD)
-        name = self.patience.do(self._name)
+        name = self.retry.call(self._name)
         sealed, signed_by = publishing.seal(
-            prefix, files, job, name=name, verified=verified, exported=exported, epoch=epoch, patience=self.patience
+            prefix, files, job, name=name, verified=verified, exported=exported, epoch=epoch, retry=self.retry
         )
         failpoint(Failpoint.AFTER_MANIFEST)
         proof = verified.proof.model_dump(mode="json")
 
-        def finish(session: Any) -> State | None:
+        def finish(session: Session, job_id: str, epoch: int) -> State | None:
             adapter = Adapter(
-                job_id=job.id,
+                job_id=job_id,
                 tenant_id=job.tenant_id,
                 name=name,
                 base_model=job.base_model,
@@ -322,33 +379,31 @@ class Attempt(LeasedJob):
                 devices.report(session, done.report.fit.device)
                 devices.weigh(session, job, done.report.fit)
             file = publishing.result_row(job, result)
-            return attempts.succeed(session, job.id, epoch, report=done.report, adapter=adapter, result_file=file)
+            return attempts.succeed(session, job_id, epoch, report=done.report, adapter=adapter, result_file=file)
 
         self.tracking.last_call()
-        state = self.guarded(finish)
+        state = self.leased.write(finish)
         log.info("job.finished", state=state)
         failpoint(Failpoint.AFTER_FINISH)
         if state is State.SUCCEEDED:
-            publishing.drop_strays(prefix, sealed, patience=self.patience)
+            publishing.delete_strays(prefix, sealed, retry=self.retry)
         else:
-            self.patience.do(lambda: storage.delete_prefix(prefix))
-            self.patience.do(lambda: storage.delete(result.key))
+            self.retry.call(lambda: storage.delete_prefix(prefix))
+            self.retry.call(lambda: storage.delete(result.key))
 
-    def prove(self, trained: Train, done: Done, prefix: str, files: list[storage.Entry], slot: int) -> Verified | None:
-        """The published bytes, as anybody would get them, before a process that has trained nothing.
+    def verify(self, trained: Train, done: Done, prefix: str, files: list[storage.Entry]) -> Verified | None:
+        """Download the published files, as any user would, and verify them in a process that has trained nothing.
 
-        None, with the job ended or given back, where they do not stand.
+        Returns None if they fail; the job has then ended or gone back to the queue.
         """
         folder = self.work_dir / PUBLISHED
         try:
-            publishing.fetch_back(
-                prefix, files, Path(done.path), folder, epoch=self.lease.epoch, patience=self.patience
-            )
+            publishing.fetch_back(prefix, files, Path(done.path), folder, epoch=self.lease.epoch, retry=self.retry)
         except publishing.Damaged as damaged:
-            hint = "the bucket changes what is put there: check it, and what lies between"
-            self.crash(JobError(code="adapter_corrupt", message=str(damaged), hint=hint))
+            hint = "the bucket returns other bytes than were uploaded: check the bucket and any proxy in front of it"
+            self.leased.crash(JobError(code="adapter_corrupt", message=str(damaged), hint=hint))
             return None
-        if not _has_room_for_another(done.report):
+        if not _fits_second_trainer(done.report):
             trainer_pool.dismiss(trainer_pool.Purpose.WORK)
         command = Verify(
             job=self.job.id,
@@ -358,54 +413,33 @@ class Attempt(LeasedJob):
             report=done.report,
             fallback_level=done.fallback_level,
         )
-        said = self.talk(command, slot)
-        return said if isinstance(said, Verified) else None
+        final = self.run_trainer(command)
+        return final if isinstance(final, Verified) else None
 
-    def export(self, trained: Train, done: Done, verified: Verified, prefix: str, slot: int) -> exporting.Published:
-        """The further forms that the user asked for, of the bytes that were proven."""
+    def export(self, trained: Train, done: Done, verified: Verified, prefix: str) -> exporting.PublishedExports:
+        """Make the exports that the user asked for, from the verified files."""
         if self.request.trainer.exports:
-            self.enter(Phase.EXPORTING)
+            self.leased.write(attempts.set_phase, Phase.EXPORTING)
             trainer_pool.make_room()
-
-        commands = exporting.commands(trained, done, verified, self.work_dir / PUBLISHED)
-        make, epoch = partial(self.talk, slot=slot), self.lease.epoch
-        return exporting.publish(commands, prefix, make=make, tell=self.tell, epoch=epoch, patience=self.patience)
-
-    def can_shrink(self) -> bool:
-        """Whether the plan has a fallback level below the job's, which needs less memory."""
-        if not self.job.plan:
-            return False
-        return self.job.fallback_level < Plan.model_validate(self.job.plan).fallback_levels - 1
+        return exporting.publish(
+            exporting.commands(trained, done, verified, self.work_dir / PUBLISHED),
+            prefix,
+            make=self.run_trainer,
+            add_event=self.leased.add_event,
+            epoch=self.lease.epoch,
+            retry=self.retry,
+        )
 
     def _name(self) -> str:
         with session_scope() as session:
             return jobs.published_name(session, self.job)
 
-    def fail(self, event: Failed, session: TrainerProcess) -> None:
-        """A user's error ends the job; any other is a crash, and counted; a full disk is neither."""
-        self.flush()
-        if event.code == "disk_full":
-            raise self.no_room(event.message)
-        error = JobError(
-            code=event.code,
-            message=event.message,
-            param=event.param,
-            hint=event.hint,
-            step=event.step,
-            last_log_lines=session.last_log_lines() if event.retryable else [],
-        )
-        log.warning("trainer.failed", code=event.code, message=event.message, retryable=event.retryable)
-        if event.retryable:
-            self.crash(error)
-        else:
-            self.end(error)
 
-
-def _has_room_for_another(report: Report) -> bool:
-    """Beside a trainer that keeps its base, as much as that run took?"""
+def _fits_second_trainer(report: Report) -> bool:
+    """Return whether the device has memory for another such run while this trainer keeps its base model loaded."""
     fit = report.fit
     return fit is not None and fit.measured_bytes + report.base_bytes <= fit.device.memory_bytes
 
 
 class Stuck(Ended):
-    """The trainer lives and gets nowhere."""
+    """The trainer runs but makes no progress."""

@@ -1,6 +1,7 @@
-"""Bringing to this machine what an attempt needs: dataset, base model, the adapter it starts as, its last checkpoint.
+"""Bring to this machine what an attempt needs: dataset, base model, adapter to start from, last checkpoint.
 
-Owns: what a trainer is told of a job. Everything that comes from the bucket is checked against the hash on its row.
+Owns: the command and the task that a trainer gets. Everything downloaded is checked against the hash on its row. Must
+not start a trainer.
 """
 
 from __future__ import annotations
@@ -21,36 +22,40 @@ from shared.schemas.requests import JobCreate
 from shared.schemas.results import Plan, Recipe
 from shared.settings import get_settings
 from worker import cache
-from worker.attempt.waiting import Patience
+from worker.attempt.waiting import Retry
 from worker.trainer.protocol import Prepare, Task, Train
 
-Tell = Callable[[str, str], None]
+#: (level, message) for the job's events.
+AddEvent = Callable[[str, str], None]
 
 
 def stage(
-    job: Job, request: JobCreate, queue: Queue, *, work_dir: Path, held: ExitStack, patience: Patience, tell: Tell
+    job: Job, request: JobCreate, queue: Queue, *, work_dir: Path, held: ExitStack, retry: Retry, add_event: AddEvent
 ) -> Prepare | Train:
-    """The command for a trainer, with all that it names in place. `held` keeps the base safe from eviction."""
-    base, training, validation = patience.do(lambda: _inputs(job))
-    base_dir, in_use = patience.do(lambda: _base(base, with_weights=queue is Queue.TRAIN, tick=patience.tick))
+    """Download what the job needs and return the command for a trainer. `held` protects the base from eviction.
+
+    Raises `storage.Corrupt` for a lost or changed object, and OSError if the disk is full.
+    """
+    base, training, validation = retry.call(lambda: _inputs(job))
+    base_dir, in_use = retry.call(lambda: _base(base, with_weights=queue is Queue.TRAIN, tick=retry.tick))
     held.push(in_use)
     settings = get_settings()
     task = task_of(
         request,
         base,
         base_dir=base_dir,
-        training_file=_fetched(training, work_dir, patience),
-        validation_file=_fetched(validation, work_dir, patience) if validation else None,
-        start_from=_start(job, work_dir, patience) if queue is Queue.TRAIN else None,
+        training_file=_fetch(training, work_dir, retry),
+        validation_file=_fetch(validation, work_dir, retry) if validation else None,
+        start_from=_start_adapter(job, work_dir, retry) if queue is Queue.TRAIN else None,
         start_name=job.start_name,
         seed=job.seed,
-        known_devices=patience.do(lambda: _devices(base, request)),
+        known_devices=retry.call(lambda: _devices(base, request)),
         silence_seconds=(settings.lease_seconds - settings.fence_seconds) / 2,
     )
     if queue is Queue.PREPARE:
         return Prepare(job=job.id, task=task)
     recipe: Recipe = Plan.model_validate(job.plan).recipe
-    resume = _last_checkpoint(job, work_dir, patience, tell)
+    resume = _last_checkpoint(job, work_dir, retry, add_event)
     return Train(
         job=job.id,
         task=task,
@@ -74,7 +79,7 @@ def task_of(
     start_name: str | None = None,
     silence_seconds: float | None = None,
 ) -> Task:
-    """All that a trainer is told of a job."""
+    """Return everything that a trainer needs to know about a job."""
     settings = get_settings()
     return Task(
         base_dir=str(base_dir),
@@ -106,38 +111,38 @@ def _inputs(job: Job) -> jobs.Inputs:
 
 
 def _base(base: BaseModelRow, *, with_weights: bool, tick: Callable[[], None]) -> tuple[Path, ExitStack]:
-    """Its folder, and what keeps it safe from eviction."""
+    """Return the base's folder, and the stack whose lock protects it from eviction."""
     with ExitStack() as stack:
         folder = stack.enter_context(cache.base_model(base, with_weights=with_weights, tick=tick))
         return folder, stack.pop_all()
 
 
-def _fetched(file: File, work_dir: Path, patience: Patience) -> Path:
+def _fetch(file: File, work_dir: Path, retry: Retry) -> Path:
     path = work_dir / file.id
-    patience.do(lambda: storage.fetch(file.key, path, file.sha256, tick=patience.tick))
+    retry.call(lambda: storage.fetch(file.key, path, file.sha256, tick=retry.tick))
     return path
 
 
-def _start(job: Job, work_dir: Path, patience: Patience) -> Path | None:
-    """The folder of the adapter that the job begins with: of another's files, the weights alone are needed."""
+def _start_adapter(job: Job, work_dir: Path, retry: Retry) -> Path | None:
+    """Download the weights of the adapter that the job starts from; None if it starts from the base."""
     if job.start_prefix is None or job.start_sha256 is None:
         return None
     folder, key = work_dir / "start", job.start_prefix + WEIGHTS
-    patience.do(partial(storage.fetch, key, folder / WEIGHTS, job.start_sha256, tick=patience.tick))
+    retry.call(partial(storage.fetch, key, folder / WEIGHTS, job.start_sha256, tick=retry.tick))
     return folder
 
 
-def _last_checkpoint(job: Job, work_dir: Path, patience: Patience, tell: Tell) -> Path | None:
-    """The newest checkpoint whose every hash is right; a broken one is told of and the one before it taken."""
-    for checkpoint in patience.do(lambda: _checkpoints(job)):
+def _last_checkpoint(job: Job, work_dir: Path, retry: Retry, add_event: AddEvent) -> Path | None:
+    """Download the newest checkpoint whose hashes are right. A damaged one is reported and the one before it tried."""
+    for checkpoint in retry.call(lambda: _checkpoints(job)):
         folder = work_dir / f"resume-{checkpoint.step}"
-        fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=patience.tick)
+        fetch = partial(storage.fetch_folder, checkpoint.prefix, checkpoint.files, folder, tick=retry.tick)
         try:
-            patience.do(fetch)
-        except storage.Corrupt as broken:
-            tell("warn", f"Checkpoint of step {checkpoint.step} is broken, going one back: {broken}")
+            retry.call(fetch)
+        except storage.Corrupt as damaged:
+            add_event("warn", f"Checkpoint of step {checkpoint.step} is damaged; trying the one before it: {damaged}")
             continue
-        tell("info", f"Resuming from the checkpoint of step {checkpoint.step}")
+        add_event("info", f"Resuming from the checkpoint of step {checkpoint.step}")
         return folder
     return None
 

@@ -1,7 +1,7 @@
-"""Waiting for servers that are down, without being deaf: to the lease, to the user, to a worker that drains.
+"""Retry calls to servers that are down, and stop when the lease, the user or a draining worker requires it.
 
-Owns: how long an attempt waits, and when it lets go. An outage is not the job's fault, so it may last; but a cancelled
-job lets go of its slot at once, and one that is paused or drained has `stop_seconds` to bring its checkpoint home.
+Owns: how long an attempt waits, and when it gives up. An outage is not the job's fault, so it may last. A cancelled job
+frees its slot at once; a paused or draining one has `stop_seconds` to save its checkpoint.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from worker.attempt.lease import Lease, Lost
 
 TICK = 0.2
 LONGEST_WAIT = 15.0
-WORTH_TELLING = 60.0
+WARN_AFTER = 60.0
 T = TypeVar("T")
 
 
 class Leave(Exception):
-    """Let go of the job: its user or a draining worker asked for that, or this machine cannot go on."""
+    """End this attempt and give the job back: the user or a draining worker asked, or this machine cannot continue.
+
+    `message` goes to the job's events. The job is not claimed again for `wait` seconds.
+    """
 
     def __init__(self, message: str | None = None, *, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -33,102 +36,110 @@ class Leave(Exception):
         self.wait = wait
 
 
-class Patience:
-    """What an attempt has left of it. `complain` puts a line where the user sees it; it may fail."""
+class Retry:
+    """Retries of one attempt, until it has to end. `warn` reports a long outage to the user; it may fail.
+
+    Without `honours_pause`, a pause does not end the attempt; a cancel does.
+    """
 
     def __init__(
         self,
         lease: Lease,
         *,
         draining: Callable[[], bool],
-        complain: Callable[[str], None],
-        heeds_pause: bool,
+        warn: Callable[[str], None],
+        honours_pause: bool,
         stop_seconds: float,
     ) -> None:
         self._lease = lease
         self._draining = draining
-        self._complain = complain
-        self._heeds = {Desired.CANCEL, Desired.PAUSE} if heeds_pause else {Desired.CANCEL}
+        self._warn = warn
+        self._stop_on = {Desired.CANCEL, Desired.PAUSE} if honours_pause else {Desired.CANCEL}
         self._stop_seconds = stop_seconds
-        self._asked_at: float | None = None
+        self._stop_requested_at: float | None = None
 
     def is_draining(self) -> bool:
-        """Is the worker ending?"""
+        """Return whether the worker is shutting down."""
         return self._draining()
 
-    def is_asked_to_leave(self) -> bool:
-        """Does the user, or the worker, want this attempt to end?"""
-        asked = self.is_draining() or self._lease.desired in self._heeds
-        if not asked:
-            self._asked_at = None
-        elif self._asked_at is None:
-            self._asked_at = time.monotonic()
-        return asked
+    def stop_requested(self) -> bool:
+        """Return whether the user or the worker wants this attempt to end."""
+        requested = self.is_draining() or self._lease.desired in self._stop_on
+        if not requested:
+            self._stop_requested_at = None
+        elif self._stop_requested_at is None:
+            self._stop_requested_at = time.monotonic()
+        return requested
 
-    def is_over(self) -> bool:
-        """Has it been asked for so long ago that nothing more may be waited for? A cancel waits for nothing."""
-        if not self.is_asked_to_leave():
+    def must_stop(self) -> bool:
+        """Return whether the time to stop has run out: at once after a cancel, else after `stop_seconds`."""
+        if not self.stop_requested():
             return False
-        assert self._asked_at is not None
-        return self._lease.desired is Desired.CANCEL or time.monotonic() - self._asked_at > self._stop_seconds
+        assert self._stop_requested_at is not None
+        cancelled = self._lease.desired is Desired.CANCEL
+        return cancelled or time.monotonic() - self._stop_requested_at > self._stop_seconds
 
     def tick(self) -> None:
-        """Called through a long wait for what only a job that goes on needs; raises if it does not."""
-        self._lease.progressed()
+        """Check during a long download that the job continues. Raises `Leave` at the first stop request, or `Lost`."""
+        self._lease.mark_progress()
         self._lease.check()
-        if self.is_asked_to_leave():
+        if self.stop_requested():
             raise Leave
 
-    def do(self, act: Callable[[], T]) -> T:
-        """Do it, waiting out servers that are down: 1 s, 2 s, … 15 s between tries, while the lease is ours."""
-        wait, waited, told = 1.0, 0.0, False
+    def call(self, action: Callable[[], T]) -> T:
+        """Call `action`, again while its server is down: after 1 s, 2 s, … up to 15 s.
+
+        Raises `Leave` when the time to stop has run out, `Lost` when the lease is lost, and whatever else `action`
+        raises.
+        """
+        wait, waited, warned = 1.0, 0.0, False
         while True:
-            self._go_on()
+            self._check()
             try:
-                return self._aside(act)
+                return self._in_thread(action)
             except storage.Fenced as fenced:
                 self._lease.lose()
                 raise Lost(self._lease.job_id) from fenced
             except Unavailable as error:
                 log.warning("server.unavailable", error=error.message, retry_in=wait)
                 waited += wait
-                if waited > WORTH_TELLING and not told:
-                    told = True
-                    self._complain(f"Waiting for a server that does not answer: {error.message}")
+                if waited > WARN_AFTER and not warned:
+                    warned = True
+                    self._warn(f"Waiting for a server that does not answer: {error.message}")
             until = time.monotonic() + wait
             while time.monotonic() < until:
-                self._go_on()
+                self._check()
                 time.sleep(TICK)
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def _go_on(self) -> None:
-        """An outage is progress of a kind: nobody is stuck who waits for a server."""
-        self._lease.progressed()
+    def _check(self) -> None:
+        """Raise if the attempt must end. Waiting for a server counts as progress: the attempt is not stuck."""
+        self._lease.mark_progress()
         self._lease.check()
-        if self.is_over():
+        if self.must_stop():
             raise Leave
 
-    def _aside(self, act: Callable[[], T]) -> T:
-        """Run it in a thread, so that a server which neither answers nor refuses can be left alone.
+    def _in_thread(self, action: Callable[[], T]) -> T:
+        """Run `action` in a thread, so that a server which hangs can be abandoned.
 
-        What a thread still does that was left alone is harmless: rows and published objects are guarded by the epoch,
-        and anything else it puts into the bucket is garbage.
+        What an abandoned thread still does is harmless: rows and published objects are guarded by the epoch, and
+        anything else it puts into the bucket is garbage.
         """
-        done: list[T] = []
-        failed: list[Exception] = []
+        results: list[T] = []
+        errors: list[Exception] = []
 
         def run() -> None:
             try:
-                done.append(act())
+                results.append(action())
             except Exception as error:
-                failed.append(error)
+                errors.append(error)
 
-        thread = Thread(target=contextvars.copy_context().run, args=(run,), name="aside", daemon=True)
+        thread = Thread(target=contextvars.copy_context().run, args=(run,), name="retried-call", daemon=True)
         thread.start()
         thread.join(TICK)
         while thread.is_alive():
-            self._go_on()
+            self._check()
             thread.join(TICK)
-        if failed:
-            raise failed[0]
-        return done[0]
+        if errors:
+            raise errors[0]
+        return results[0]

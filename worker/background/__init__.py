@@ -1,4 +1,4 @@
-"""Threads beside the slots: sweeper, garbage collector, preemption notices, device reports.
+"""Background threads of a slot: sweeper, garbage collector, preemption notices, device reports.
 
 Must not import torch, nor run a job.
 """

@@ -1,6 +1,6 @@
-"""What this worker trains on, told to everybody when a slot starts: a job that is too large is then refused at once.
+"""Report the device of a slot when it starts, so that the API can refuse a job that is too large for every device.
 
-Owns: asking. It takes a process of its own, because torch and CUDA must not be where slots are forked from.
+Owns: detecting the device, in a separate process: torch and CUDA must not be loaded in the process that forks slots.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from shared.telemetry import log
 from worker import cache
 from worker.child.trainer_process import PASSED_ON
 
-ASKED_FOR = 120.0
+DETECT_SECONDS = 120.0
 
 
-def announce(slot: int) -> Thread:
-    """In a thread: Celery gives a slot four seconds to be up, and torch takes longer than that to find a GPU."""
-    thread = Thread(target=_announce, args=(slot,), name="device", daemon=True)
+def start(slot: int) -> Thread:
+    """Detect and report in a thread: Celery gives a slot 4 s to start, and torch takes longer to find a GPU."""
+    thread = Thread(target=_report, args=(slot,), name="device", daemon=True)
     thread.start()
     return thread
 
 
-def _announce(slot: int) -> None:
+def _report(slot: int) -> None:
     try:
         device = detect_device(slot)
         with session_scope() as session:
             devices.report(session, device)
-        log.info("device.announced", **device.model_dump())
+        log.info("device.reported", **device.model_dump())
     except (subprocess.SubprocessError, ValidationError, Unavailable) as error:
-        # The first job that is trained here says the same.
-        log.warning("device.unknown", error=str(error))
+        # Not fatal: the report of the first job trained here names the device too.
+        log.warning("device.report_failed", error=str(error))
 
 
 def detect_device(slot: int) -> Device:
-    """The device that a trainer of this slot would find."""
+    """Return the device that a trainer of this slot would use."""
     limit = get_settings().device_memory_bytes
-    said = linux.run(
+    done = linux.run(
         [sys.executable, "-m", "worker.trainer.system.device", str(limit)],
         env=linux.inherited(*PASSED_ON) | {"CUDA_VISIBLE_DEVICES": cache.visible_device(slot)},
-        timeout=ASKED_FOR,
+        timeout=DETECT_SECONDS,
     )
-    said.check_returncode()
-    return Device.model_validate_json(said.stdout)
+    done.check_returncode()
+    return Device.model_validate_json(done.stdout)

@@ -1,20 +1,21 @@
-"""Garbage: what the bucket holds and no row names, dropped round by round.
+"""Garbage collection: delete objects in the bucket that no row refers to.
 
-No flag on a row says what may go. A round lists the bucket, reads the rows *after* that, and drops what none of them
-keeps. Each verdict must be one that nothing can overturn between the reading and the delete:
+No flag on a row marks garbage. A round lists the bucket, reads the rows *after* that, and deletes objects that no row
+keeps. Each decision must stay right between the read and the delete:
 
-- a checkpoint's key holds its lease epoch, epochs only rise, and only the holder of a lease commits a row at its epoch;
-- an adapter's row comes in the commit that ends its job, and a job that has ended stays so;
-- a file that is not live can be given to no new job, and is marked as deleted before its bytes go;
-- an adapter or a checkpoint whose row is gone can be started from by no new job, and jobs that do are read after the
-  rows: a submit locks its source from when it saw it live to its own commit.
+- a checkpoint's key contains its lease epoch; epochs only rise, and only the holder of a lease commits rows at its
+  epoch;
+- an adapter's row comes in the commit that ends its job, and a job that has ended never starts again;
+- a file that is not live cannot be used by a new job, and it is marked as deleted before its bytes are;
+- no new job can start from an adapter or checkpoint whose row is deleted. Jobs that already do are read after the rows:
+  a submit locks its source from the moment it sees it live until its own commit.
 
-Only where no row can speak does a clock, the server's own: an upload whose row is still to come. So two collectors at
-once are right, and need no lock.
+A clock (the server's own) decides only where no row can: for an upload whose row is not committed yet. Two collectors
+at once are therefore safe and need no lock.
 
-What is not ours stays, however old: keys of another shape, and keys of a tenant that this database does not know. It
-may be empty, set back, or the wrong one, and the bucket all there is. Base models belong to no tenant; they stay too.
-Must not keep a transaction open while it talks to the bucket.
+Objects that are not ours stay, however old: keys of another form, and keys of a tenant that this database does not
+know. The database may be empty, restored from a backup, or the wrong one, and the bucket the only copy. Base models
+belong to no tenant; they stay too. Must not keep a transaction open while it talks to the bucket.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ BATCH = 200
 def start(stop: Event, *, head_start: float) -> Thread:
     """Collect every `purge_seconds` until `stop` is set.
 
-    `head_start`, a random number from 0 to 1, is the part of the first wait that is left out: workers that were started
-    together then do not list the bucket together.
+    `head_start`, a random number from 0 to 1, shortens the first wait by that fraction, so that workers started at the
+    same time do not list the bucket at the same time.
     """
-    thread = Thread(target=_collecting, args=(stop, head_start), name="garbage", daemon=True)
+    thread = Thread(target=_keep_collecting, args=(stop, head_start), name="garbage", daemon=True)
     thread.start()
     return thread
 
 
 def collect(settings: Settings) -> Counter[str]:
-    """One round; returns how many objects were dropped of each kind, and how many `uploads` were aborted."""
-    dropped: Counter[str] = Counter()
+    """Run one round. Returns the number of deleted objects of each kind, and of aborted multipart `uploads`."""
+    deleted: Counter[str] = Counter()
     for kind, (key, kept_of) in KINDS.items():
         piles = _piles(f"{kind}/", key)
         while batch := list(islice(piles, BATCH)):
@@ -59,11 +60,11 @@ def collect(settings: Settings) -> Counter[str]:
                 ours = [pile for pile in batch if pile.tenant in known]
                 kept = kept_of(session, ours, settings.orphan_seconds)
                 kept |= adapters.prefixes_in_use(session, [pile.prefix for pile in ours])
-            doomed = [pile for pile in ours if pile.prefix not in kept]
-            storage.delete_many([name for pile in doomed for name in pile.keys])
-            for pile in doomed:
-                log.info("garbage.dropped", kind=kind, prefix=pile.prefix, objects=len(pile.keys), bytes=pile.bytes)
-                dropped[kind] += len(pile.keys)
+            garbage = [pile for pile in ours if pile.prefix not in kept]
+            storage.delete_many([name for pile in garbage for name in pile.keys])
+            for pile in garbage:
+                log.info("garbage.deleted", kind=kind, prefix=pile.prefix, objects=len(pile.keys), bytes=pile.bytes)
+                deleted[kind] += len(pile.keys)
     for kind, (key, _) in KINDS.items():
         matched = ((key.match(upload.key), upload) for upload in storage.unfinished(f"{kind}/"))
         aged = [
@@ -74,11 +75,11 @@ def collect(settings: Settings) -> Counter[str]:
         for upload in (upload for tenant, upload in aged if tenant in known):
             storage.abort(upload)
             log.info("garbage.aborted", key=upload.key, age=upload.age)
-            dropped["uploads"] += 1
-    return dropped
+            deleted["uploads"] += 1
+    return deleted
 
 
-def _collecting(stop: Event, head_start: float) -> None:
+def _keep_collecting(stop: Event, head_start: float) -> None:
     settings = get_settings()
     wait = settings.purge_seconds * (1 - head_start)
     while not stop.wait(wait):
@@ -87,13 +88,13 @@ def _collecting(stop: Event, head_start: float) -> None:
             cache.sweep()
             log.info("garbage.collected", **collect(settings))
         except Unavailable as error:
-            log.warning("garbage.missed", error=error.message)
+            log.warning("garbage.skipped", error=error.message)
         except Exception:
-            log.exception("garbage.broke")
+            log.exception("garbage.failed")
 
 
 def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
-    """The listing, folder by folder."""
+    """Group the listed objects of our own by folder."""
     ours = ((match, listed) for listed in storage.listing(prefix) if (match := key.match(listed.key)))
     for _, group in groupby(ours, key=lambda pair: pair[0][0]):
         matches, listed = zip(*group, strict=True)
@@ -109,7 +110,7 @@ def _piles(prefix: str, key: re.Pattern[str]) -> Iterator[Pile]:
         )
 
 
-# ---------------------------------------------------------------- what the rows keep
+# ---------------------------------------------------------------- keys and the rows that keep them
 
 
 _TENANT = r"(?P<tenant>org-[0-9a-f]{30})"
@@ -117,7 +118,7 @@ _JOB = r"(?P<owner>ftjob-[0-9a-f]{30})"
 
 Kept = Callable[[Session, Sequence[Pile], float], set[str]]
 
-# For each kind, how a key begins that is ours, and which prefixes of a batch must stay.
+# For each kind: how our keys begin, and the function that returns which prefixes of a batch must stay.
 KINDS: dict[str, tuple[re.Pattern[str], Kept]] = {
     "checkpoints": (re.compile(rf"checkpoints/{_TENANT}/{_JOB}/(?P<epoch>[0-9]+)/[0-9]+/(?=.)"), kept_checkpoints),
     "adapters": (re.compile(rf"adapters/{_TENANT}/{_JOB}/(?=.)"), kept_adapters),

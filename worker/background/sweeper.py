@@ -1,8 +1,10 @@
-"""The sweeper: one thread in every worker slot that finds what fell through.
+"""The sweeper: a thread in every worker slot that repairs what was lost.
 
-It rings for jobs that nobody was told of, takes back jobs whose worker fell silent, and drops old previews. One sweeps
-at a time (advisory lock), yet two at once would be right: every write is guarded. It takes back nothing before it has
-itself watched the database without a gap for one whole lease time: after an outage, the living get the time to renew.
+It rings again for waiting jobs, takes back jobs whose lease has expired, and deletes old previews. An advisory lock
+allows one sweep at a time, though two would be safe: every write is guarded. A sweeper takes back jobs only after it
+has reached the database without a gap for one whole lease time: after an outage, running workers get time to renew.
+
+Owns: when to sweep. Must not run a job.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ RINGS = 16
 
 def start(stop: Event) -> Thread:
     """Sweep until `stop` is set."""
-    thread = Thread(target=_sweeping, args=(stop,), name="sweeper", daemon=True)
+    thread = Thread(target=_keep_sweeping, args=(stop,), name="sweeper", daemon=True)
     thread.start()
     return thread
 
 
 class Watch:
-    """For how long the database has been seen without a gap, on a clock that counts through sleep."""
+    """Measures for how long the database has been reachable without a gap, on a clock that counts while asleep."""
 
     def __init__(self, *, longest_gap: float) -> None:
         self._longest_gap = longest_gap
@@ -39,24 +41,23 @@ class Watch:
         self._last = 0.0
 
     def seen(self, now: float) -> float:
-        """Note a look at `now` (seconds); returns how long the unbroken watch has lasted."""
+        """Record that the database answered at `now` (seconds). Returns the seconds since the last gap."""
         if self._since is None or now - self._last > self._longest_gap:
             self._since = now
         self._last = now
         return now - self._since
 
     def missed(self) -> None:
-        """A look failed: the watch begins anew."""
+        """Record that the database did not answer: the watch starts again."""
         self._since = None
 
 
-def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
-    """One round; False if another sweeper is at it, or the broker is down.
+def sweep(settings: Settings, *, watched: float, first: bool = False) -> bool:
+    """Run one round. Returns False if another sweeper is running, or the broker is down.
 
-    `watched` is the length of the unbroken watch in seconds.
-
-    A newborn sweeper rings for all that waits, back-off or not: its slot may be there because another died with a ring
-    in its hand.
+    `watched` is how long the database has been reachable without a gap, in seconds. The first sweep of a slot
+    (`first`) rings for every waiting job and ignores the back-off: the slot may replace one that died after it had
+    received a ring.
     """
     with session_scope() as session:
         if not try_lock(session, "milliner.sweep"):
@@ -65,20 +66,20 @@ def sweep(settings: Settings, *, watched: float, newborn: bool = False) -> bool:
             failpoint(Failpoint.BEFORE_RECLAIM_COMMIT)
             after_commit(session, lambda: failpoint(Failpoint.AFTER_RECLAIM))
         previews.drop_old(session)
-    return all(ring_again(queue, backoff=0.0 if newborn else settings.rering_seconds) for queue in Queue)
+    return all(ring_again(queue, backoff=0.0 if first else settings.rering_seconds) for queue in Queue)
 
 
 def ring_again(queue: Queue, *, backoff: float) -> bool:
-    """Ring for what waits; False if the broker did not take it, which is then left for the next round.
+    """Ring for waiting jobs. Returns False if the broker is down; the next round then rings again.
 
-    A slot that is woken goes on until nothing waits, so a few rings a round are enough: each takes time from the watch.
+    A slot that wakes up runs jobs until none waits, so at most `RINGS` rings per round are enough; each takes time.
     """
     with session_scope() as session:
         waiting = claims.to_ring_for(session, queue, backoff=backoff, limit=RINGS)
-    for told, _ in enumerate(waiting):
+    for rung, _ in enumerate(waiting):
         if not ring(queue):
             with session_scope() as session:
-                claims.not_rung(session, waiting[told:])
+                claims.not_rung(session, waiting[rung:])
             return False
     if waiting:
         failpoint(Failpoint.AFTER_RERING)
@@ -87,7 +88,7 @@ def ring_again(queue: Queue, *, backoff: float) -> bool:
 
 
 def reclaim(session: Session, settings: Settings) -> int:
-    """Take back every job whose lease has run out; returns how many."""
+    """Take back up to 100 jobs whose lease has expired. Returns how many."""
     reclaimed = 0
     for job_id, epoch, owner in claims.lock_expired(session, limit=100):
         error = JobError(
@@ -102,18 +103,18 @@ def reclaim(session: Session, settings: Settings) -> int:
     return reclaimed
 
 
-def _sweeping(stop: Event) -> None:
+def _keep_sweeping(stop: Event) -> None:
     settings = get_settings()
-    watch, newborn = Watch(longest_gap=max(3 * settings.sweep_seconds, 5.0)), True
+    watch, first = Watch(longest_gap=max(3 * settings.sweep_seconds, 5.0)), True
     while not stop.wait(settings.sweep_seconds):
         try:
             with session_scope() as session:
                 ping(session)
             watched = watch.seen(boot_time())
-            newborn = not sweep(settings, watched=watched, newborn=newborn) and newborn
+            first = not sweep(settings, watched=watched, first=first) and first
         except Unavailable as error:
             watch.missed()
-            log.warning("sweep.missed", error=error.message)
+            log.warning("sweep.skipped", error=error.message)
         except Exception:
             watch.missed()
-            log.exception("sweep.broke")
+            log.exception("sweep.failed")

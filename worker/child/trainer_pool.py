@@ -1,7 +1,7 @@
-"""Trainers that outlive their work: the next job finds the imports done, and the base of the last one resident.
+"""Keep idle trainers for the next job, which then finds the imports done and the last base model loaded.
 
-Owns: which children this slot keeps, and for how long. One that works and one that proves, because a proof is for a
-process that has trained nothing. Only a child that did what it was asked to is kept. Must not know jobs or leases.
+Owns: which trainers this slot keeps, and for how long: one for work and one for proofs, because a proof needs a process
+that has trained nothing. Only a trainer that completed its command is kept. Must not know jobs or leases.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from worker.child.trainer_process import TrainerProcess
 
 
 class Purpose(StrEnum):
-    """What a child is for."""
+    """What a trainer is used for."""
 
     WORK = "work"
     PROOF = "proof"
@@ -28,7 +28,7 @@ class Purpose(StrEnum):
 
 
 class _Kept(NamedTuple):
-    session: TrainerProcess
+    trainer: TrainerProcess
     timer: Timer
 
 
@@ -38,53 +38,56 @@ _folders: dict[int, ExitStack] = {}
 
 
 def take(purpose: Purpose, *, visible_device: str) -> TrainerProcess:
-    """The child that was kept for this, or a new one; to be handed to `keep` or `close`."""
-    if (session := _take(purpose)) is not None:
-        if session.is_running() and session.visible_device == visible_device:
-            if session.is_stopped():
-                session.thaw()  # it froze between its last word and being idle
-            session.begin()
-            log.info("trainer.warm", pid=session.pid, purpose=purpose)
-            return session
-        close(session)
+    """Return the trainer kept for this purpose, or start one. Pass it to `keep` or `close` afterwards."""
+    if (trainer := _take(purpose)) is not None:
+        if trainer.is_running() and trainer.visible_device == visible_device:
+            if trainer.is_stopped():
+                trainer.thaw()  # it froze after its last event, before it was idle
+            trainer.begin()
+            log.info("trainer.warm", pid=trainer.pid, purpose=purpose)
+            return trainer
+        close(trainer)
     with ExitStack() as stack:
         folder = stack.enter_context(cache.work_dir(f"{purpose}-{os.getpid()}-{secrets.token_hex(4)}"))
-        session = TrainerProcess(folder, visible_device=visible_device)
-        _folders[session.pid] = stack.pop_all()
-    log.info("trainer.started", pid=session.pid, purpose=purpose)
-    return session
+        trainer = TrainerProcess(folder, visible_device=visible_device)
+        _folders[trainer.pid] = stack.pop_all()
+    log.info("trainer.started", pid=trainer.pid, purpose=purpose)
+    return trainer
 
 
-def keep(purpose: Purpose, session: TrainerProcess) -> None:
-    """For `warm_seconds`, or until it is taken; a second one for the same purpose is closed, and one that exports."""
+def keep(purpose: Purpose, trainer: TrainerProcess) -> None:
+    """Keep an idle trainer for `warm_seconds` or until it is taken, instead of the one kept so far.
+
+    A trainer that made an export is closed.
+    """
     seconds = get_settings().warm_seconds
-    if seconds <= 0 or purpose is Purpose.EXPORT or not session.is_running():
-        close(session)
+    if seconds <= 0 or purpose is Purpose.EXPORT or not trainer.is_running():
+        close(trainer)
         return
     dismiss(purpose)
     timer = Timer(seconds, dismiss, [purpose])
     timer.daemon = True
     with _lock:
-        _kept[purpose] = _Kept(session, timer)
+        _kept[purpose] = _Kept(trainer, timer)
     timer.start()
 
 
 def dismiss(purpose: Purpose) -> None:
-    """Close the one that is kept for this, if one is."""
-    if (session := _take(purpose)) is not None:
-        close(session)
+    """Close the trainer kept for this purpose, if there is one."""
+    if (trainer := _take(purpose)) is not None:
+        close(trainer)
 
 
 def make_room() -> None:
-    """Close all that are kept: an export holds a whole base unquantized, and wants their memory."""
+    """Close all kept trainers: an export loads a whole base unquantized and needs their memory."""
     for purpose in Purpose:
         dismiss(purpose)
 
 
-def close(session: TrainerProcess) -> None:
-    """End a child that was taken, and remove its folder."""
-    session.close()
-    _folders.pop(session.pid).close()
+def close(trainer: TrainerProcess) -> None:
+    """End a trainer that was taken, and remove its folder."""
+    trainer.close()
+    _folders.pop(trainer.pid).close()
 
 
 def _take(purpose: Purpose) -> TrainerProcess | None:
@@ -93,4 +96,4 @@ def _take(purpose: Purpose) -> TrainerProcess | None:
     if kept is None:
         return None
     kept.timer.cancel()
-    return kept.session
+    return kept.trainer

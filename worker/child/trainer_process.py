@@ -1,7 +1,8 @@
-"""The parent's end of the pipe to a trainer child.
+"""A trainer child process, seen from its parent: commands out, events in, and signals.
 
-Owns the child: how it is started (scrubbed environment, own process group, no secret), frozen, thawed, killed, and what
-it says. Its stderr goes to a log file in the work directory, whose tail explains a crash. Must not know jobs' rows.
+Owns: how the child is started (minimal environment, own process group, no secret), frozen, thawed and killed, and how
+its events are read. Its stderr goes to a log file in its folder, whose last lines explain a crash. Must not know jobs'
+rows.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ OFFLINE = {
 
 
 class Ended(Exception):
-    """The child is gone without a last word, or has said something that is none."""
+    """The child ended without a final event, or sent an invalid line."""
 
 
 class Died(Ended):
-    """`signal` is set where one killed it; `out_of_memory` where the kernel says that it did so for want of memory."""
+    """The child ended. `signal` is the one that killed it; `out_of_memory`: the kernel killed it for its memory."""
 
     def __init__(self, returncode: int, *, out_of_memory: bool) -> None:
         self.signal = signal.Signals(-returncode).name if returncode < 0 else None
@@ -53,27 +54,30 @@ class Died(Ended):
 
 
 class TrainerProcess:
-    """One trainer process, at home in `folder`. Its group can be signalled from any thread; events are read by one."""
+    """One trainer process, with `folder` as its working directory.
+
+    Any thread may signal its process group; only one may read events.
+    """
 
     def __init__(self, folder: Path, *, visible_device: str) -> None:
         self.visible_device = visible_device
         self._log = folder / "trainer.log"
         own = {"HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
         env = linux.inherited(*PASSED_ON) | OFFLINE | own
-        told = get_settings().trainer_command
-        command = shlex.split(told) if told else [sys.executable, "-m", "worker.trainer.main"]
-        self._log_begins, self._oom_kills = 0, linux.oom_kill_count()
+        configured = get_settings().trainer_command
+        command = shlex.split(configured) if configured else [sys.executable, "-m", "worker.trainer.main"]
+        self._log_start, self._oom_kills = 0, linux.oom_kill_count()
         with self._log.open("ab") as stderr:
             self._process = linux.spawn([*command, str(os.getpid())], env=env, stderr=stderr, cwd=folder)
         self._lines: SimpleQueue[tuple[bytes | None, float]] = SimpleQueue()
-        self.heard_at = 0.0  # when the event that was received last came out of the pipe (monotonic)
-        self._signals, self._sending = Lock(), Lock()
+        self.received_at = 0.0  # when the last received event came out of the pipe (monotonic seconds)
+        self._signal_lock, self._send_lock = Lock(), Lock()
         self.frozen = False
         Thread(target=self._read, name="trainer-events", daemon=True).start()
 
     def begin(self) -> None:
-        """Before more work: what the log or the kernel has said so far is of another."""
-        self._log_begins, self._oom_kills = self._log.stat().st_size, linux.oom_kill_count()
+        """Start new work: ignore what the log and the kernel's counter hold from earlier work."""
+        self._log_start, self._oom_kills = self._log.stat().st_size, linux.oom_kill_count()
 
     @property
     def pid(self) -> int:
@@ -83,35 +87,36 @@ class TrainerProcess:
         return self._process.poll() is None
 
     def send(self, command: Command) -> None:
-        """Write one command, from any thread; a child that is gone is noticed by `receive`."""
+        """Write one command, from any thread. If the child has ended, `receive` raises."""
         assert self._process.stdin is not None
         try:
-            with self._sending:
+            with self._send_lock:
                 self._process.stdin.write(command.model_dump_json().encode() + b"\n")
                 self._process.stdin.flush()
         except (BrokenPipeError, ValueError):  # ValueError: closed on our side
-            log.warning("trainer.deaf", pid=self.pid)
+            log.warning("trainer.pipe_closed", pid=self.pid)
 
-    def tell_alive(self, job: str) -> None:
-        """Say so if that takes no time: a child that does not read must not hold up who watches over the lease."""
+    def send_alive(self, job: str) -> None:
+        """Send `alive` unless the pipe is full: a child that does not read must not block the lease's thread."""
         assert self._process.stdin is not None
-        if not self._sending.acquire(blocking=False):
+        if not self._send_lock.acquire(blocking=False):
             return
         try:
             if select.select([], [self._process.stdin], [], 0)[1]:
                 os.write(self._process.stdin.fileno(), Alive(job=job).model_dump_json().encode() + b"\n")
         except (OSError, ValueError):  # ValueError: closed on our side
-            log.debug("trainer.deaf", pid=self.pid)
+            log.debug("trainer.pipe_closed", pid=self.pid)
         finally:
-            self._sending.release()
+            self._send_lock.release()
 
     def receive(self, *, timeout: float) -> TrainerEvent | None:
-        """The next event, or None after `timeout` seconds; `Ended` once the child is gone and all it said is read.
+        """Return the next event, or None after `timeout` seconds.
 
-        A line that is no event ends the child too: it might have been the last word that we wait for.
+        Raises `Died` once the child has ended and all its events are read. An invalid line kills the child and raises
+        `Ended`: it may have been the final event.
         """
         try:
-            line, self.heard_at = self._lines.get(timeout=timeout)
+            line, self.received_at = self._lines.get(timeout=timeout)
         except Empty:
             return None
         if line is None:
@@ -121,26 +126,26 @@ class TrainerProcess:
         except ValidationError as error:
             self.kill()
             shown = line[:200].decode(errors="replace")
-            raise Ended(f"the trainer said what is no event: {shown!r} ({error.error_count()} errors)") from error
+            raise Ended(f"the trainer sent an invalid event: {shown!r} ({error.error_count()} errors)") from error
 
     def freeze(self) -> None:
-        """SIGSTOP the group: without a lease nothing may be trained."""
+        """Send SIGSTOP to the group: without a lease nothing may be trained."""
         self.frozen = self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT the group: the lease is ours again."""
+        """Send SIGCONT to the group: the lease is valid again."""
         self._signal(signal.SIGCONT)
         self.frozen = False
 
     def is_stopped(self) -> bool:
-        """Has somebody frozen the child: we, itself, or a stranger?"""
+        """Return whether the child is stopped: by us, by itself, or by anyone else."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
         except OSError:
             return False
 
     def kill(self) -> None:
-        """SIGKILL the group; safe to repeat."""
+        """Send SIGKILL to the group; safe to repeat."""
         self._signal(signal.SIGKILL)
 
     def close(self) -> None:
@@ -152,17 +157,17 @@ class TrainerProcess:
             try:
                 pipe.close()
             except BrokenPipeError:
-                log.debug("trainer.pipe_broken", pid=self.pid)
+                log.debug("trainer.pipe_closed", pid=self.pid)
 
     def last_log_lines(self, count: int = 20) -> list[str]:
-        """The end of what the child wrote to stderr since `begin`."""
+        """Return the last lines that the child wrote to stderr since `begin`."""
         with self._log.open("rb") as stream:
-            stream.seek(max(self._log_begins, self._log.stat().st_size - 64 * 1024))
+            stream.seek(max(self._log_start, self._log.stat().st_size - 64 * 1024))
             lines = deque(stream, maxlen=count)
         return [line.decode(errors="replace").replace("\0", "").rstrip() for line in lines]
 
     def _reap(self) -> int:
-        """The exit code of a child that has closed its stdout; whatever it still does is for nobody."""
+        """Return the exit code of a child that has closed its stdout; kill it if it does not end within 5 s."""
         try:
             return self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -170,7 +175,7 @@ class TrainerProcess:
             return self._process.wait()
 
     def _signal(self, number: signal.Signals) -> bool:
-        with self._signals:
+        with self._signal_lock:
             return self._process.poll() is None and linux.signal_group(self._process, number)
 
     def _read(self) -> None:

@@ -1,7 +1,7 @@
-"""What a supervisor and the child that talks to a tracker say to each other: JSON lines.
+"""The messages between a supervisor and the child that reports to a tracker: JSON lines.
 
-Down the child's stdin go `start`, steps, and `end`; up its stdout goes whether the tracker takes them. A stdin that
-ends without `end` says that the supervisor is dead, or has lost its lease: then nothing more is said to anybody.
+The child's stdin gets `start`, the steps, and `end`; its stdout reports whether the tracker accepts them. If stdin
+closes without `end`, the supervisor is dead or has lost its lease: the child then ends without another request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Values = dict[str, float]
 
 
 class StartRun(BaseModel):
-    """The run to open. The secret travels here and nowhere else: not in the environment, not in the arguments."""
+    """The run to open. The secret is sent in this message only, not in the environment or the arguments."""
 
     op: Literal["start"] = "start"
     job: str
@@ -29,7 +29,7 @@ class StartRun(BaseModel):
 
 
 class Step(BaseModel):
-    """What was measured at a step. One step may come in parts, and again after a resume."""
+    """The metrics of a step. One step may come in several messages, and again after a resume."""
 
     op: Literal["step"] = "step"
     step: int
@@ -37,7 +37,7 @@ class Step(BaseModel):
 
 
 class End(BaseModel):
-    """The attempt is over; `interrupted` where another attempt will go on with the job."""
+    """The attempt is over; `interrupted` if another attempt will continue the job."""
 
     op: Literal["end"] = "end"
     ending: Ending
@@ -47,7 +47,7 @@ Message = Annotated[StartRun | Step | End, Field(discriminator="op")]
 MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 
 
-class Word(BaseModel):
-    """The tracker has answered; or it has not, and why."""
+class Status(BaseModel):
+    """The tracker answered (`error` is None), or why it did not."""
 
-    trouble: str | None = None
+    error: str | None = None

@@ -1,9 +1,9 @@
-"""Telling trackers of a job while it runs: Weights & Biases, MLflow, by a child process for each.
+"""Report a running job's metrics to trackers (Weights & Biases, MLflow), through one child process for each.
 
-Owns: that no tracker delays, fails or sticks a job. An attempt hands a step over and goes on at once; all that may take
-time is done by a thread that nobody waits for, and what may break, hang or leak by a child (`worker/trackers`) that
-gets the address and the secret of one tracker through its pipe, and of ours nothing. Nothing here raises. A tracker
-that does not answer is told of once on the job; the child goes on trying until a while after the attempt has ended.
+Owns: that no tracker delays, fails or blocks a job. An attempt queues a step and continues at once. A thread that
+nothing waits for does what may take time; a child process (worker/trackers/main.py) does what may break, hang or leak.
+The child gets the address and the secret of one tracker through its pipe, and no other secret. Nothing here raises. A
+tracker that does not answer is reported once on the job; the child retries until shortly after the attempt has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared.schemas.results import Metrics, Plan
 from shared.settings import get_settings
 from shared.telemetry import log
 from worker import cache
-from worker.trackers.pipe import End, Ending, StartRun, Step, Word
+from worker.trackers.pipe import End, Ending, StartRun, Status, Step
 
 PASSED_ON = (*linux.BASIC, *linux.PROXIES)
 ENDINGS: dict[State, Ending] = {
@@ -39,65 +39,65 @@ ENDINGS: dict[State, Ending] = {
 }
 QUIET = {"DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
 NAMES: dict[TrackerKind, str] = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
-#: Steps on their way to a child, and those of earlier attempts that it is told first: it keeps no more.
+#: Steps queued for a child, and steps of earlier attempts sent to it first. The child keeps as many (KEPT_STEPS).
 STEPS = 10_000
 POLL = 0.2
-#: A child ends by itself half a minute after its attempt; one that does not is killed.
-FAREWELL = 40.0
+#: A child ends itself 30 s after its attempt (END_SECONDS of main.py); one that does not is killed after this time.
+END_SECONDS = 40.0
 
-Complain = Callable[[str], None]
+Warn = Callable[[str], None]
 
 
 class Tracking:
-    """The trackers of one attempt, none where its user asked for none."""
+    """The trackers of one attempt: one per integration that the user asked for."""
 
-    def __init__(self, job: Job, integrations: list[Integration], *, complain: Complain) -> None:
+    def __init__(self, job: Job, integrations: list[Integration], *, warn: Warn) -> None:
         self._trackers: list[Tracker] = []
         for integration in integrations:
-            if (lack := missing(integration.type)) is not None:
-                log.error("tracker.unusable", tracker=integration.type, lack=lack)
-                complain(f"{NAMES[integration.type]} is told nothing: this worker lacks its {lack}")
+            if (needed := missing(integration.type)) is not None:
+                log.error("tracker.misconfigured", tracker=integration.type, missing=needed)
+                warn(f"{NAMES[integration.type]} receives no metrics: this worker lacks its {needed}")
             else:
-                self._trackers.append(Tracker(job, integration, complain))
+                self._trackers.append(Tracker(job, integration, warn))
 
-    def note(self, metrics: Metrics) -> None:
-        """Something was measured."""
+    def add(self, metrics: Metrics) -> None:
+        """Queue a step or an evaluation for every tracker."""
         for tracker in self._trackers:
-            tracker.note(metrics)
+            tracker.add(metrics)
 
     def last_call(self) -> None:
-        """The job is about to end, and its events with it."""
+        """Report trackers that have not answered yet: the job is about to end and accepts no events after that."""
         for tracker in self._trackers:
             tracker.last_call()
 
     def end(self, *, lost: bool, wait: float = 0.0) -> None:
-        """The attempt is over. Of a `lost` lease nothing more is said: another attempt may be at the same run.
+        """End the trackers. After a `lost` lease nothing more is sent: another attempt may use the same run.
 
-        `wait` so many seconds at most for the last words to be handed on: a slot that drains is gone at once.
+        Wait at most `wait` seconds until the last messages are in the pipes: a draining slot exits right after this.
         """
         for tracker in self._trackers:
             tracker.end(lost=lost)
         until = time.monotonic() + wait
         for tracker in self._trackers:
-            tracker.fed.wait(max(0.0, until - time.monotonic()))
+            tracker.all_sent.wait(max(0.0, until - time.monotonic()))
 
 
 class Tracker:
-    """One child and the thread that feeds it."""
+    """One child process and the thread that sends to it."""
 
-    def __init__(self, job: Job, integration: Integration, complain: Complain) -> None:
+    def __init__(self, job: Job, integration: Integration, warn: Warn) -> None:
         self._job = job
         self._integration = integration
-        self._complain = complain
+        self._warn = warn
         self._steps: Queue[Metrics] = Queue(STEPS)
-        self._over, self._lost, self.fed = Event(), Event(), Event()
+        self._over, self._lost, self.all_sent = Event(), Event(), Event()
         self._answered = False
-        self._to_tell = Lock()  # taken for good by the first complaint
-        context = contextvars.copy_context()  # for the log
+        self._warning = Lock()  # acquired by the first warning and never released
+        context = contextvars.copy_context()  # for the fields of log events
         name = f"tracker-{integration.type}"
-        Thread(target=context.run, args=(self._serve,), name=name, daemon=True).start()
+        Thread(target=context.run, args=(self._run,), name=name, daemon=True).start()
 
-    def note(self, metrics: Metrics) -> None:
+    def add(self, metrics: Metrics) -> None:
         try:
             self._steps.put_nowait(metrics)
         except Full:
@@ -105,7 +105,7 @@ class Tracker:
 
     def last_call(self) -> None:
         if not self._answered:
-            self._tell("it has not answered yet, and the job is about to end")
+            self._warn_once("it has not answered yet, and the job is about to end")
 
     def end(self, *, lost: bool) -> None:
         if lost:
@@ -114,7 +114,7 @@ class Tracker:
 
     # ------------------------------------------------------------ in the thread
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         kind = self._integration.type
         try:
             with cache.work_dir(f"{self._job.id}-{self._job.lease_epoch}-{kind}") as folder:
@@ -133,19 +133,19 @@ class Tracker:
                     self._feed(child.stdin)
                 except BrokenPipeError:
                     tail = (folder / "tracker.log").read_bytes()[-2000:].decode(errors="replace")
-                    log.warning("tracker.died", tracker=kind, said=tail)
-                    self._tell("the process that talks to it has ended")
-                self.fed.set()
-                if not linux.wait_or_kill(child, seconds=FAREWELL):
+                    log.warning("tracker.exited", tracker=kind, stderr=tail)
+                    self._warn_once("the process that reports to it has ended")
+                self.all_sent.set()
+                if not linux.wait_or_kill(child, seconds=END_SECONDS):
                     log.warning("tracker.killed", pid=child.pid)
         except OSError as error:
-            log.warning("tracker.broke", tracker=kind, error=str(error))
-            self._tell("the worker cannot start a process for it")
-            self.fed.set()
+            log.warning("tracker.start_failed", tracker=kind, error=str(error))
+            self._warn_once("the worker cannot start a process for it")
+            self.all_sent.set()
         log.info("tracker.ended", tracker=kind)
 
     def _feed(self, pipe: IO[bytes]) -> None:
-        """All that there is to say, until the attempt is over; then the pipe is closed."""
+        """Send earlier steps, then new ones until the attempt is over, then how it ended; close the pipe."""
         with pipe:
             _write(pipe, _start(self._job, self._integration))
             for metrics in _earlier(self._job):
@@ -163,31 +163,31 @@ class Tracker:
         with pipe:
             for line in pipe:
                 try:
-                    trouble = Word.model_validate_json(line).trouble
+                    error = Status.model_validate_json(line).error
                 except ValidationError:
-                    trouble = "the process that talks to it says what cannot be understood"
-                if trouble is None:
+                    error = "the process that reports to it sent an invalid message"
+                if error is None:
                     self._answered = True
                 else:
-                    log.warning("tracker.trouble", tracker=self._integration.type, error=trouble)
-                    self._tell(trouble)
+                    log.warning("tracker.failed", tracker=self._integration.type, error=error)
+                    self._warn_once(error)
 
-    def _tell(self, trouble: str) -> None:
-        """Once, whichever thread is the first."""
-        if self._to_tell.acquire(blocking=False):
+    def _warn_once(self, error: str) -> None:
+        """Warn about this tracker, unless a thread already has."""
+        if self._warning.acquire(blocking=False):
             name = NAMES[self._integration.type]
-            self._complain(f"{name} does not take this job's metrics, and the job goes on without it: {trouble}")
+            self._warn(f"{name} does not accept this job's metrics; the job continues without it: {error}")
 
 
 class Access(NamedTuple):
-    """Where a tracker is, and what opens it."""
+    """A tracker's address, and the key or token for it."""
 
     url: str | None
     secret: str | None
 
 
 def missing(kind: TrackerKind) -> str | None:
-    """What this worker would need in order to tell this tracker anything; None if it has all."""
+    """Return what this worker lacks to report to this tracker, and how to provide it; None if nothing is missing."""
     if kind == "wandb" and importlib.util.find_spec("wandb") is None:
         return "package: pip install 'milliner[trackers]'"
     access = _access(kind)
@@ -220,24 +220,24 @@ def _start(job: Job, integration: Integration) -> StartRun:
 
 
 def _earlier(job: Job) -> list[Metrics]:
-    """What attempts before this one have measured: the last of them may not have come to tell it all."""
+    """Return the steps of earlier attempts: the last of them may have ended before it sent them all."""
     if job.attempt == 1:
         return []
     try:
         with session_scope() as session:
             return jobs.metrics_of(session, job.id, last=STEPS)
     except Unavailable as error:
-        log.warning("tracker.no_history", error=error.message)
+        log.warning("tracker.history_failed", error=error.message)
         return []
 
 
 def _ending(job: Job) -> Ending | None:
-    """How the attempt has left its job; None where nobody knows, or another attempt has it."""
+    """Return how the attempt ended; None if the database is down or another attempt owns the job."""
     try:
         with session_scope() as session:
             now = session.get_one(Job, job.id)
     except Unavailable as error:
-        log.warning("tracker.no_ending", error=error.message)
+        log.warning("tracker.ending_failed", error=error.message)
         return None
     if now.lease_epoch != job.lease_epoch or now.lease_owner is not None:
         return None

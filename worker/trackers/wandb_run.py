@@ -1,7 +1,7 @@
-"""A run at Weights & Biases, by its own package: what it speaks to its server is documented nowhere.
+"""A run at Weights & Biases, through its own package, because the protocol to its server is not documented.
 
-Owns: that nothing of this machine or its environment goes along: no host, no user, no command line, no packages, no
-console, no Git. Must not be imported by the supervisor: the package starts a process of its own.
+Owns: that no data about this machine or its environment is sent: no host, user, command line, packages, console or Git
+data. Must not be imported by the supervisor: the package starts a process of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from worker.trackers.pipe import Ending, StartRun, Values
 
 INIT_SECONDS = 15.0
 TAG_CHARACTERS = 64
-#: What the process would have ended with; 255 is the one that the server shows as "killed".
+#: The exit code of the run. The server shows 255 as "killed".
 EXIT_CODE = {"succeeded": 0, "failed": 1, "cancelled": 255, "interrupted": 1}
 
 
 class WandbRun:
-    """The job's run. The server counts steps by itself and takes none below the last that it has."""
+    """The job's run. The server counts steps itself and drops those below its last one."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
@@ -33,32 +33,32 @@ class WandbRun:
                 self._next = step + 1
 
     def end(self, ending: Ending) -> None:
-        """Wait until all has been sent, however long that takes: somebody else has an eye on the time."""
+        """Close the run once everything is sent. There is no timeout here: `main` kills the process in time."""
         if ending == "interrupted":
             self._run.mark_preempting()
         self._run.finish(exit_code=EXIT_CODE[ending])
 
 
 def open_run(start: StartRun) -> WandbRun:
-    """The run whose id is the job's, gone on with where it is there. Raises wandb.Error."""
-    asked = start.integration.wandb
-    assert asked is not None
+    """Open the run with the job's id; continue it if it exists. Raises wandb.Error."""
+    requested = start.integration.wandb
+    assert requested is not None
     try:
-        return WandbRun(_init(start, asked))
+        return WandbRun(_init(start, requested))
     except Exception:
-        wandb.teardown()  # what a failed try leaves behind would hold the run's id against the next
+        wandb.teardown()  # otherwise a failed attempt keeps the run's id reserved, and the next one fails
         raise
 
 
-def _init(start: StartRun, asked: Wandb) -> wandb.Run:
+def _init(start: StartRun, requested: Wandb) -> wandb.Run:
     ours = ["milliner/finetune", f"milliner/{start.base_model}", f"milliner/{start.job}"]
     return wandb.init(
         id=start.job,
         resume="allow",
-        project=asked.project,
-        entity=asked.entity,
-        name=asked.name or start.job,
-        tags=[*asked.tags, *(tag[:TAG_CHARACTERS] for tag in ours)],
+        project=requested.project,
+        entity=requested.entity,
+        name=requested.name or start.job,
+        tags=[*requested.tags, *(tag[:TAG_CHARACTERS] for tag in ours)],
         config={"base_model": start.base_model, **start.config},
         dir=str(Path.cwd()),
         settings=wandb.Settings(

@@ -1,4 +1,4 @@
-"""`milliner doctor` finds what works, what does not, and says what to do."""
+"""`milliner doctor` reports what works, what does not, and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def doctor(data: Path, *options: str, **settings: str) -> subprocess.CompletedPr
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """Name and remedy of each part that is not ok."""
+    """Return name and fix of each part that is not ok."""
     return {check["name"]: check["mend"] for check in json.loads(done.stdout)["checks"] if not check["ok"]}
 
 
-def test_a_stack_in_health(stack: Record) -> None:
+def test_a_healthy_stack_passes_every_check(stack: Record) -> None:
     done = doctor(Path(stack.data))
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("✓") == 11
     assert "✗" not in done.stdout
 
 
-def test_a_part_that_hangs_is_named(stack: Record) -> None:
+def test_a_server_that_hangs_is_reported(stack: Record) -> None:
     record = Folder(Path(stack.data)).record()
     assert record is not None
     os.kill(record.pids.valkey, signal.SIGSTOP)
@@ -44,14 +44,14 @@ def test_a_part_that_hangs_is_named(stack: Record) -> None:
     assert "MILLINER_REDIS_URL" in failed(done)["redis"]
 
 
-def test_without_a_stack_it_says_how_to_start_one(tmp_path: Path) -> None:
+def test_without_a_stack_it_prints_how_to_start_one(tmp_path: Path) -> None:
     done = doctor(tmp_path)
     assert done.returncode == 1
     assert "✗" in done.stdout
     assert "milliner up --data" in done.stdout
 
 
-def test_outside_servers_are_examined_by_the_settings(stack: Record, tmp_path: Path) -> None:
+def test_servers_named_by_settings_are_checked(stack: Record, tmp_path: Path) -> None:
     named = {
         "MILLINER_DATABASE_URL": stack.database_url,
         "MILLINER_REDIS_URL": stack.redis_url,

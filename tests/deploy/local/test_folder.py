@@ -1,4 +1,4 @@
-"""What lies in a stack's folder, who may read it, and who holds it."""
+"""The files of a stack's folder, their permissions, and its locks."""
 
 from __future__ import annotations
 
@@ -35,43 +35,43 @@ def test_the_signing_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
     assert private_key(path).public_key() == public_key(path.with_suffix(".pub"))
 
 
-def test_ports_are_kept_and_one_that_was_taken_is_replaced(tmp_path: Path) -> None:
+def test_ports_are_reused_and_one_in_use_is_replaced(tmp_path: Path) -> None:
     folder = Folder(tmp_path).create()
     first = folder.ports()
     assert folder.ports() == first
-    with socket.socket() as squatter:
-        squatter.bind(("127.0.0.1", first.valkey))
-        squatter.listen()
+    with socket.socket() as other_program:
+        other_program.bind(("127.0.0.1", first.valkey))
+        other_program.listen()
         second = folder.ports()
     assert second.valkey != first.valkey
     assert second.model_copy(update={"valkey": first.valkey}) == first
 
 
-def test_a_port_that_was_asked_for_must_be_free(tmp_path: Path) -> None:
+def test_a_requested_port_must_be_free(tmp_path: Path) -> None:
     folder = Folder(tmp_path).create()
-    with socket.socket() as squatter:
-        squatter.bind(("127.0.0.1", 0))
-        squatter.listen()
-        port = squatter.getsockname()[1]
+    with socket.socket() as other_program:
+        other_program.bind(("127.0.0.1", 0))
+        other_program.listen()
+        port = other_program.getsockname()[1]
         with pytest.raises(Conflict, match=f"port {port} is in use"):
             folder.ports(api=port)
     assert folder.ports(api=port).api == port
     assert folder.ports().api == port
 
 
-def test_one_supervisor_at_a_time(tmp_path: Path) -> None:
+def test_only_one_supervisor_at_a_time(tmp_path: Path) -> None:
     first = Folder(tmp_path)
-    assert first.holder() is None
-    first.hold()
-    assert Folder(tmp_path).holder() == os.getpid()
+    assert first.supervisor_pid() is None
+    first.acquire()
+    assert Folder(tmp_path).supervisor_pid() == os.getpid()
     with pytest.raises(Conflict, match="already runs"):
-        Folder(tmp_path).hold()
+        Folder(tmp_path).acquire()
     first.release()
-    assert Folder(tmp_path).holder() is None
+    assert Folder(tmp_path).supervisor_pid() is None
 
 
-def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_stack(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "nowhere")
     assert folder.record() is None
-    assert folder.emptied(patience=0)
+    assert folder.wait_until_stopped(timeout=0)
     assert not folder.root.exists()

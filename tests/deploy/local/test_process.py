@@ -1,4 +1,4 @@
-"""A child is alone in its process group, and goes when its parent goes."""
+"""A child has its own process group, and ends when its parent ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_child_writes_its_log_and_leads_its_group(tmp_path: Path) -> None:
     assert child.returncode == -signal.SIGTERM
 
 
-def test_a_deaf_child_is_killed_with_its_group(tmp_path: Path) -> None:
+def test_a_child_that_ignores_its_signal_is_killed_with_its_group(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
     wanted = program(
         "/bin/sh", "-c", "trap '' TERM; sleep 60 & echo $!; while :; do wait; done", cwd=tmp_path, grace=0.2
@@ -68,7 +68,7 @@ def test_a_deaf_child_is_killed_with_its_group(tmp_path: Path) -> None:
 
 
 def test_a_child_gets_its_signal_when_the_parent_is_killed(tmp_path: Path) -> None:
-    """Also inside the user namespace, whose change of credentials would clear it."""
+    """Also inside the user namespace, where a change of credentials could clear the signal."""
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from deploy.local.process import Program, spawn, unprivileged\n"
@@ -95,28 +95,28 @@ def test_postgres_never_runs_as_root(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
-def test_nobody_is_the_way_where_namespaces_are_forbidden(tmp_path: Path) -> None:
+def test_root_can_run_a_program_as_nobody(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
     child = start(program("/usr/bin/id", "-un", cwd=Path("/"), identity=Identity.NOBODY), log)
     assert child.wait() == 0
     assert tail(log) == "nobody"
 
 
-def test_what_holds_a_file_is_found_and_killed(tmp_path: Path) -> None:
+def test_processes_that_have_a_file_open_are_found_and_killed(tmp_path: Path) -> None:
     folder = Folder(tmp_path).create()
-    inherit = folder.children_fd(patience=0)
+    inherit = folder.children_fd(timeout=0)
     assert inherit is not None
     wanted = program("/bin/sleep", "60", cwd=tmp_path)
     child = spawn(wanted, log=tmp_path / "child.log", inherit=inherit)
     os.close(inherit)
     assert str(folder.children_lock) in open_files(child.pid)
-    assert folder.children_fd(patience=0) is None, "the child holds the lock that its parent took"
+    assert folder.children_fd(timeout=0) is None, "the child holds the lock that its parent took"
     kill_holders(folder.children_lock)
     assert child.wait() == -signal.SIGKILL
-    assert folder.emptied(patience=5)
+    assert folder.wait_until_stopped(timeout=5)
 
 
-def test_a_large_log_is_put_aside(tmp_path: Path) -> None:
+def test_a_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "child.log"
     log.write_bytes(b"x" * (10 * 1024**2 + 1))
     assert start(program("/bin/echo", "new", cwd=tmp_path), log).wait() == 0

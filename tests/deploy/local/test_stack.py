@@ -1,4 +1,4 @@
-"""The supervisor, on the real servers: what a stack is, and what it outlives."""
+"""The supervisor with real servers: what a stack provides, and what it survives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def milliner(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def up(data: Path) -> Record:
-    """A stack in the background, without the half minute that the base model takes."""
+    """Start a stack in the background, without the base model, whose import takes half a minute."""
     done = milliner("up", "--data", str(data), "--detach", "--json", "--no-base-model")
     assert done.returncode == 0, done.stderr
     return Record.model_validate_json(done.stdout)
@@ -51,7 +51,7 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a stack that these tests may end and kill; each starts it with `up`."""
+    """The folder of a stack that these tests may stop and kill; each test starts it with `up`."""
     data = tmp_path_factory.mktemp("own")
     yield data
     milliner("down", "--data", str(data))
@@ -60,7 +60,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # ---------------------------------------------------------------- the shared stack
 
 
-def test_every_part_is_there(stack: Record) -> None:
+def test_every_part_answers(stack: Record) -> None:
     assert servers.postgres_answers(stack.database_url)
     assert servers.valkey_answers(stack.redis_url)
     servers.try_s3(stack.s3)
@@ -70,7 +70,7 @@ def test_every_part_is_there(stack: Record) -> None:
         assert services.BUNDLED in [model.id for model in client.models.list()]
 
 
-def test_a_stranger_gets_in_nowhere(stack: Record) -> None:
+def test_wrong_passwords_are_refused(stack: Record) -> None:
     wrong = stack.database_url.replace("milliner:", "milliner:x", 1)
     assert not servers.postgres_answers(wrong)
     assert not servers.valkey_answers(stack.redis_url.replace("://:", "://:x"))
@@ -91,7 +91,7 @@ def test_no_secret_is_on_a_command_line(stack: Record) -> None:
     assert not [secret for secret in secrets if secret in lines]
 
 
-def test_a_second_up_says_so(stack: Record) -> None:
+def test_a_second_up_is_refused(stack: Record) -> None:
     second = milliner("up", "--data", stack.data)
     assert second.returncode == 1
     assert "already runs" in second.stderr
@@ -99,16 +99,16 @@ def test_a_second_up_says_so(stack: Record) -> None:
     assert second.stdout == ""
 
 
-def test_a_second_up_that_asks_for_json_gets_the_running_stack(stack: Record) -> None:
+def test_a_second_up_with_json_prints_the_running_stack(stack: Record) -> None:
     second = milliner("up", "--data", stack.data, "--detach", "--json")
     assert second.returncode == 0
     assert json.loads(second.stdout)["base_url"] == stack.base_url
 
 
 @pytest.mark.parametrize("name", ["api", "valkey"])
-def test_what_is_killed_comes_back(stack: Record, name: str) -> None:
+def test_a_killed_process_is_restarted(stack: Record, name: str) -> None:
     folder = Folder(Path(stack.data))
-    pid = getattr(folder.record().pids, name)  # type: ignore[union-attr]  # it runs
+    pid = getattr(folder.record().pids, name)  # type: ignore[union-attr]  # the stack runs
     os.kill(pid, signal.SIGKILL)
     assert until(lambda: (record := folder.record()) is not None and getattr(record.pids, name) != pid)
     assert until(lambda: services.api_ready(stack.base_url) and servers.valkey_answers(stack.redis_url))
@@ -124,14 +124,14 @@ def test_two_stacks_run_side_by_side(stack: Record, own: Path) -> None:
     assert other.api_key != stack.api_key
     assert services.api_ready(other.base_url)
     assert services.api_ready(stack.base_url)
-    ports, others = (set(vars(Folder(Path(record.data)).kept_ports()).values()) for record in (stack, other))
+    ports, others = (set(vars(Folder(Path(record.data)).last_ports()).values()) for record in (stack, other))
     assert ports.isdisjoint(others)
 
 
-# ---------------------------------------------------------------- a stack of one's own
+# ---------------------------------------------------------------- a separate stack
 
 
-def test_data_survive_down_and_up(own: Path) -> None:
+def test_data_survives_down_and_up(own: Path) -> None:
     before = up(own)
     with psycopg.connect(before.database_url) as connection:
         connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
@@ -163,7 +163,7 @@ def test_keys_are_made_listed_and_revoked(own: Path) -> None:
     assert "no live key" in again.stderr
 
 
-def test_kill_9_of_the_supervisor_leaves_nothing_behind(own: Path) -> None:
+def test_killing_the_supervisor_ends_all_its_children(own: Path) -> None:
     before = up(own)
     os.kill(before.pids.supervisor, signal.SIGKILL)
     assert until(lambda: all(map(gone, vars(before.pids).values())), 40)
@@ -171,19 +171,19 @@ def test_kill_9_of_the_supervisor_leaves_nothing_behind(own: Path) -> None:
     assert after.model_copy(update={"pids": before.pids}) == before
 
 
-def test_down_without_a_stack_says_so(tmp_path: Path) -> None:
+def test_down_without_a_stack_reports_that_none_runs(tmp_path: Path) -> None:
     ended = milliner("down", "--data", str(tmp_path / "nowhere"))
     assert ended.returncode == 0
     assert "no stack runs" in ended.stderr
 
 
-def test_a_child_that_cannot_start_is_named_with_its_last_words(tmp_path: Path) -> None:
-    """A cluster that has lost its configuration."""
+def test_a_child_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    """The database cluster has no configuration."""
     cluster = tmp_path / "postgres" / "data"
     cluster.mkdir(parents=True, mode=0o700)
     (cluster / "PG_VERSION").write_text("9.6\n")
     done = milliner("up", "--data", str(tmp_path), "--no-base-model")
     assert done.returncode == 1
-    assert "postgres ended with" in done.stderr
+    assert "postgres ended with exit code" in done.stderr
     assert "postgresql.conf" in done.stderr
-    assert Folder(tmp_path).emptied(patience=5)
+    assert Folder(tmp_path).wait_until_stopped(timeout=5)

@@ -1,4 +1,4 @@
-"""What a user gets: pulled by the CLI's own code, loaded by stock peft, scored by plain code of this file."""
+"""The adapter that a user gets: pulled by the CLI's code, loaded by stock peft, scored by plain code in this file."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tests.worker.job_ends import finished
 Rows = list[dict[str, str]]
 
 
-# peft 0.21 still asks for a name that transformers 5 has renamed.
+# peft 0.21 still uses a name that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_the_pulled_adapter_scores_what_the_report_says(
+def test_the_pulled_adapter_has_the_scores_of_the_report(
     client: openai.OpenAI, tiny: str, llama: str, quotes: bytes, tmp_path: Path, quantization: str
 ) -> None:
     file = client.files.create(file=("quotes.jsonl", quotes), purpose="fine-tune")
-    asked: Any = {"n_epochs": 20, "batch_size": 4, "learning_rate_multiplier": 5}
+    hyperparameters: Any = {"n_epochs": 20, "batch_size": 4, "learning_rate_multiplier": 5}
     extra = {"quantization": quantization, "lora": {"r": 4}, "trainer": {"max_steps": 60}}
     created = client.fine_tuning.jobs.create(
-        model=tiny, training_file=file.id, seed=3, hyperparameters=asked, extra_body=extra
+        model=tiny, training_file=file.id, seed=3, hyperparameters=hyperparameters, extra_body=extra
     )
     job = finished(client, created.id)
     assert job.adapter is not None
@@ -51,7 +51,7 @@ def test_the_pulled_adapter_scores_what_the_report_says(
 
 
 def mean_loss(model: torch.nn.Module, tokenizer_dir: Path, rows: Rows) -> float:
-    """Nats per token, row by row, the end of sequence included: the textbook's loss, without any of our code."""
+    """Mean loss in nats per token, end of sequence included, computed row by row without our code."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     model.eval()
     total, count = 0.0, 0
@@ -59,7 +59,7 @@ def mean_loss(model: torch.nn.Module, tokenizer_dir: Path, rows: Rows) -> float:
         ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids).logits.float()
-        # The first token has nothing before it to be predicted from.
+        # The first token has no context to be predicted from.
         total += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1
     return total / count

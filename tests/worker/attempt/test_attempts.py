@@ -1,6 +1,6 @@
-"""What an attempt does when something other than its trainer gives out: patience, disk, memory, an object.
+"""What an attempt does about a stuck trainer, a full disk, too little memory, and damaged objects.
 
-One attempt at a time, in this process, on a database and a work directory of its own; the trainers are small commands.
+One attempt at a time, in this process, with its own database and work directory; the trainers are small commands.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Attempt = Callable[..., Job]
 
 @pytest.fixture
 def attempt(job: str, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """Try the queued job once under the given settings, and return its row."""
+    """Run one attempt at the queued job with the given settings, and return the job's row."""
 
-    def once(**told: str) -> Job:
-        for name, value in told.items():
+    def once(**values: str) -> Job:
+        for name, value in values.items():
             monkeypatch.setenv(f"MILLINER_{name}", value)
         settings.get_settings.cache_clear()
         run_next(Queue.TRAIN, owner="here", slot=0, draining=lambda: False)
@@ -42,17 +42,17 @@ def attempt(job: str, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     return once
 
 
-def test_a_trainer_that_says_nothing_is_stuck_and_in_the_end_poison(attempt: Attempt) -> None:
-    told = {"TRAINER_COMMAND": "sh -c 'echo loading >&2; sleep 600'", "STUCK_SECONDS": "0.3", "MAX_CRASHES": "2"}
-    first = attempt(**told)
+def test_a_silent_trainer_is_stuck_and_its_job_fails_after_too_many_crashes(attempt: Attempt) -> None:
+    values = {"TRAINER_COMMAND": "sh -c 'echo loading >&2; sleep 600'", "STUCK_SECONDS": "0.3", "MAX_CRASHES": "2"}
+    first = attempt(**values)
     assert (first.state, first.reason, first.crash_count) == (State.QUEUED, state_machine.Reason.CRASHED, 1)
-    second = attempt(**told)
+    second = attempt(**values)
     assert (second.state, second.reason) == (State.FAILED, state_machine.Reason.POISON)
     assert second.error is not None
     assert (second.error["code"], second.error["last_log_lines"]) == ("trainer_stuck", ["loading"])
 
 
-def test_poison_names_the_last_signal_and_gives_advice(attempt: Attempt) -> None:
+def test_a_job_that_crashed_too_often_names_the_last_signal_and_gives_advice(attempt: Attempt) -> None:
     job = attempt(TRAINER_COMMAND="sh -c 'echo so far >&2; kill -9 $$'", MAX_CRASHES="1")
     assert job.error is not None
     assert (job.state, job.reason, job.error["code"]) == (State.FAILED, state_machine.Reason.POISON, "trainer_crashed")
@@ -62,7 +62,7 @@ def test_poison_names_the_last_signal_and_gives_advice(attempt: Attempt) -> None
     assert job.error["last_log_lines"] == ["so far"]
 
 
-def test_a_full_disk_gives_the_job_back_and_counts_no_crash(attempt: Attempt, tmp_path: Path) -> None:
+def test_a_full_disk_gives_the_job_back_without_counting_a_crash(attempt: Attempt, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], check=False).returncode != 0:
@@ -71,7 +71,7 @@ def test_a_full_disk_gives_the_job_back_and_counts_no_crash(attempt: Attempt, tm
         (disk / "ballast").write_bytes(bytes(64 * 1024))
         job = attempt(CACHE_DIR=str(disk))
         assert (job.state, job.reason, job.crash_count) == (State.QUEUED, state_machine.Reason.PREEMPTED, 0)
-        assert "disk of the worker is full" in events(job)[-1]
+        assert "worker's disk is full" in events(job)[-1]
         with session_scope() as session:
             assert session.scalar(select(Job.not_before > Job.created_at).where(Job.id == job.id))
         assert [path.name for path in (disk / "work").iterdir()] == []
@@ -79,29 +79,29 @@ def test_a_full_disk_gives_the_job_back_and_counts_no_crash(attempt: Attempt, tm
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_worker_without_room_takes_no_job(attempt: Attempt) -> None:
+def test_a_worker_with_a_full_disk_claims_no_job(attempt: Attempt) -> None:
     job = attempt(MIN_FREE_BYTES=str(2**62))
     assert (job.state, job.attempt) == (State.QUEUED, 0)
 
 
-def test_a_kill_for_memory_narrows_the_micro_batch_until_there_is_nothing_narrower(
+def test_an_out_of_memory_kill_steps_down_until_the_last_fallback_level(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's counter is ours here: no test may bring a machine to its knees. The kill is real."""
+    """The kernel's counter is faked, because no test may exhaust the machine's memory. The kill is real."""
     kills = iter(range(100))
     monkeypatch.setattr(linux, "oom_kill_count", lambda: next(kills))
-    told = {"TRAINER_COMMAND": "sh -c 'kill -9 $$'", "MAX_CRASHES": "1"}
-    # Rows 4 → 2 → 1, then without kept activations, then unpacked.
-    for narrower in (1, 2, 3, 4):
-        job = attempt(**told)
-        assert (job.reason, job.fallback_level, job.crash_count) == (state_machine.Reason.OUT_OF_MEMORY, narrower, 0)
-    last = attempt(**told)
+    values = {"TRAINER_COMMAND": "sh -c 'kill -9 $$'", "MAX_CRASHES": "1"}
+    # Micro-batch 4 → 2 → 1, then activations recomputed, then examples unpacked.
+    for level in (1, 2, 3, 4):
+        job = attempt(**values)
+        assert (job.reason, job.fallback_level, job.crash_count) == (state_machine.Reason.OUT_OF_MEMORY, level, 0)
+    last = attempt(**values)
     assert (last.state, last.reason) == (State.FAILED, state_machine.Reason.POISON)
     assert last.error is not None
     assert "out of memory" in last.error["message"]
 
 
-def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_worker: None) -> None:
+def test_a_supervisor_without_progress_is_killed_so_that_its_lease_expires(as_worker: None) -> None:
     hung = """
         import time
         from shared.linux import boot_time
@@ -109,10 +109,10 @@ def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_w
         with Lease("ftjob-none", 1, boot_time()):
             time.sleep(60)
     """
-    told = {"MILLINER_STUCK_SECONDS": "0.3", "MILLINER_HEARTBEAT_SECONDS": "30"}
+    environment = {"MILLINER_STUCK_SECONDS": "0.3", "MILLINER_HEARTBEAT_SECONDS": "30"}
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(hung)],
-        env=os.environ | told,
+        env=os.environ | environment,
         timeout=50,
         check=False,
         capture_output=True,
@@ -120,8 +120,8 @@ def test_a_supervisor_that_gets_nowhere_is_killed_so_that_its_lease_can_end(as_w
     assert process.returncode == -9, process.stderr
 
 
-def test_a_job_lives_on_where_no_log_can_be_written(as_worker: None, attempt: Attempt) -> None:
-    """The worker's stderr is a full disk, for good."""
+def test_a_job_continues_when_no_log_can_be_written(as_worker: None, attempt: Attempt) -> None:
+    """The worker's stderr is a full disk."""
     script = """
         from shared.broker.queues import Queue
         from shared.telemetry import configure, log
@@ -140,7 +140,7 @@ def test_a_job_lives_on_where_no_log_can_be_written(as_worker: None, attempt: At
     assert (job.attempt, job.crash_count, job.reason) == (1, 1, state_machine.Reason.CRASHED)
 
 
-def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None:
+def test_a_requested_pause_survives_an_out_of_memory_kill(attempt: Attempt) -> None:
     job = attempt(MIN_FREE_BYTES=str(2**62))
     with session_scope() as session:
         claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
@@ -152,8 +152,10 @@ def test_a_pause_that_waits_survives_a_kill_for_memory(attempt: Attempt) -> None
         assert session.get_one(Job, job.id, populate_existing=True).state == State.PAUSED
 
 
-def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_taken(attempt: Attempt, job: str, tmp_path: Path) -> None:
-    """The newest lies in the bucket with other bytes than its row says. The trainer is `cat`, which makes no sense."""
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    attempt: Attempt, job: str, tmp_path: Path
+) -> None:
+    """The newest has other bytes in the bucket than its row says. The trainer is `cat`, which sends invalid events."""
     with session_scope() as session:
         claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None
@@ -170,9 +172,9 @@ def test_a_broken_checkpoint_is_told_of_and_the_one_before_it_taken(attempt: Att
     with session_scope() as session:
         assert attempts.release(session, job, 1)
     after = attempt(TRAINER_COMMAND="sh -c cat")
-    said = events(after)
-    assert any("Checkpoint of step 40 is broken, going one back" in message for message in said)
-    assert "Resuming from the checkpoint of step 20" in said
+    messages = events(after)
+    assert any("Checkpoint of step 40 is damaged; trying the one before it" in message for message in messages)
+    assert "Resuming from the checkpoint of step 20" in messages
 
 
 def events(job: Job) -> list[str]:
@@ -181,7 +183,7 @@ def events(job: Job) -> list[str]:
         return list(session.scalars(mine).all())
 
 
-def test_a_lost_adapter_to_start_from_ends_the_job(attempt: Attempt, job: str) -> None:
+def test_a_damaged_start_adapter_fails_the_job(attempt: Attempt, job: str) -> None:
     storage.put_bytes("adapters/changed/adapter_model.safetensors", b"other bytes")
     with session_scope() as session:
         row = session.get_one(Job, job)

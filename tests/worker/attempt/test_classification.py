@@ -1,4 +1,4 @@
-"""A classifier as its user meets it: an encoder imported, a CSV sent, the adapter pulled and asked by stock code."""
+"""A classifier from end to end: import an encoder, send a CSV, pull the adapter, run it with stock code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [f"hat {i} of {KINDS[i % 3]}" for i in range(60)]
 
 @pytest.fixture(scope="module")
 def bert(stack: Record, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of an encoder that is in the stack's catalog as `bert`."""
+    """The folder of an encoder, which the stack's catalog has as `bert`."""
     folder = str(tmp_path_factory.mktemp("bert"))
     tiny_encoder(Path(folder), "bert")
     command = [sys.executable, "-m", "deploy.local", "add-model", "bert", folder, "--data", stack.data]
@@ -33,7 +33,7 @@ def bert(stack: Record, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-# peft 0.21 still asks for a name that transformers 5 has renamed.
+# peft 0.21 still uses a name that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_encoder_learns_labels(client: openai.OpenAI, bert: str, tmp_path: Path) -> None:
     table = "text,label\n" + "".join(f"{text},{KINDS[i % 3]}\n" for i, text in enumerate(TEXTS))
@@ -58,7 +58,7 @@ def test_an_encoder_learns_labels(client: openai.OpenAI, bert: str, tmp_path: Pa
     config = AutoConfig.from_pretrained(tmp_path)
     base = AutoModelForSequenceClassification.from_pretrained(bert, config=config, dtype=torch.float32)
     tuned, tokenizer = PeftModel.from_pretrained(base, tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
-    # A header is the file's first line.
+    # Line 1 of the file is the header.
     heldout = [line - 2 for line in job.report.heldout_lines]
     wanted = torch.tensor([config.label2id[KINDS[i % 3]] for i in heldout])
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_an_encoder_learns_labels(client: openai.OpenAI, bert: str, tmp_path: Pa
     assert sum(right) > 50
 
 
-def test_an_encoder_that_should_write_fails_before_it_is_trained(client: openai.OpenAI, bert: str) -> None:
+def test_an_encoder_fails_a_text_generation_job_before_training(client: openai.OpenAI, bert: str) -> None:
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     file = client.files.create(file=("texts.jsonl", rows.encode()), purpose="fine-tune")
     created = client.fine_tuning.jobs.create(model="bert", training_file=file.id)

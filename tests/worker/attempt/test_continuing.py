@@ -1,5 +1,6 @@
-"""A job that goes on from another's adapter, through the official client on the real stack: told by a model's name or a
-checkpoint's id, proven against its start, and safe from what becomes of its source.
+"""Jobs that start from another job's adapter, through the official client on the real stack.
+
+The start is a model's name or a checkpoint's id. The result is verified against it, and the source may be deleted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def source(client: openai.OpenAI, tiny: str, dataset: FileObject) -> FineTuningJ
 def test_a_fine_tuned_model_is_trained_further(
     client: openai.OpenAI, stack: Record, source: FineTuningJob, dataset: FileObject
 ) -> None:
-    """As OpenAI's own users do it: the model's name, and nothing else."""
+    """As with OpenAI: only the model's name is given."""
     assert source.fine_tuned_model is not None
     extra = {"trainer": {"max_steps": 4}}
     sent = client.fine_tuning.jobs.create(
@@ -66,14 +67,14 @@ def test_a_fine_tuned_model_is_trained_further(
     ends_once(stack, client, job.id)
 
 
-def test_preferences_follow_answers_although_the_source_goes(
+def test_a_preference_job_starts_from_a_checkpoint_that_is_dropped_meanwhile(
     client: openai.OpenAI, stack: Record, source: FineTuningJob
 ) -> None:
-    """From a checkpoint, which is dropped while the job waits; a model is not deleted while a job needs it."""
+    """A checkpoint may be dropped while the job waits; a model cannot be deleted while a job needs it."""
     row = json.dumps({"prompt": "Quote by SPEAKER 1: ", "chosen": "a felt hat", "rejected": "cap"})
     file = client.files.create(file=("pairs.jsonl", "\n".join([row] * 8).encode()), purpose="fine-tune")
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 40}}}
-    submit = hasty(client, method=method, training_file=file.id)
+    submit = submit_paused(client, method=method, training_file=file.id)
     last = next(iter(client.fine_tuning.jobs.checkpoints.list(source.id)))
     job = submit(model="tiny", from_checkpoint=last.id)
     other = submit(model=source.fine_tuned_model, from_checkpoint=None)
@@ -95,7 +96,7 @@ def test_preferences_follow_answers_although_the_source_goes(
     ends_once(stack, client, job.id)
 
 
-def test_a_strangers_adapter_is_not_found(
+def test_another_tenants_adapter_is_not_found(
     stranger: openai.OpenAI, client: openai.OpenAI, source: FineTuningJob, quotes: bytes
 ) -> None:
     file = stranger.files.create(file=("quotes.jsonl", quotes), purpose="fine-tune")
@@ -109,8 +110,8 @@ def test_a_strangers_adapter_is_not_found(
     stranger.files.delete(file.id)
 
 
-def hasty(client: openai.OpenAI, **body: Any) -> Callable[..., FineTuningJob]:
-    """Submits jobs that are paused before a worker can take them for training."""
+def submit_paused(client: openai.OpenAI, **body: Any) -> Callable[..., FineTuningJob]:
+    """Return a function that submits a job and pauses it before a worker can train it."""
 
     def send(*, model: Any, from_checkpoint: str | None) -> FineTuningJob:
         job = client.fine_tuning.jobs.create(model=model, extra_body={"from_checkpoint": from_checkpoint}, **body)

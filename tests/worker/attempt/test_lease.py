@@ -1,6 +1,6 @@
-"""A lease on the real Postgres: renewed, fenced through an outage, and ended when its epoch moves.
+"""A lease on the real Postgres: renewed, fenced during an outage, and ended when its epoch changes.
 
-The outage is real too: renewals wait on a row that another transaction holds locked.
+The outage is simulated by a row lock: renewals wait for another transaction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHORT = {"HEARTBEAT_SECONDS": "0.1", "LEASE_SECONDS": "3", "FENCE_SECONDS": "0.8
 
 @pytest.fixture
 def database(stack: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """The stack's database as this process's own, with short times."""
+    """The stack's database, used by this process, with short timeouts."""
     for name, value in SHORT.items():
         monkeypatch.setenv(f"MILLINER_{name}", value)
     monkeypatch.setenv("MILLINER_DATABASE_URL", stack.database_url)
@@ -39,7 +39,7 @@ def database(stack: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]
 
 @pytest.fixture
 def job(database: Engine) -> Iterator[str]:
-    """A running job, leased at epoch 5, that no sweeper of the stack will want within its hour."""
+    """A running job, leased at epoch 5 for an hour, so that no sweeper of the stack takes it back."""
     job_id, file_id = f"ftjob-{secrets.token_hex(15)}", f"file-{secrets.token_hex(15)}"
     with session_scope() as session:
         tenant = ensure_tenant(session, "leases")
@@ -68,9 +68,9 @@ def job(database: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[TrainerProcess]:
-    session = TrainerProcess(tmp_path, visible_device="")
-    yield session
-    session.close()
+    process = TrainerProcess(tmp_path, visible_device="")
+    yield process
+    process.close()
 
 
 def test_a_renewal_reads_what_the_user_wants(job: str) -> None:
@@ -94,7 +94,7 @@ def test_an_outage_freezes_the_trainer_and_its_end_thaws_it(job: str, trainer: T
         lease.check()
 
 
-def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> None:
+def test_a_changed_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> None:
     with Lease(job, 5, boot_time()) as lease:
         lease.guard(trainer)
         with session_scope() as session:
@@ -104,7 +104,7 @@ def test_a_moved_epoch_kills_the_trainer(job: str, trainer: TrainerProcess) -> N
             lease.check()
 
 
-def test_a_frozen_trainer_whose_epoch_moved_is_killed_and_never_thawed(job: str, trainer: TrainerProcess) -> None:
+def test_a_frozen_trainer_is_killed_and_never_thawed_when_its_epoch_changes(job: str, trainer: TrainerProcess) -> None:
     with Lease(job, 5, boot_time()) as lease:
         lease.guard(trainer)
         with session_scope() as rival:
@@ -120,8 +120,8 @@ def process_state(trainer: TrainerProcess) -> str:
     return Path(f"/proc/{trainer.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

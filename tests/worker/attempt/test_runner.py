@@ -1,6 +1,6 @@
-"""Whole jobs on the real stack, and what is left of them when processes are killed under them.
+"""Whole jobs on the real stack, and what happens to them when processes are killed.
 
-The promise: an accepted job ends once, in one state, with one result, whatever dies in between.
+The promise: an accepted job ends once, in one state, with one result, whichever process dies.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_a_job_from_file_to_adapter(client: openai.OpenAI, stack: Record, submit
 
 
 def test_a_job_with_exports(client: openai.OpenAI, submit: Callable[..., Any], tmp_path: Path) -> None:
-    """Two that can be made, of which the manifest tells; and what is pulled is whole."""
+    """Both exports are in the manifest, and the pulled files are complete."""
     job = wait(client, submit(max_steps=6, exports=["merged", "gguf_adapter"]).id)
     assert job.status == "succeeded", job.error
     adapter = (job.model_extra or {})["adapter"]
@@ -107,13 +107,11 @@ def test_a_job_with_exports(client: openai.OpenAI, submit: Callable[..., Any], t
     assert [export.name for export in Manifest.model_validate_json((tmp_path / MANIFEST).read_bytes()).exports] == [
         "merged", "gguf_adapter",
     ]  # fmt: skip
-    said = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
-    assert any(message.startswith("exported merged: loaded anew, loss") for message in said)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert any(message.startswith("exported merged: reloaded, loss") for message in messages)
 
 
-def test_an_export_that_cannot_be_made_is_refused_before_training(
-    client: openai.OpenAI, submit: Callable[..., Any]
-) -> None:
+def test_invalid_exports_are_refused_before_training(client: openai.OpenAI, submit: Callable[..., Any]) -> None:
     with pytest.raises(openai.BadRequestError, match="names merged more than once"):
         submit(exports=["merged", "merged"])
     with pytest.raises(openai.BadRequestError, match="gguf_adapter"):
@@ -121,7 +119,7 @@ def test_an_export_that_cannot_be_made_is_refused_before_training(
 
 
 def test_a_preference_job_from_file_to_adapter(client: openai.OpenAI, tiny: str) -> None:
-    """Answered twice by chat messages, as OpenAI has it."""
+    """Two answers in chat messages, in OpenAI's format."""
     question = {"messages": [{"role": "user", "content": "What is on your head?"}]}
     hat, cap = ([{"role": "assistant", "content": text}] for text in ("a felt hat", "a cap"))
     row = json.dumps({"input": question, "preferred_output": hat, "non_preferred_output": cap})
@@ -139,7 +137,7 @@ def test_a_preference_job_from_file_to_adapter(client: openai.OpenAI, tiny: str)
     assert report["tuned"]["reward_accuracy"] == 1
 
 
-def test_a_base_trained_whole_from_file_to_model(
+def test_a_full_finetuning_job_from_file_to_model(
     client: openai.OpenAI, tiny: str, dataset: FileObject, tmp_path: Path
 ) -> None:
     extra: Any = {"trainer": {"full_finetuning": True, "max_steps": 4, "save_every": 2}}
@@ -161,7 +159,7 @@ def test_a_base_trained_whole_from_file_to_model(
     assert (checked.ok, checked.full_finetuning) == (True, True)
 
 
-def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tiny: str) -> None:
+def test_a_broken_file_fails_with_its_line_and_parameter(client: openai.OpenAI, tiny: str) -> None:
     body = b'{"text":"x"}\n' * 6 + b'{"text": oops}\n'
     file = client.files.create(file=("broken.jsonl", body), purpose="fine-tune")
     job = wait(client, client.fine_tuning.jobs.create(model=tiny, training_file=file.id).id)
@@ -172,7 +170,7 @@ def test_a_broken_file_fails_with_line_field_and_hint(client: openai.OpenAI, tin
     assert (job.model_extra or {})["attempt"] == 0
 
 
-def test_a_lost_object_ends_the_job_and_frees_the_slot(
+def test_a_lost_object_fails_the_job_and_frees_the_slot(
     client: openai.OpenAI, stack: Record, tiny: str, quotes: bytes
 ) -> None:
     file = client.files.create(file=("lost.jsonl", quotes), purpose="fine-tune")
@@ -182,7 +180,7 @@ def test_a_lost_object_ends_the_job_and_frees_the_slot(
     assert (job.status, job.error and job.error.code) == ("failed", "object_lost")
 
 
-def test_a_killed_trainer_is_replaced_and_goes_on(
+def test_a_killed_trainer_is_replaced_and_the_job_resumes(
     client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
 ) -> None:
     job_id = submit(**LONG).id
@@ -191,13 +189,13 @@ def test_a_killed_trainer_is_replaced_and_goes_on(
     job = wait(client, job_id)
     assert job.status == "succeeded", job.error
     assert (job.model_extra or {})["attempt"] == 2
-    said = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
-    assert any("killed by SIGKILL" in message for message in said)
-    assert any("Resuming from the checkpoint" in message for message in said)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert any("killed by SIGKILL" in message for message in messages)
+    assert any("Resuming from the checkpoint" in message for message in messages)
     ends_once(stack, client, job_id)
 
 
-def test_a_killed_worker_is_replaced_and_the_job_goes_on(
+def test_a_killed_worker_is_replaced_and_the_job_resumes(
     client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
 ) -> None:
     job_id = submit(**LONG).id
@@ -211,33 +209,36 @@ def test_a_killed_worker_is_replaced_and_the_job_goes_on(
     ends_once(stack, client, job_id)
 
 
-def test_a_job_that_is_killed_and_paused_ends_with_the_bytes_of_one_left_alone(
+def test_a_killed_and_paused_job_has_the_same_bytes_as_an_undisturbed_one(
     client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
 ) -> None:
-    """NF4 and dropout: a random number, an optimizer state or a row out of place would show."""
-    alone, broken = submit(**LONG).id, submit(**LONG).id
+    """NF4 and dropout: a wrong random number, optimizer state or row would change the bytes."""
+    undisturbed, disturbed = submit(**LONG).id, submit(**LONG).id
     for _ in range(2):
-        here = step_of(client.fine_tuning.jobs.retrieve(broken))
-        at_step(client, broken, here + 45)
-        os.kill(trainer_of(stack, broken), signal.SIGKILL)
-    at_step(client, broken, step_of(client.fine_tuning.jobs.retrieve(broken)) + 45)
-    client.fine_tuning.jobs.pause(broken)
-    wait(client, broken, {"paused"})
-    client.fine_tuning.jobs.resume(broken)
-    ended = [wait(client, job_id) for job_id in (alone, broken)]
+        here = step_of(client.fine_tuning.jobs.retrieve(disturbed))
+        at_step(client, disturbed, here + 45)
+        os.kill(trainer_of(stack, disturbed), signal.SIGKILL)
+    at_step(client, disturbed, step_of(client.fine_tuning.jobs.retrieve(disturbed)) + 45)
+    client.fine_tuning.jobs.pause(disturbed)
+    wait(client, disturbed, {"paused"})
+    client.fine_tuning.jobs.resume(disturbed)
+    ended = [wait(client, job_id) for job_id in (undisturbed, disturbed)]
     assert [job.status for job in ended] == ["succeeded"] * 2
     first, second = ((job.model_extra or {}) for job in ended)
     assert (first["attempt"], second["attempt"]) == (1, 4)
     assert weights(first) == weights(second)
     assert first["report"]["tuned"] == second["report"]["tuned"]
-    ends_once(stack, client, broken)
+    ends_once(stack, client, disturbed)
 
 
 def test_a_stopped_worker_and_its_trainer_never_overlap_with_their_successors(
     client: openai.OpenAI, stack: Record, submit: Callable[..., Any]
 ) -> None:
-    """The slot is SIGSTOPped past its lease. Its trainer has frozen itself when the job is given back to the queue;
-    when the slot wakes up it finds its epoch gone, kills its trainer, and writes nothing."""
+    """The slot is stopped with SIGSTOP until its lease has expired.
+
+    Its trainer has frozen itself before the job returns to the queue. When the slot continues, it sees a newer epoch,
+    kills its trainer, and writes nothing.
+    """
     job_id = submit(**LONG).id
     at_step(client, job_id, 40)
     trainer = trainer_of(stack, job_id)
@@ -254,7 +255,7 @@ def test_a_stopped_worker_and_its_trainer_never_overlap_with_their_successors(
     ends_once(stack, client, job_id)
 
 
-def test_a_draining_worker_hands_its_job_back(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+def test_a_draining_worker_gives_its_job_back(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
     job_id = submit(**LONG | {"save_every": 1000}).id
     at_step(client, job_id, 20)
     worker = pids(stack).train
@@ -262,9 +263,9 @@ def test_a_draining_worker_hands_its_job_back(client: openai.OpenAI, stack: Reco
     gone(worker)
     job = wait(client, job_id)
     assert job.status == "succeeded", job.error
-    said = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
-    assert any("shutting down" in message for message in said)
-    assert not any("crash" in message for message in said)
+    messages = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+    assert any("shutting down" in message for message in messages)
+    assert not any("crash" in message for message in messages)
     ends_once(stack, client, job_id)
 
 
@@ -298,7 +299,7 @@ def test_cancel_pause_and_resume_reach_a_running_job(
         ends_once(stack, client, job_id)
 
 
-def test_the_trainer_holds_no_secret(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
+def test_the_trainer_gets_no_secret(client: openai.OpenAI, stack: Record, submit: Callable[..., Any]) -> None:
     job_id = submit(**LONG).id
     at_step(client, job_id, 1)
     environ = Path(f"/proc/{trainer_of(stack, job_id)}/environ").read_text()
@@ -311,7 +312,7 @@ def test_the_trainer_holds_no_secret(client: openai.OpenAI, stack: Record, submi
 
 
 def at_step(client: openai.OpenAI, job_id: str, step: int, *, seconds: float = 120) -> None:
-    """Wait until that step has been recorded."""
+    """Wait until that step is recorded."""
     deadline = time.monotonic() + seconds
     while True:
         job = client.fine_tuning.jobs.retrieve(job_id)
@@ -323,17 +324,17 @@ def at_step(client: openai.OpenAI, job_id: str, step: int, *, seconds: float = 1
 
 
 def step_of(job: FineTuningJob) -> int:
-    """The last step that was recorded."""
+    """Return the last recorded step."""
     return int(((job.model_extra or {})["progress"] or {"step": 0})["step"])
 
 
 def weights(extra: dict[str, Any]) -> str:
-    """The SHA-256 of the published adapter's weights."""
+    """Return the SHA-256 of the published adapter's weights."""
     return next(str(f["sha256"]) for f in extra["adapter"]["files"] if f["path"] == "adapter_model.safetensors")
 
 
 def trainer_of(stack: Record, job_id: str) -> int:
-    """The pid of the trainer child that the slot which holds this job works with."""
+    """Return the pid of the trainer that runs this job."""
     with psycopg.connect(stack.database_url) as connection:
         [[owner]] = connection.execute("SELECT lease_owner FROM jobs WHERE id = %s", (job_id,))
     slot = owner.split(":")[1]
@@ -345,16 +346,16 @@ def trainer_of(stack: Record, job_id: str) -> int:
                 continue
             if b"worker.trainer.main" in command and f"/work/work-{slot}-" in folder:
                 return int(entry.name)
-    raise AssertionError(f"no trainer works on {job_id}")
+    raise AssertionError(f"no trainer runs {job_id}")
 
 
 def stat_of(pid: int) -> list[str]:
-    """State, parent and more: proc_pid_stat(5) from the third field on."""
+    """Return state, parent and more: the fields of proc_pid_stat(5) from the third on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def pids(stack: Record) -> Any:
-    """As of now: the supervisor of the stack replaces what dies."""
+    """Return the current pids: the stack's supervisor replaces processes that end."""
     record = Folder(Path(stack.data)).record()
     assert record is not None
     return record.pids
@@ -363,5 +364,5 @@ def pids(stack: Record) -> Any:
 def gone(pid: int, *, seconds: float = 40) -> None:
     deadline = time.monotonic() + seconds
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, f"process {pid} lives on"
+        assert time.monotonic() < deadline, f"process {pid} is still running"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Waiting for a server, and when an attempt stops waiting. The lease is a real one whose threads do not run."""
+"""Retries while a server is down, and when an attempt stops retrying. The lease is real, but its threads do not run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.linux import boot_time
 from shared.schemas.requests import Desired
 from worker.attempt import waiting
 from worker.attempt.lease import Lease, Lost
-from worker.attempt.waiting import Leave, Patience
+from worker.attempt.waiting import Leave, Retry
 
 
 @pytest.fixture
@@ -21,68 +21,68 @@ def lease() -> Lease:
     return Lease("ftjob-none", 1, boot_time())
 
 
-def test_an_outage_is_waited_out(lease: Lease) -> None:
+def test_a_call_is_retried_until_the_server_answers(lease: Lease) -> None:
     answers = iter([Unavailable("down"), "up"])
-    assert made(lease).do(lambda: answer(answers)) == "up"
+    assert retry(lease).call(lambda: answer(answers)) == "up"
 
 
-def test_any_other_error_is_the_callers(lease: Lease) -> None:
+def test_any_other_error_is_raised(lease: Lease) -> None:
     with pytest.raises(KeyError):
-        made(lease).do(lambda: dict[str, str]()["none"])
+        retry(lease).call(lambda: dict[str, str]()["none"])
 
 
-def test_a_cancel_lets_go_of_a_server_that_says_nothing(lease: Lease) -> None:
+def test_a_cancel_abandons_a_server_that_hangs(lease: Lease) -> None:
     silent = Event()
     lease.desired = Desired.CANCEL
     with pytest.raises(Leave):
-        made(lease).do(silent.wait)
+        retry(lease).call(silent.wait)
     silent.set()
 
 
-@pytest.mark.parametrize("asked", ["pause", "drain"])
-def test_a_pause_or_drain_has_its_time(lease: Lease, asked: str) -> None:
+@pytest.mark.parametrize("cause", ["pause", "drain"])
+def test_a_pause_or_drain_waits_for_stop_seconds(lease: Lease, cause: str) -> None:
     silent, began = Event(), time.monotonic()
-    if asked == "pause":
+    if cause == "pause":
         lease.desired = Desired.PAUSE
     with pytest.raises(Leave):
-        made(lease, draining=lambda: asked == "drain", stop_seconds=0.5).do(silent.wait)
+        retry(lease, draining=lambda: cause == "drain", stop_seconds=0.5).call(silent.wait)
     assert time.monotonic() - began >= 0.5
     silent.set()
 
 
-def test_a_transient_error_costs_a_drain_no_checkpoint(lease: Lease) -> None:
+def test_a_drain_retries_after_a_transient_error(lease: Lease) -> None:
     answers = iter([Unavailable("once"), "kept"])
-    assert made(lease, draining=lambda: True, stop_seconds=10).do(lambda: answer(answers)) == "kept"
+    assert retry(lease, draining=lambda: True, stop_seconds=10).call(lambda: answer(answers)) == "kept"
 
 
-def test_the_reading_of_a_dataset_heeds_no_pause(lease: Lease) -> None:
+def test_reading_a_dataset_ignores_a_pause(lease: Lease) -> None:
     lease.desired = Desired.PAUSE
-    assert not made(lease, heeds_pause=False).is_asked_to_leave()
+    assert not retry(lease, honours_pause=False).stop_requested()
 
 
-def test_a_lost_lease_ends_the_wait(lease: Lease) -> None:
+def test_a_lost_lease_ends_the_retries(lease: Lease) -> None:
     silent = Event()
     lease.lose()
     with pytest.raises(Lost):
-        made(lease).do(silent.wait)
+        retry(lease).call(silent.wait)
     silent.set()
 
 
-def test_a_long_outage_is_told_of_once(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "WORTH_TELLING", 0.5)
-    told: list[str] = []
+def test_a_long_outage_is_reported_once(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WARN_AFTER", 0.5)
+    warnings: list[str] = []
     answers = iter([Unavailable("no bucket"), Unavailable("no bucket"), "up"])
-    assert made(lease, complain=told.append).do(lambda: answer(answers)) == "up"
-    assert told == ["Waiting for a server that does not answer: no bucket"]
+    assert retry(lease, warn=warnings.append).call(lambda: answer(answers)) == "up"
+    assert warnings == ["Waiting for a server that does not answer: no bucket"]
 
 
-def made(lease: Lease, **options: Any) -> Patience:
-    plain: dict[str, Any] = {"draining": lambda: False, "complain": print, "heeds_pause": True, "stop_seconds": 5.0}
-    return Patience(lease, **plain | options)
+def retry(lease: Lease, **options: Any) -> Retry:
+    defaults: dict[str, Any] = {"draining": lambda: False, "warn": print, "honours_pause": True, "stop_seconds": 5.0}
+    return Retry(lease, **defaults | options)
 
 
 def answer(answers: Any) -> str:
-    found = next(answers)
-    if isinstance(found, Exception):
-        raise found
-    return str(found)
+    result = next(answers)
+    if isinstance(result, Exception):
+        raise result
+    return str(result)

@@ -1,7 +1,7 @@
-"""What is dropped from the bucket and what is kept, on the real Postgres and S3: an orphan and a keeper of every kind,
-and every race in which an object is about to get its row.
+"""Which objects garbage collection deletes and which it keeps, with real Postgres and S3.
 
-The bucket is the test's own, and the database is one that no worker of the stack looks at.
+There is an orphan and a kept object of every kind, and every race in which an object is about to get its row. The
+bucket belongs to the test, and no worker of the stack uses the database.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAST, FUTURE = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timed
 
 @pytest.fixture
 def bucket(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket, a database and a cache folder, as this process's own."""
+    """An empty bucket, used by this process together with its own database and cache folder."""
     name = f"garbage-{secrets.token_hex(4)}"
     own = {f"S3_{key.upper()}": value for key, value in stack.s3.model_dump().items()} | {
         "S3_BUCKET": name,
@@ -58,7 +58,7 @@ def bucket(stack: Record, database: Engine, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def empty(stack: Record) -> Iterator[str]:
-    """The URL of a database with all tables and no row, as after an installation that lost its own."""
+    """The URL of a database with all tables and no rows, as after an installation lost its data."""
     name = f"empty_{secrets.token_hex(4)}"
     url = f"{stack.database_url.rsplit('/', 1)[0]}/{name}"
     with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
@@ -81,7 +81,7 @@ def dataset(tenant: str) -> str:
 
 @pytest.fixture
 def base(bucket: str) -> str:
-    """The digest and name of a base model."""
+    """The digest of a base model, which is also its name."""
     digest = secrets.token_hex(32)
     row = BaseModelRow(
         name=digest, public_id="org/tiny", revision="1", digest=digest, prefix=f"models/{digest}/", files=[],
@@ -92,7 +92,7 @@ def base(bucket: str) -> str:
     return digest
 
 
-def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: str, dataset: str, base: str) -> None:
+def test_orphans_of_every_kind_are_deleted_and_the_rest_is_kept(tenant: str, dataset: str, base: str) -> None:
     def job(state: State, **values: Any) -> str:
         return a_job(tenant, dataset, base, state=state, **values)
 
@@ -102,17 +102,17 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
     job(State.PAUSED, validation_file=needed)
     job(State.FAILED, training_file=unneeded)
     job(State.SUCCEEDED, training_file=deleted)
-    nobody, gone_adapter = new_id("ftjob-"), job(State.SUCCEEDED)
+    unknown, deleted_adapter = new_id("ftjob-"), job(State.SUCCEEDED)
     with session_scope() as session:
         session.execute(update(File).where(File.id == deleted).values(deleted_at=func.clock_timestamp()))
-        session.add_all([an_adapter(tenant, ended, base), an_adapter(tenant, gone_adapter, base, deleted_at=PAST)])
+        session.add_all([an_adapter(tenant, ended, base), an_adapter(tenant, deleted_adapter, base, deleted_at=PAST)])
         session.add_all(a_checkpoint(tenant, job_id, step=10) for job_id in (running, queued))
         session.add_all([a_checkpoint(tenant, ended, step=10, deleted_at=PAST), a_checkpoint(tenant, ended, step=20)])
 
     kept = [
         f"checkpoints/{tenant}/{running}/3/10/a",  # its holder may be resuming from it
         f"checkpoints/{tenant}/{running}/4/20/a",  # its holder may be about to commit it
-        f"checkpoints/{tenant}/{running}/5/20/a",  # of an epoch that is still to come
+        f"checkpoints/{tenant}/{running}/5/20/a",  # of a later epoch
         f"checkpoints/{tenant}/{queued}/3/10/sub/a",
         f"checkpoints/{tenant}/{ended}/3/20/manifest.json",
         f"adapters/{tenant}/{running}/a",
@@ -121,7 +121,7 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
         f"files/{tenant}/{dataset}",
         f"files/{tenant}/{needed}",
         f"models/{base}/config.json",
-        f"models/{secrets.token_hex(32)}/of an import that broke off",
+        f"models/{secrets.token_hex(32)}/of an import that was interrupted",
         *("unit/a", "files/readme.txt", "files/else/file-1", "models/tiny/a", f"files/{tenant}/{dataset}/a"),
         *(f"checkpoints/{tenant}/{ended}/3/a", f"checkpoints/{tenant}/{ended}/latest/3/a", f"adapters/{ended}/a"),
     ]
@@ -131,14 +131,14 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
         f"checkpoints/{tenant}/{queued}/4/20/sub/b",
         f"checkpoints/{tenant}/{ended}/3/10/a",
         f"checkpoints/{tenant}/{ended}/4/30/a",
-        f"adapters/{tenant}/{gone_adapter}/a",
-        f"adapters/{tenant}/{gone_adapter}/b",
+        f"adapters/{tenant}/{deleted_adapter}/a",
+        f"adapters/{tenant}/{deleted_adapter}/b",
         f"files/{tenant}/{unneeded}",
         f"files/{tenant}/{deleted}",
     ]
     aged = [
-        f"checkpoints/{tenant}/{nobody}/1/1/a",
-        f"adapters/{tenant}/{nobody}/a",
+        f"checkpoints/{tenant}/{unknown}/1/1/a",
+        f"adapters/{tenant}/{unknown}/a",
         f"files/{tenant}/{new_id('file-')}",
     ]
     plant(*kept, *fenced, *aged)
@@ -152,7 +152,7 @@ def test_an_orphan_of_every_kind_goes_and_a_keeper_of_every_kind_stays(tenant: s
 # ---------------------------------------------------------------- other databases
 
 
-def test_an_empty_database_drops_nothing_at_all(
+def test_with_an_empty_database_nothing_is_deleted(
     bucket: str, tenant: str, dataset: str, base: str, empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = a_job(tenant, dataset, base, state=State.SUCCEEDED, lease_epoch=1)
@@ -165,18 +165,18 @@ def test_an_empty_database_drops_nothing_at_all(
         f"models/{base}/config.json",
     )
     storage.client().create_multipart_upload(Bucket=bucket, Key=f"files/{tenant}/{new_id('file-')}")
-    there = everything()
+    before = everything()
     with monkeypatch.context() as patch:
         patch.setenv("MILLINER_DATABASE_URL", empty)
         reread()
         assert collect(orphan_seconds=0) == {}
     reread()
-    assert everything() == there
+    assert everything() == before
     assert collect(orphan_seconds=0) == {"files": 1, "adapters": 1, "checkpoints": 2, "uploads": 1}
 
 
 def test_tenants_of_two_databases_may_share_a_bucket(tenant: str) -> None:
-    """One batch holds keys of both."""
+    """One batch has keys of both."""
     ours, theirs = (f"files/{org}/{new_id('file-')}" for org in (tenant, new_id("org-")))
     plant(ours, theirs)
     assert collect(orphan_seconds=0) == {"files": 1}
@@ -186,8 +186,8 @@ def test_tenants_of_two_databases_may_share_a_bucket(tenant: str) -> None:
 # ---------------------------------------------------------------- races
 
 
-def test_a_checkpoint_that_is_committed_after_the_listing_stays(tenant: str, dataset: str, base: str) -> None:
-    """The holder commits its row and lets go, all between the listing and the reading."""
+def test_a_checkpoint_committed_after_the_listing_is_kept(tenant: str, dataset: str, base: str) -> None:
+    """The attempt commits the row and releases the job, both between the listing and the reading of the rows."""
     job = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=1, lease_owner="w")
     plant(key := f"checkpoints/{tenant}/{job}/1/10/a")
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_committed_after_the_listing_stays(tenant: str, dat
 
 
 @pytest.mark.parametrize("kind", ["adapters", "files"])
-def test_a_result_that_is_committed_after_the_listing_stays(kind: str, tenant: str, dataset: str, base: str) -> None:
+def test_a_result_committed_after_the_listing_is_kept(kind: str, tenant: str, dataset: str, base: str) -> None:
     job = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=1, lease_owner="w", phase=Phase.PUBLISHING)
     result = new_id("file-")
     plant(key := f"adapters/{tenant}/{job}/a" if kind == "adapters" else f"files/{tenant}/{result}")
@@ -216,7 +216,7 @@ def test_a_result_that_is_committed_after_the_listing_stays(kind: str, tenant: s
     assert everything() == [key]
 
 
-def test_a_result_file_waits_for_its_row_however_long_the_outage(tenant: str, dataset: str, base: str) -> None:
+def test_a_result_file_without_a_row_is_kept_while_its_job_is_publishing(tenant: str, dataset: str, base: str) -> None:
     job = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=1, lease_owner="w", phase=Phase.PUBLISHING)
     plant(key := f"files/{tenant}/{new_id('file-')}")
     assert collect(orphan_seconds=0) == {}
@@ -226,7 +226,7 @@ def test_a_result_file_waits_for_its_row_however_long_the_outage(tenant: str, da
     assert collect(orphan_seconds=0) == {"files": 1}
 
 
-def test_an_upload_between_its_put_and_its_commit_stays(tenant: str) -> None:
+def test_an_upload_is_kept_between_its_put_and_its_commit(tenant: str) -> None:
     file_id = new_id("file-")
     plant(key := f"files/{tenant}/{file_id}")
     with session_scope() as session:
@@ -237,16 +237,14 @@ def test_an_upload_between_its_put_and_its_commit_stays(tenant: str) -> None:
     assert everything() == [key]
 
 
-def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_job_has_ended(
-    tenant: str, base: str
-) -> None:
+def test_a_file_that_expires_during_a_submit_is_kept_until_the_job_has_ended(tenant: str, base: str) -> None:
     file_id = a_file(tenant, expires_at=datetime.now(UTC) + timedelta(seconds=0.5))
     plant(key := f"files/{tenant}/{file_id}")
     request = JobCreate(model=base, training_file=file_id)
     with session_scope() as session:
         job, _ = jobs.submit(session, tenant, request)
         until(lambda: bool(session.scalar(select(~files.live_file()).where(File.id == file_id))))
-        assert collect(orphan_seconds=0) == {}  # the job is not to be seen yet, the lock on its file is
+        assert collect(orphan_seconds=0) == {}  # the job is not visible yet, but the lock on its file is
     assert collect(orphan_seconds=0) == {}
     assert everything() == [key]
     with session_scope() as session:
@@ -256,8 +254,8 @@ def test_a_file_that_expires_while_a_job_is_submitted_with_it_stays_until_the_jo
         assert session.get_one(File, file_id).deleted_at is not None
 
 
-def test_what_a_job_starts_from_stays_until_it_has_ended(tenant: str, dataset: str, base: str) -> None:
-    """The checkpoint was dropped, the model deleted: their rows keep nothing, the jobs that wait do."""
+def test_the_source_of_a_job_is_kept_until_the_job_has_ended(tenant: str, dataset: str, base: str) -> None:
+    """The checkpoint is dropped and the model deleted: the waiting jobs alone keep the objects."""
     source, names = a_job(tenant, dataset, base, state=State.SUCCEEDED, lease_epoch=3), ("start_name", "start_sha256")
     prefixes = [f"checkpoints/{tenant}/{source}/3/10/", f"adapters/{tenant}/{source}/"]
     starting = [
@@ -277,10 +275,10 @@ def test_what_a_job_starts_from_stays_until_it_has_ended(tenant: str, dataset: s
     assert collect(orphan_seconds=0) == {"checkpoints": 2, "adapters": 2}
 
 
-def test_a_source_that_is_dropped_after_the_listing_stays_for_the_job_that_came_before(
+def test_a_source_dropped_after_the_listing_is_kept_for_a_job_submitted_before_the_drop(
     tenant: str, dataset: str, base: str
 ) -> None:
-    """A submit and the drop that waited for it, both between the listing and the reading."""
+    """A submit, and the drop that waited for its lock, both between the listing and the reading of the rows."""
     source = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=3, lease_owner="w")
     with session_scope() as session:
         session.add(checkpoint := a_checkpoint(tenant, source, step=10))
@@ -297,11 +295,11 @@ def test_a_source_that_is_dropped_after_the_listing_stays_for_the_job_that_came_
     assert everything() == [key]
 
 
-def test_two_collectors_at_once_do_no_harm(tenant: str, dataset: str, base: str) -> None:
+def test_two_collectors_can_run_at_the_same_time(tenant: str, dataset: str, base: str) -> None:
     job = a_job(tenant, dataset, base, state=State.RUNNING, lease_epoch=2, lease_owner="w")
     plant(*(f"checkpoints/{tenant}/{job}/1/{step}/a" for step in range(garbage.BATCH + 10)))
-    dead = [a_file(tenant, expires_at=PAST) for _ in range(5)]
-    plant(*(f"files/{tenant}/{file_id}" for file_id in dead), key := f"checkpoints/{tenant}/{job}/2/1/a")
+    expired = [a_file(tenant, expires_at=PAST) for _ in range(5)]
+    plant(*(f"files/{tenant}/{file_id}" for file_id in expired), key := f"checkpoints/{tenant}/{job}/2/1/a")
     with ThreadPoolExecutor() as pool:
         rounds = [pool.submit(collect, orphan_seconds=0) for _ in range(2)]
         assert sum(sum(done.result().values()) for done in rounds) >= garbage.BATCH + 15
@@ -311,17 +309,17 @@ def test_two_collectors_at_once_do_no_harm(tenant: str, dataset: str, base: str)
 # ---------------------------------------------------------------- uploads, and the thread
 
 
-def test_multipart_uploads_that_nobody_ends_are_aborted(bucket: str, tenant: str) -> None:
-    ours, strange = f"files/{tenant}/{new_id('file-')}", "files/else"
-    for key in (ours, strange):
+def test_abandoned_multipart_uploads_are_aborted(bucket: str, tenant: str) -> None:
+    ours, foreign = f"files/{tenant}/{new_id('file-')}", "files/else"
+    for key in (ours, foreign):
         storage.client().create_multipart_upload(Bucket=bucket, Key=key)
     assert collect(orphan_seconds=DAY) == {}
     assert collect(orphan_seconds=0) == {"uploads": 1}
-    assert [upload.key for upload in storage.unfinished("")] == [strange]
+    assert [upload.key for upload in storage.unfinished("")] == [foreign]
     storage.abort(next(storage.unfinished("")))
 
 
-def test_the_thread_outlives_an_outage_and_sweeps_this_machine(
+def test_the_thread_survives_an_outage_and_sweeps_this_machine(
     tenant: str, stack: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(f"files/{tenant}/{a_file(tenant, expires_at=PAST)}")
@@ -332,7 +330,7 @@ def test_the_thread_outlives_an_outage_and_sweeps_this_machine(
     with capture_logs() as logs:
         thread = garbage.start(stop, head_start=1.0)
         try:
-            until(lambda: any(line["event"] == "garbage.missed" for line in logs), seconds=30)
+            until(lambda: any(line["event"] == "garbage.skipped" for line in logs), seconds=30)
             assert not list((tmp_path / "work").iterdir())
             monkeypatch.setenv("MILLINER_S3_ENDPOINT", stack.s3.endpoint)
             reread()
@@ -340,10 +338,10 @@ def test_the_thread_outlives_an_outage_and_sweeps_this_machine(
         finally:
             stop.set()
             thread.join(30)
-    assert not any(line["event"] == "garbage.broke" for line in logs)
+    assert not any(line["event"] == "garbage.failed" for line in logs)
 
 
-# ---------------------------------------------------------------- planting
+# ---------------------------------------------------------------- test data
 
 
 def collect(*, orphan_seconds: float) -> Counter[str]:
@@ -351,7 +349,7 @@ def collect(*, orphan_seconds: float) -> Counter[str]:
 
 
 def meanwhile(table: str, act: Callable[[Session], None], *, orphan_seconds: float = 0) -> Counter[str]:
-    """Collect, and act after the listing but before `table` can be read: it is locked until then."""
+    """Collect, and call `act` between the listing and the read of `table`, which is locked until then."""
     with ThreadPoolExecutor() as pool:
         with session_scope() as session:
             session.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
@@ -402,7 +400,7 @@ def a_job(tenant: str, dataset: str, base: str, **values: Any) -> str:
 
 
 def a_checkpoint(tenant: str, job: str, *, step: int, deleted_at: datetime | None = None) -> Checkpoint:
-    """Of epoch 3."""
+    """Return a checkpoint row of epoch 3."""
     prefix = f"checkpoints/{tenant}/{job}/3/{step}/"
     row = {"id": new_id("ftckpt_"), "job_id": job, "step": step, "lease_epoch": 3, "prefix": prefix}
     return Checkpoint(**row, files=[], metrics={}, deleted_at=deleted_at)
@@ -413,8 +411,8 @@ def an_adapter(tenant: str, job: str, base: str, **values: Any) -> Adapter:
     return Adapter(job_id=job, tenant_id=tenant, name=job, base_model=base, prefix=prefix, files=[], bytes=1, **values)
 
 
-def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The spot notice, with real commands."""
+"""The notice that a spot machine will be taken away, with real commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Start = Callable[..., Thread | None]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """`preemption.start` with a command and a short period; the watch ends with the test."""
+    """`preemption.start` with a command and a short period; its thread ends with the test."""
     stop, threads = Event(), []
 
     def with_command(command: str, drain: Callable[[], None], *, seconds: str = "0.05") -> Thread | None:
@@ -41,12 +41,12 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     settings.get_settings.cache_clear()
 
 
-def test_a_notice_drains_once_and_the_watch_ends(start: Start, tmp_path: Path) -> None:
-    flag, asked, drained = tmp_path / "taken away", tmp_path / "asked", list[int]()
-    script = f"echo x >> {asked}; test -e {shlex.quote(str(flag))}"
+def test_a_notice_drains_once_and_ends_the_thread(start: Start, tmp_path: Path) -> None:
+    flag, polled, drained = tmp_path / "taken away", tmp_path / "polled", list[int]()
+    script = f"echo x >> {polled}; test -e {shlex.quote(str(flag))}"
     thread = start(shlex.join(["sh", "-c", script]), lambda: drained.append(1), seconds="1")
     assert thread is not None
-    until(asked.exists)
+    until(polled.exists)
     assert not drained
     flag.touch()
     thread.join(10)
@@ -54,17 +54,17 @@ def test_a_notice_drains_once_and_the_watch_ends(start: Start, tmp_path: Path) -
     assert not thread.is_alive()
 
 
-def test_a_worker_that_starts_on_a_machine_that_is_going_asks_before_it_waits(start: Start) -> None:
+def test_the_first_poll_happens_at_once(start: Start) -> None:
     drained = Event()
     start("true", drained.set, seconds="3600")
     assert drained.wait(10)
 
 
-def test_nothing_is_asked_where_nothing_is_set(start: Start) -> None:
+def test_nothing_is_polled_without_a_command(start: Start) -> None:
     assert start("", lambda: None) is None
 
 
-def test_no_shell_reads_the_command(tmp_path: Path) -> None:
+def test_the_command_is_run_without_a_shell(tmp_path: Path) -> None:
     flag = tmp_path / "two words"
     flag.touch()
     assert preemption.poll(f"test -e '{flag}'", timeout=5)
@@ -76,7 +76,7 @@ def test_no_shell_reads_the_command(tmp_path: Path) -> None:
     ("command", "error"),
     [("/nowhere/to/be/found", "cannot be started"), ("test 'unclosed", "cannot be started"), ("sleep 60", "within")],
 )
-def test_a_command_that_does_not_answer_is_told_of_once_and_tried_on(start: Start, command: str, error: str) -> None:
+def test_a_failing_command_is_logged_once_and_retried(start: Start, command: str, error: str) -> None:
     with capture_logs() as logs:
         start(command, lambda: pytest.fail("drained without a notice"))
         until(lambda: bool(logs))
@@ -86,7 +86,7 @@ def test_a_command_that_does_not_answer_is_told_of_once_and_tried_on(start: Star
     assert error in failures[0]
 
 
-def test_a_command_that_works_again_may_still_bring_the_notice(start: Start, tmp_path: Path) -> None:
+def test_a_command_that_works_again_can_still_drain(start: Start, tmp_path: Path) -> None:
     command, drained = tmp_path / "spot", Event()
     start(str(command), drained.set)
     (tmp_path / "new").write_text("#!/bin/sh\nexit 0\n")
@@ -95,48 +95,48 @@ def test_a_command_that_works_again_may_still_bring_the_notice(start: Start, tmp
     assert drained.wait(10)
 
 
-def test_a_late_command_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_command_that_times_out_is_killed_with_its_children(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     with pytest.raises(preemption.Failed, match="did not end within"):
         preemption.poll(shlex.join(["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]), timeout=1)
     until(lambda: gone(int(pid.read_text())))
 
 
-def test_an_answer_counts_although_a_child_keeps_the_pipe_open() -> None:
+def test_the_exit_code_counts_although_a_child_keeps_the_pipe_open() -> None:
     assert preemption.poll("sh -c 'sleep 60 & exit 0'", timeout=0.5)
     assert not preemption.poll("sh -c 'sleep 60 & exit 3'", timeout=0.5)
 
 
-def test_what_it_says_goes_to_the_log_and_not_further(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; print('said ' + sys.stdin.read()); print('x' * 1_000_000); print('last', file=sys.stderr)"
-    structlog.reset_defaults()  # a test before may have raised the level
+def test_the_output_goes_to_the_log_only(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('read ' + sys.stdin.read()); print('x' * 1_000_000); print('last', file=sys.stderr)"
+    structlog.reset_defaults()  # an earlier test may have raised the log level
     with capture_logs() as logs:
         assert preemption.poll(shlex.join([sys.executable, "-c", code]), timeout=20)
     assert [(line["log_level"], line["code"]) for line in logs] == [("debug", 0)]
-    assert len(logs[0]["said"]) <= preemption.SHOWN
+    assert len(logs[0]["output"]) <= preemption.LOGGED_BYTES
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_command_gets_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_gets_no_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     monkeypatch.setenv("no_proxy", "169.254.169.254")
     structlog.reset_defaults()
     with capture_logs() as logs:
         assert preemption.poll("env", timeout=5)
-    assert "no_proxy=169.254.169.254\n" in logs[0]["said"]
-    assert "MILLINER_" not in logs[0]["said"]
+    assert "no_proxy=169.254.169.254\n" in logs[0]["output"]
+    assert "MILLINER_" not in logs[0]["output"]
 
 
 def gone(pid: int) -> bool:
-    """Dead, whether or not somebody has reaped it."""
+    """Return whether the process has ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
         return True
 
 
-def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What the sweeper rings for and takes back, and when it dares to. The watch has its clock as an argument."""
+"""Which jobs the sweeper rings for and takes back, and when. The watch gets its clock as an argument."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from shared.settings import get_settings
 from worker.background.sweeper import Watch, reclaim, sweep
 
 
-def test_a_watch_grows_while_there_is_no_gap() -> None:
+def test_a_watch_grows_without_gaps() -> None:
     watch = Watch(longest_gap=5)
     assert [watch.seen(now) for now in (100, 104, 108)] == [0, 4, 8]
 
 
-def test_a_gap_or_a_miss_starts_it_anew() -> None:
+def test_a_gap_or_a_failure_restarts_the_watch() -> None:
     watch = Watch(longest_gap=5)
     assert [watch.seen(now) for now in (0, 5, 20, 24)] == [0, 5, 0, 4]
     watch.missed()
     assert [watch.seen(now) for now in (25, 29)] == [0, 4]
 
 
-def test_it_rings_for_what_nobody_was_told_of_and_not_again_at_once(job: str) -> None:
+def test_it_rings_for_a_waiting_job_and_not_again_before_the_backoff(job: str) -> None:
     settings = get_settings()
     with redis.Redis.from_url(settings.redis_url.get_secret_value()) as broker:
         broker.flushdb()
@@ -41,17 +41,17 @@ def test_it_rings_for_what_nobody_was_told_of_and_not_again_at_once(job: str) ->
     assert row(job).ring_count == 2
 
 
-def test_a_newborn_one_rings_for_all_that_waits(job: str) -> None:
-    """Whoever had the last ring in its hand may have died with it."""
+def test_the_first_sweep_of_a_slot_rings_for_all_waiting_jobs(job: str) -> None:
+    """The slot that received the last ring may have died."""
     settings = get_settings()
     assert sweep(settings, watched=0)
-    assert sweep(settings, watched=0, newborn=True)
+    assert sweep(settings, watched=0, first=True)
     assert row(job).ring_count == 2
 
 
-def test_it_takes_back_only_after_a_whole_lease_time_of_watching(job: str) -> None:
+def test_it_takes_jobs_back_only_after_a_whole_lease_time_without_a_gap(job: str) -> None:
     settings = get_settings()
-    epoch = lapsed(job)
+    epoch = claim_and_expire(job)
     sweep(settings, watched=settings.lease_seconds - 0.1)
     assert row(job).state == State.RUNNING
     sweep(settings, watched=settings.lease_seconds)
@@ -60,16 +60,16 @@ def test_it_takes_back_only_after_a_whole_lease_time_of_watching(job: str) -> No
     assert after.lease_owner is None
 
 
-def test_a_lease_that_holds_is_left_alone(job: str) -> None:
+def test_a_valid_lease_is_not_taken_back(job: str) -> None:
     with session_scope() as session:
         assert claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert reclaim(session, get_settings()) == 0
     assert row(job).state == State.RUNNING
 
 
-def test_two_sweepers_take_a_job_back_once(job: str) -> None:
-    """The advisory lock aside: both have read the same expired lease."""
-    lapsed(job)
+def test_two_sweepers_take_a_job_back_only_once(job: str) -> None:
+    """Without the advisory lock: both have read the same expired lease."""
+    claim_and_expire(job)
     with session_scope() as one, session_scope() as other:
         assert one.scalar(select(claims.expired()).where(Job.id == job))
         assert other.scalar(select(claims.expired()).where(Job.id == job))
@@ -79,8 +79,8 @@ def test_two_sweepers_take_a_job_back_once(job: str) -> None:
     assert row(job).crash_count == 1
 
 
-def lapsed(job: str) -> int:
-    """Claim the job and turn Postgres's clock past the lease."""
+def claim_and_expire(job: str) -> int:
+    """Claim the job and move the end of its lease into the past; return its epoch."""
     with session_scope() as session:
         claimed = claims.claim(session, Queue.TRAIN, owner="w", lease_seconds=60)
         assert claimed is not None

@@ -1,4 +1,4 @@
-"""A trainer that is kept does the next piece of work as a fresh one would, and knows nothing of the last."""
+"""A kept trainer does the next work like a new one, and keeps nothing of the last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     get_settings.cache_clear()
 
 
-def test_what_is_kept_is_taken_again_and_what_is_closed_leaves_nothing(cache: Path) -> None:
+def test_a_kept_trainer_is_reused_and_a_closed_one_leaves_no_files(cache: Path) -> None:
     first = trainer_pool.take(Purpose.WORK, visible_device="")
     trainer_pool.keep(Purpose.WORK, first)
     assert trainer_pool.take(Purpose.WORK, visible_device="") is first
@@ -42,15 +42,15 @@ def test_what_is_kept_is_taken_again_and_what_is_closed_leaves_nothing(cache: Pa
     assert not list(cache.iterdir())
 
 
-def test_proof_is_never_given_to_one_that_has_worked() -> None:
-    worked = trainer_pool.take(Purpose.WORK, visible_device="")
-    trainer_pool.keep(Purpose.WORK, worked)
-    proves = trainer_pool.take(Purpose.PROOF, visible_device="")
-    assert proves is not worked
-    trainer_pool.close(proves)
+def test_a_trainer_that_has_worked_is_never_used_for_a_proof() -> None:
+    used = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, used)
+    fresh = trainer_pool.take(Purpose.PROOF, visible_device="")
+    assert fresh is not used
+    trainer_pool.close(fresh)
 
 
-def test_one_for_another_device_is_not_taken_and_one_that_is_frozen_goes_on() -> None:
+def test_a_trainer_of_another_device_is_replaced_and_a_frozen_one_is_thawed() -> None:
     first = trainer_pool.take(Purpose.WORK, visible_device="")
     first.freeze()
     trainer_pool.keep(Purpose.WORK, first)
@@ -64,7 +64,7 @@ def test_one_for_another_device_is_not_taken_and_one_that_is_frozen_goes_on() ->
     trainer_pool.close(second)
 
 
-def test_one_that_died_while_idle_is_replaced() -> None:
+def test_a_trainer_that_died_while_idle_is_replaced() -> None:
     first = trainer_pool.take(Purpose.WORK, visible_device="")
     trainer_pool.keep(Purpose.WORK, first)
     os.kill(first.pid, signal.SIGKILL)
@@ -74,50 +74,50 @@ def test_one_that_died_while_idle_is_replaced() -> None:
     trainer_pool.close(second)
 
 
-def test_it_ends_when_nobody_wants_it(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_an_idle_trainer_is_closed_after_warm_seconds(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("MILLINER_WARM_SECONDS", "0.1")
     get_settings.cache_clear()
-    session = trainer_pool.take(Purpose.WORK, visible_device="")
-    trainer_pool.keep(Purpose.WORK, session)
-    until(lambda: not session.is_running() and not list(cache.iterdir()))
+    trainer = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, trainer)
+    until(lambda: not trainer.is_running() and not list(cache.iterdir()))
     monkeypatch.setenv("MILLINER_WARM_SECONDS", "0")
     get_settings.cache_clear()
-    session = trainer_pool.take(Purpose.WORK, visible_device="")
-    trainer_pool.keep(Purpose.WORK, session)
-    assert not session.is_running()
+    trainer = trainer_pool.take(Purpose.WORK, visible_device="")
+    trainer_pool.keep(Purpose.WORK, trainer)
+    assert not trainer.is_running()
 
 
-def test_log_lines_are_of_this_work_alone(llama: str) -> None:
-    """Another tenant's may be in the same log."""
-    session = trainer_pool.take(Purpose.WORK, visible_device="")
-    ask(session, llama, "first")
-    assert any("Traceback" in line for line in session.last_log_lines())
-    trainer_pool.keep(Purpose.WORK, session)
+def test_log_lines_of_earlier_work_are_hidden(llama: str) -> None:
+    """Lines of another tenant's job may be in the same log."""
+    trainer = trainer_pool.take(Purpose.WORK, visible_device="")
+    send_failing_command(trainer, llama, "first")
+    assert any("Traceback" in line for line in trainer.last_log_lines())
+    trainer_pool.keep(Purpose.WORK, trainer)
     assert trainer_pool.take(Purpose.WORK, visible_device="").last_log_lines() == []
-    ask(session, llama, "second")
-    assert any("Traceback" in line for line in session.last_log_lines())
-    trainer_pool.close(session)
+    send_failing_command(trainer, llama, "second")
+    assert any("Traceback" in line for line in trainer.last_log_lines())
+    trainer_pool.close(trainer)
 
 
-def test_idle_trainer_needs_no_supervisor(llama: str) -> None:
-    """For far longer than a busy one may be without a word."""
-    session = trainer_pool.take(Purpose.WORK, visible_device="")
-    ask(session, llama, "first", silence=0.5)
+def test_an_idle_trainer_does_not_freeze_itself(llama: str) -> None:
+    """Even if it gets no `alive` for longer than `silence_seconds`."""
+    trainer = trainer_pool.take(Purpose.WORK, visible_device="")
+    send_failing_command(trainer, llama, "first", silence=0.5)
     time.sleep(1.5)
-    assert not session.is_stopped()
-    ask(session, llama, "second", silence=0.5)
-    trainer_pool.close(session)
+    assert not trainer.is_stopped()
+    send_failing_command(trainer, llama, "second", silence=0.5)
+    trainer_pool.close(trainer)
 
 
-def ask(session: TrainerProcess, base: str, job: str, *, silence: float = 60.0) -> None:
-    """Something that goes wrong, with a traceback: the dataset is a folder."""
-    told = task(Path(base), Path(base)).model_copy(update={"silence_seconds": silence})
-    session.send(Prepare(job=job, task=told))
+def send_failing_command(trainer: TrainerProcess, base: str, job: str, *, silence: float = 60.0) -> None:
+    """Send a command that fails with a traceback, because its dataset is a folder; wait for the failure."""
+    failing = task(Path(base), Path(base)).model_copy(update={"silence_seconds": silence})
+    trainer.send(Prepare(job=job, task=failing))
     deadline = time.monotonic() + 60
-    while not isinstance(event := session.receive(timeout=0.05), Failed):
-        session.tell_alive(job)
-        if session.is_stopped():
-            session.thaw()
+    while not isinstance(event := trainer.receive(timeout=0.05), Failed):
+        trainer.send_alive(job)
+        if trainer.is_stopped():
+            trainer.thaw()
         assert time.monotonic() < deadline
     assert (event.job, event.retryable) == (job, True)
 

@@ -1,4 +1,4 @@
-"""The parent's end of the pipe, with the real child at the other end."""
+"""The parent's side of a trainer process, with a real child."""
 
 from __future__ import annotations
 
@@ -16,62 +16,62 @@ from worker.trainer.protocol import Failed, PhaseEntered, Prepare
 
 
 @pytest.fixture
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerProcess]:
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerProcess]:
     monkeypatch.setenv("MILLINER_S3_SECRET_KEY", "s3cret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
-    session = TrainerProcess(tmp_path, visible_device="")
-    yield session
-    session.close()
+    trainer = TrainerProcess(tmp_path, visible_device="")
+    yield trainer
+    trainer.close()
 
 
-def test_the_child_answers_with_the_jobs_id(session: TrainerProcess, tmp_path: Path) -> None:
+def test_the_child_answers_with_the_jobs_id(trainer: TrainerProcess, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"")
-    session.send(Prepare(job="ftjob-1", task=task(tmp_path, empty)))
-    phase, failed = hear(session), hear(session)
+    trainer.send(Prepare(job="ftjob-1", task=task(tmp_path, empty)))
+    phase, failed = receive(trainer), receive(trainer)
     assert isinstance(phase, PhaseEntered)
     assert isinstance(failed, Failed)
     assert failed.job == "ftjob-1"
     assert not failed.retryable
 
 
-def test_the_environment_is_built_from_nothing(session: TrainerProcess) -> None:
-    environ = Path(f"/proc/{session.pid}/environ").read_text()
+def test_the_environment_has_no_secret_of_the_parent(trainer: TrainerProcess) -> None:
+    environ = Path(f"/proc/{trainer.pid}/environ").read_text()
     assert "s3cret" not in environ
     assert "HF_HUB_OFFLINE=1" in environ
 
 
-def test_a_killed_child_is_ended_with_its_signal(session: TrainerProcess) -> None:
-    os.kill(session.pid, signal.SIGKILL)
+def test_the_signal_that_killed_a_child_is_reported(trainer: TrainerProcess) -> None:
+    os.kill(trainer.pid, signal.SIGKILL)
     with pytest.raises(Died, match="killed by SIGKILL") as ended:
-        hear(session)
+        receive(trainer)
     assert ended.value.signal == "SIGKILL"
 
 
-def test_freezing_stops_the_whole_group_and_thawing_lets_it_go_on(session: TrainerProcess) -> None:
-    session.freeze()
-    assert session.frozen
-    in_state(session.pid, "T")
-    session.thaw()
-    assert not session.frozen
-    in_state(session.pid, "SR")
+def test_freezing_stops_the_child_and_thawing_continues_it(trainer: TrainerProcess) -> None:
+    trainer.freeze()
+    assert trainer.frozen
+    wait_for_state(trainer.pid, "T")
+    trainer.thaw()
+    assert not trainer.frozen
+    wait_for_state(trainer.pid, "SR")
 
 
-def test_a_dead_child_can_be_signalled_and_closed_again(session: TrainerProcess) -> None:
-    session.close()
-    session.kill()
-    session.freeze()
-    assert not session.frozen
+def test_a_dead_child_can_be_signalled_and_closed_again(trainer: TrainerProcess) -> None:
+    trainer.close()
+    trainer.kill()
+    trainer.freeze()
+    assert not trainer.frozen
 
 
-def hear(session: TrainerProcess) -> object:
+def receive(trainer: TrainerProcess) -> object:
     deadline = time.monotonic() + 60
-    while (event := session.receive(timeout=1)) is None:
-        assert time.monotonic() < deadline, session.last_log_lines()
+    while (event := trainer.receive(timeout=1)) is None:
+        assert time.monotonic() < deadline, trainer.last_log_lines()
     return event
 
 
-def in_state(pid: int, states: str) -> None:
+def wait_for_state(pid: int, states: str) -> None:
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in states:
         assert time.monotonic() < deadline

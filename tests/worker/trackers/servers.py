@@ -1,7 +1,7 @@
-"""Stand-ins for the servers of trackers, which are too large to run here: what ours talks to, over real HTTP.
+"""Fake tracker servers over real HTTP; the real ones are too large to run in tests.
 
-`Mlflow` answers the six calls as MLflow 3.17 did. `Wandb` answers what W&B's own client (wandb 0.31) asks for, which is
-documented nowhere. `Silent` takes a connection and never answers; `Lying` answers with what is no answer.
+`Mlflow` answers the six calls like MLflow 3.17. `Wandb` answers the requests of W&B's own client (wandb 0.31), which
+are not documented. `Silent` accepts connections and never answers; `Invalid` always sends the same wrong answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Answer = tuple[int, dict[str, Any] | bytes]
 
 
 class Server(ABC):
-    """A tracker on a port of its own. `seen` has path and headers of every request; while `down` it refuses them."""
+    """A tracker on its own port. `seen` has path and headers of every request; while `down`, it answers 503."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -32,11 +32,11 @@ class Server(ABC):
 
     @abstractmethod
     def answer(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> Answer:
-        """To one request, by its path, its query and the JSON that it brought."""
+        """Return status and body for a request with this path, query and JSON body."""
 
 
 class Mlflow(Server):
-    """`history` is {run id: {metric: [(step, value), …]}}; nothing that is logged twice is taken for once."""
+    """`history` is {run id: {metric: [(step, value), …]}}; a point that is logged twice appears twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Mlflow(Server):
 
 
 class Wandb(Server):
-    """`history` has the rows of the one run in the order they came; `exits` how each process at it ended."""
+    """`history` has the rows of the one run in order of arrival; `exits` has the exit code of each process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,8 +105,8 @@ class Wandb(Server):
                     "data": {"model": {"id": "p", "name": "hats", "entity": entity, "bucket": self._resumed()}}
                 }
             case "UpsertBucket":
-                told = {key: value for key, value in variables.items() if value is not None}
-                self.bucket = (self.bucket or {}) | told
+                sent = {key: value for key, value in variables.items() if value is not None}
+                self.bucket = (self.bucket or {}) | sent
                 project = {"id": "p", "name": "hats", "entity": {"id": "e", "name": "acme"}}
                 run = {"id": "r", "name": variables["name"], "displayName": None, "project": project}
                 return 200, {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
@@ -141,20 +141,20 @@ class Silent(Server):
         return 500, {}
 
 
-class Lying(Server):
-    """Says the same to everything."""
+class Invalid(Server):
+    """Gives the same answer to every request."""
 
-    def __init__(self, status: int, said: bytes) -> None:
+    def __init__(self, status: int, body: bytes) -> None:
         super().__init__()
-        self.said: Answer = (status, said)
+        self.fixed: Answer = (status, body)
 
     def answer(self, path: str, query: dict[str, list[str]], body: dict[str, Any]) -> Answer:
-        return self.said
+        return self.fixed
 
 
 @contextmanager
 def serving(server: Kind) -> Iterator[Kind]:
-    """It listens inside the `with`."""
+    """Run the server inside the `with` block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -177,7 +177,7 @@ def serving(server: Kind) -> Iterator[Kind]:
             answer: dict[str, Any] | bytes
             query, body = parse_qs(url.query), json.loads(raw) if raw and is_json else {}
             if server.down:
-                status, answer = 503, b"out to lunch"
+                status, answer = 503, b"unavailable"
             elif isinstance(server, Silent):
                 status, answer = server.answer(url.path, query, body)
             else:
@@ -191,14 +191,14 @@ def serving(server: Kind) -> Iterator[Kind]:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Quietly."""
+            """Do not log."""
 
     class Threads(ThreadingHTTPServer):
         daemon_threads = True
         block_on_close = False
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that is killed in the middle is what these are for."""
+            """Ignore errors: tests kill clients during requests."""
 
     with Threads(("127.0.0.1", 0), Handler) as listening:
         server.url = f"http://127.0.0.1:{listening.server_address[1]}"

@@ -1,4 +1,4 @@
-"""The child that talks to a tracker, as its supervisor starts it, and W&B's own client where that is what it uses."""
+"""The child process that reports to a tracker, started as its supervisor does; W&B through its own client."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from pydantic import BaseModel
 
 from shared.schemas.requests import Integration
-from tests.worker.trackers.servers import Lying, Mlflow, Server, Silent, Wandb, serving
+from tests.worker.trackers.servers import Invalid, Mlflow, Server, Silent, Wandb, serving
 from worker.trackers.main import KEPT_STEPS, Backlog
-from worker.trackers.pipe import End, Ending, StartRun, Step, Word
+from worker.trackers.pipe import End, Ending, StartRun, Status, Step
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB, SECRET = "ftjob-1", "s3cret" * 8
@@ -27,7 +27,7 @@ WANDB = Integration.model_validate({"type": "wandb", "wandb": {"project": "hats"
 
 
 class Child:
-    """One attempt's. Told where its tracker is, it takes steps until it is told how the attempt ended."""
+    """The child of one attempt. It gets the tracker's address, then steps, then how the attempt ended."""
 
     def __init__(self, folder: Path, integration: Integration, url: str) -> None:
         with (folder / "log").open("ab") as log:
@@ -49,15 +49,15 @@ class Child:
         self.process.stdin.flush()
 
     def steps(self, *steps: int) -> None:
-        """A loss each, and an evaluation after every third."""
+        """Send a loss for each step, and an evaluation after every third."""
         for step in steps:
             self.send(Step(step=step, values={"train/loss": 1 / step}))
             if step % 3 == 0:
                 self.send(Step(step=step, values={"valid/loss": 2 / step}))
 
-    def word(self) -> Word:
+    def status(self) -> Status:
         assert self.process.stdout is not None
-        return Word.model_validate_json(self.process.stdout.readline())
+        return Status.model_validate_json(self.process.stdout.readline())
 
     def end(self, ending: Ending) -> int:
         self.send(End(ending=ending))
@@ -88,7 +88,7 @@ def test_two_attempts_make_one_run_at_mlflow_with_each_step_once(attempt: Callab
         first.steps(1, 2, 3, 4)
         assert first.end("interrupted") == 0
         second = attempt(MLFLOW, server)
-        second.steps(*range(1, 5), *range(3, 8))  # what was recorded, then what a resumed trainer says
+        second.steps(*range(1, 5), *range(3, 8))  # the recorded steps, then those of the resumed trainer
         assert second.end("succeeded") == 0
         ((run_id, run),) = server.runs.items()
         history = server.history[run_id]
@@ -100,14 +100,14 @@ def test_two_attempts_make_one_run_at_mlflow_with_each_step_once(attempt: Callab
 
 
 @pytest.mark.parametrize(("ending", "status"), [("failed", "FAILED"), ("cancelled", "KILLED")])
-def test_mlflow_is_told_how_the_job_ended(attempt: Callable[..., Child], ending: Ending, status: str) -> None:
+def test_the_run_at_mlflow_shows_how_the_job_ended(attempt: Callable[..., Child], ending: Ending, status: str) -> None:
     with serving(Mlflow()) as server:
         assert attempt(MLFLOW, server).end(ending) == 0
         assert [run["status"] for run in server.runs.values()] == [status]
 
 
 def test_two_attempts_make_one_run_at_wandb_with_each_step_once(attempt: Callable[..., Child]) -> None:
-    """Through W&B's own client, which counts steps by itself and drops what comes late."""
+    """Through W&B's own client, which counts steps itself and drops late ones."""
     with serving(Wandb()) as server:
         first = attempt(WANDB, server)
         first.steps(1, 2, 3, 4)
@@ -127,50 +127,50 @@ def test_two_attempts_make_one_run_at_wandb_with_each_step_once(attempt: Callabl
         assert server.bucket is not None
         assert (server.bucket["name"], server.bucket["displayName"], server.bucket["project"]) == (JOB, JOB, "hats")
         assert server.bucket["tags"] == ["felt", "milliner/finetune", "milliner/tiny", "milliner/ftjob-1"]
-        told = f"{server.bucket} {server.history} {server.seen}"
+        sent = f"{server.bucket} {server.history} {server.seen}"
         for private in (socket.gethostname(), getpass.getuser(), str(ROOT)):
-            assert private not in told.replace("127.0.0.1", "")
+            assert private not in sent.replace("127.0.0.1", "")
 
 
-def test_a_tracker_that_comes_back_gets_all(attempt: Callable[..., Child]) -> None:
+def test_a_tracker_that_recovers_gets_all_steps(attempt: Callable[..., Child]) -> None:
     with serving(Mlflow()) as server:
         server.down = True
         child = attempt(MLFLOW, server)
         child.steps(1, 2, 3)
-        assert child.word().trouble == "Refused: MLflow answers experiments/get-by-name with 503 and no JSON"
+        assert child.status().error == "Refused: MLflow answered experiments/get-by-name with status 503 and no JSON"
         server.down = False
-        assert child.word().trouble is None
+        assert child.status().error is None
         assert child.end("succeeded") == 0
         assert [step for step, _ in server.history["run-0"]["train/loss"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("status", "answer", "told"),
+    ("status", "answer", "expected"),
     [
-        (200, b"<html>", "answers experiments/get-by-name with 200 and no JSON"),
+        (200, b"<html>", "answered experiments/get-by-name with status 200 and no JSON"),
         (200, b"{}", "KeyError"),
         (200, b'"' + 2 * 1024 * 1024 * b"x", "more than 1,048,576 bytes"),
-        (400, json.dumps({"message": f"a\0b \ud800 {SECRET} {'c' * 500}"}).encode(), "with 400: ab ? … ccc"),
-        (302, b"", "with 302"),
+        (400, json.dumps({"message": f"a\0b \ud800 {SECRET} {'c' * 500}"}).encode(), "with status 400: ab ? … ccc"),
+        (302, b"", "with status 302"),
     ],
-    ids=["no JSON", "empty", "endless", "unstorable", "a way elsewhere"],
+    ids=["no JSON", "empty", "endless", "unstorable", "redirect"],
 )
-def test_what_a_lying_tracker_says_becomes_one_short_line(
-    attempt: Callable[..., Child], status: int, answer: bytes, told: str
+def test_an_invalid_answer_becomes_one_short_line(
+    attempt: Callable[..., Child], status: int, answer: bytes, expected: str
 ) -> None:
-    with serving(Lying(status, answer)) as server:
-        trouble = attempt(MLFLOW, server).word().trouble
-        assert trouble is not None
-        assert told in trouble
-        assert len(trouble) <= 200
-        assert SECRET not in trouble
+    with serving(Invalid(status, answer)) as server:
+        error = attempt(MLFLOW, server).status().error
+        assert error is not None
+        assert expected in error
+        assert len(error) <= 200
+        assert SECRET not in error
 
 
-def test_nothing_is_said_once_the_supervisor_is_gone(attempt: Callable[..., Child]) -> None:
-    """A lease that is lost ends the pipe without a word: another attempt may be at the run."""
+def test_nothing_is_sent_after_the_supervisor_has_closed_the_pipe(attempt: Callable[..., Child]) -> None:
+    """A lost lease closes the pipe without `end`: another attempt may already use the run."""
     with serving(Mlflow()) as server:
         child = attempt(MLFLOW, server)
-        assert child.word().trouble is None
+        assert child.status().error is None
         child.steps(1, 2)
         assert child.process.stdin is not None
         child.process.stdin.close()
@@ -178,12 +178,12 @@ def test_nothing_is_said_once_the_supervisor_is_gone(attempt: Callable[..., Chil
         assert server.runs["run-0"]["status"] == "RUNNING"
 
 
-def test_a_silent_tracker_is_given_five_seconds_and_then_told_of(attempt: Callable[..., Child]) -> None:
+def test_a_tracker_without_an_answer_is_reported_after_five_seconds(attempt: Callable[..., Child]) -> None:
     with serving(Silent()) as server:
-        assert attempt(MLFLOW, server).word().trouble == "ReadTimeout: timed out"
+        assert attempt(MLFLOW, server).status().error == "ReadTimeout: timed out"
 
 
-def test_of_too_many_steps_the_oldest_go() -> None:
+def test_the_oldest_of_too_many_steps_are_dropped() -> None:
     backlog = Backlog()
     for step in range(KEPT_STEPS + 3):
         backlog.add(Step(step=step, values={"train/loss": 1.0}))
@@ -191,13 +191,13 @@ def test_of_too_many_steps_the_oldest_go() -> None:
     assert (batch[0][0], ending) == (3, None)
 
 
-def test_the_newest_step_waits_for_its_evaluation_and_is_left_to_the_next_attempt() -> None:
+def test_the_newest_step_waits_for_its_evaluation_or_for_the_next_attempt() -> None:
     backlog = Backlog()
     for step in (1, 2):
         backlog.add(Step(step=step, values={"train/loss": 1.0}))
     assert backlog.due() == ([(1, {"train/loss": 1.0})], None)
     backlog.add(Step(step=2, values={"valid/loss": 2.0}))
-    backlog.taken([(1, {"train/loss": 1.0})])
+    backlog.remove([(1, {"train/loss": 1.0})])
     assert backlog.due() == ([], None)
     backlog.end("succeeded")
     assert backlog.due() == ([(2, {"train/loss": 1.0, "valid/loss": 2.0})], "succeeded")

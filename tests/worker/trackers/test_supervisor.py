@@ -1,6 +1,6 @@
-"""What a job and its trackers do to each other: attempts in this process, on a real database, bucket and child.
+"""Jobs with trackers: attempts in this process, with a real database, bucket and child process.
 
-The trainer is a small script; the trackers are those of tests/worker/trackers/servers.py.
+The trainer is a small script; the tracker servers are those of tests/worker/trackers/servers.py.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ TRAINER = f"""
 
     how, go = sys.argv[1], pathlib.Path(sys.argv[2])
 
-    def say(event, **fields):
+    def send(event, **fields):
         print(json.dumps({{"event": event, "job": command["job"]}} | fields), flush=True)
 
     for line in sys.stdin:
         command = json.loads(line)
         if command["op"] == "train":
             if {SECRET!r} in str(os.environ) + line:
-                sys.exit("that is a secret")
+                sys.exit("the trainer got a secret")
             first, last = (1, 4) if how == "die" else (3, 6)
             for step in range(first, last + 1):
-                say("metrics", metrics={{"step": step, "total_steps": 6, "train_loss": 1 / step}})
+                send("metrics", metrics={{"step": step, "total_steps": 6, "train_loss": 1 / step}})
             while not go.exists():
                 time.sleep(0.01)
             if how == "die":
@@ -54,9 +54,9 @@ TRAINER = f"""
             folder = pathlib.Path(command["work_dir"], "adapter")
             folder.mkdir()
             (folder / "adapter_model.safetensors").write_bytes(b"weights")
-            say("done", path=str(folder), report={REPORT.model_dump(mode="json")!r})
+            send("done", path=str(folder), report={REPORT.model_dump(mode="json")!r})
         elif command["op"] == "verify":
-            say("verified", proof={PROOF!r}, versions={{}})
+            send("verified", proof={PROOF!r}, versions={{}})
 """
 
 Attempt = Callable[..., Job]
@@ -64,19 +64,19 @@ Attempt = Callable[..., Job]
 
 @pytest.fixture
 def attempt(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """Train the queued job once. Its trainer goes on from the last step once `hook`, which is asked often, says so."""
+    """Run one attempt at the queued job. Its trainer waits at the last step until `hook` (polled) returns True."""
     script = tmp_path / "trainer.py"
     script.write_text(textwrap.dedent(TRAINER))
 
-    def once(how: str, integration: dict[str, Any], hook: Callable[[], bool] = lambda: True, **told: str) -> Job:
+    def once(how: str, integration: dict[str, Any], hook: Callable[[], bool] = lambda: True, **values: str) -> Job:
         go = tmp_path / f"go-{how}"
-        told["TRAINER_COMMAND"] = f"{sys.executable} -S -E {script} {how} {go}"
-        for name, value in told.items():
+        values["TRAINER_COMMAND"] = f"{sys.executable} -S -E {script} {how} {go}"
+        for name, value in values.items():
             monkeypatch.setenv(f"MILLINER_{name}", value)
         settings.get_settings.cache_clear()
         with session_scope() as session:
-            asked = Job.request.op("||")({"integrations": [integration]})
-            session.execute(update(Job).where(Job.id == job).values(request=asked))
+            request = Job.request.op("||")({"integrations": [integration]})
+            session.execute(update(Job).where(Job.id == job).values(request=request))
 
         def draining() -> bool:
             if hook():
@@ -89,12 +89,12 @@ def attempt(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attemp
     return once
 
 
-def test_two_attempts_tell_mlflow_of_one_run(attempt: Attempt, job: str) -> None:
+def test_two_attempts_report_to_one_run_at_mlflow(attempt: Attempt, job: str) -> None:
     with serving(Mlflow()) as server:
-        told = {"MLFLOW_TRACKING_URI": server.url, "MLFLOW_TOKEN": SECRET}
-        attempt("die", MLFLOW, lambda: len(steps(server)) > 0, **told)
+        values = {"MLFLOW_TRACKING_URI": server.url, "MLFLOW_TOKEN": SECRET}
+        attempt("die", MLFLOW, lambda: len(steps(server)) > 0, **values)
         assert server.runs["run-0"]["status"] == "RUNNING"
-        done = attempt("stand", MLFLOW, lambda: 5 in steps(server), **told)
+        done = attempt("pass", MLFLOW, lambda: 5 in steps(server), **values)
         assert (done.state, done.attempt) == (State.SUCCEEDED, 2), done.error
         until(lambda: server.runs["run-0"]["status"] == "FINISHED")
         assert steps(server) == [1, 2, 3, 4, 5, 6]
@@ -105,7 +105,7 @@ def test_two_attempts_tell_mlflow_of_one_run(attempt: Attempt, job: str) -> None
     assert not warnings(job, about="MLflow")
 
 
-def test_a_cancelled_job_has_killed_its_run(attempt: Attempt, job: str) -> None:
+def test_a_cancelled_job_has_a_killed_run_at_mlflow(attempt: Attempt, job: str) -> None:
     def cancel() -> bool:
         if steps(server) and row(job).desired_state == Desired.RUN:
             with session_scope() as session:
@@ -113,42 +113,42 @@ def test_a_cancelled_job_has_killed_its_run(attempt: Attempt, job: str) -> None:
         return False
 
     with serving(Mlflow()) as server:
-        done = attempt("stand", MLFLOW, cancel, MLFLOW_TRACKING_URI=server.url, HEARTBEAT_SECONDS="0.1")
+        done = attempt("pass", MLFLOW, cancel, MLFLOW_TRACKING_URI=server.url, HEARTBEAT_SECONDS="0.1")
         assert done.state == State.CANCELLED
         until(lambda: server.runs["run-0"]["status"] == "KILLED")
 
 
 @pytest.mark.parametrize("integration", [MLFLOW, WANDB], ids=["mlflow", "wandb"])
-def test_a_tracker_that_never_answers_costs_the_job_one_warning(
+def test_a_tracker_that_never_answers_causes_one_warning(
     attempt: Attempt, job: str, integration: dict[str, Any]
 ) -> None:
     with serving(Silent()) as server:
-        told = {"MLFLOW_TRACKING_URI": server.url, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": SECRET[:40]}
-        done = attempt("stand", integration, lambda: len(server.seen) > 0, **told)
+        values = {"MLFLOW_TRACKING_URI": server.url, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": SECRET[:40]}
+        done = attempt("pass", integration, lambda: len(server.seen) > 0, **values)
         assert done.state == State.SUCCEEDED, done.error
         assert server.seen
-    assert len(warnings(job, about="does not take this job's metrics")) == 1
+    assert len(warnings(job, about="does not accept this job's metrics")) == 1
 
 
-def test_a_tracker_that_refuses_costs_the_job_one_warning(attempt: Attempt, job: str) -> None:
+def test_a_tracker_that_is_down_causes_one_warning(attempt: Attempt, job: str) -> None:
     with serving(Mlflow()) as server:
         server.down = True
         done = attempt(
-            "stand", MLFLOW, lambda: len(server.seen) > 1, MLFLOW_TRACKING_URI=server.url, MLFLOW_TOKEN=SECRET
+            "pass", MLFLOW, lambda: len(server.seen) > 1, MLFLOW_TRACKING_URI=server.url, MLFLOW_TOKEN=SECRET
         )
         assert done.state == State.SUCCEEDED, done.error
-    (said,) = warnings(job, about="MLflow does not take")
-    assert "with 503" in said
+    (warning,) = warnings(job, about="MLflow does not accept")
+    assert "with status 503" in warning
 
 
-def test_a_worker_without_the_settings_says_what_it_lacks(attempt: Attempt, job: str) -> None:
-    done = attempt("stand", WANDB)
+def test_a_worker_without_the_settings_reports_what_is_missing(attempt: Attempt, job: str) -> None:
+    done = attempt("pass", WANDB)
     assert done.state == State.SUCCEEDED, done.error
-    (said,) = warnings(job, about="Weights & Biases is told nothing")
-    assert "MILLINER_WANDB_API_KEY" in said
+    (warning,) = warnings(job, about="Weights & Biases receives no metrics")
+    assert "MILLINER_WANDB_API_KEY" in warning
 
 
-def test_what_a_worker_lacks(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_names_what_a_worker_lacks(as_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert supervisor.missing("mlflow") == "address: set MILLINER_MLFLOW_TRACKING_URI"
     assert supervisor.missing("wandb") == "key: set MILLINER_WANDB_API_KEY"
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -156,10 +156,10 @@ def test_what_a_worker_lacks(as_worker: None, monkeypatch: pytest.MonkeyPatch) -
     assert supervisor.missing("wandb") == "package: pip install 'milliner[trackers]'"
 
 
-def test_a_job_shows_what_was_asked_in_the_clients_own_types(job: str) -> None:
+def test_a_job_shows_its_integrations_in_the_clients_own_types(job: str) -> None:
     with session_scope() as session:
-        asked = Job.request.op("||")({"integrations": [WANDB, MLFLOW]})
-        session.execute(update(Job).where(Job.id == job).values(request=asked))
+        request = Job.request.op("||")({"integrations": [WANDB, MLFLOW]})
+        session.execute(update(Job).where(Job.id == job).values(request=request))
         tenant = session.get_one(Job, job).tenant_id
     with session_scope() as session:
         shown = job_out(jobs.get_job(session, tenant, job))
@@ -168,8 +168,8 @@ def test_a_job_shows_what_was_asked_in_the_clients_own_types(job: str) -> None:
     first, second = parsed.integrations
     assert isinstance(first, FineTuningJobWandbIntegrationObject)
     assert (first.wandb.project, first.wandb.entity, first.wandb.tags) == ("hats", "acme", ["felt"])
-    told: dict[str, Any] = second.model_dump()
-    assert (told["type"], told["mlflow"]) == ("mlflow", MLFLOW["mlflow"])  # a type that OpenAI has not
+    fields: dict[str, Any] = second.model_dump()
+    assert (fields["type"], fields["mlflow"]) == ("mlflow", MLFLOW["mlflow"])  # a type that OpenAI does not have
 
 
 def steps(server: Mlflow) -> list[int]:
@@ -179,8 +179,10 @@ def steps(server: Mlflow) -> list[int]:
 
 def warnings(job: str, *, about: str) -> list[str]:
     with session_scope() as session:
-        said = session.scalars(select(JobEvent.message).where(JobEvent.job_id == job, JobEvent.level == "warn")).all()
-    return [message for message in said if about in message]
+        messages = session.scalars(
+            select(JobEvent.message).where(JobEvent.job_id == job, JobEvent.level == "warn")
+        ).all()
+    return [message for message in messages if about in message]
 
 
 def row(job: str) -> Job:
@@ -188,8 +190,8 @@ def row(job: str) -> Job:
         return session.get_one(Job, job)
 
 
-def until(true: Callable[[], bool], *, seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
