@@ -1,7 +1,8 @@
-"""The trainer child: `python -m worker.trainer.main [PARENT_PID]`, commands on stdin, events on stdout.
+"""The trainer child: `python -m worker.trainer.main [PARENT_PID]` reads commands on stdin and writes events to stdout.
 
-Owns: the pipe, the process's life, and turning exceptions into `failed`. It is a session: the base model stays resident
-between jobs on the same base. Must hold no secret and reach no network; training itself lives in `train.py`.
+The base model stays loaded between jobs on the same base. Training itself is in `training/loop.py`.
+Owns: the pipe, the life of the process, and turning exceptions into `Failed` events. Must hold no secret and use no
+network.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
-# Read when Hugging Face's libraries and torch's thread pool are imported, so set before. The parent scrubs the
-# environment as well. GOMP_SPINCOUNT: threads that wait spin briefly and then sleep. The default, 300,000 rounds,
-# starves whatever else wants a core; not spinning at all (OMP_WAIT_POLICY=PASSIVE) is slower on an idle machine.
+# Set before Hugging Face's libraries and torch's thread pool are imported, because they read these variables then. The
+# parent removes secrets from the environment as well. GOMP_SPINCOUNT: a waiting thread spins for this many rounds and
+# then sleeps. The default, 300,000, takes the cores from other processes; not spinning at all
+# (OMP_WAIT_POLICY=PASSIVE) is slower on an idle machine.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
-# TORCHDYNAMO_DISABLE: bitsandbytes wraps functions in torch.compile when it is imported, which imports a compiler that
-# nothing here uses: 1.4 of the 6.4 CPU seconds that the imports take.
+# TORCHDYNAMO_DISABLE: on import, bitsandbytes wraps functions in torch.compile, which imports a compiler that nothing
+# here uses. That takes 1.4 of the 6.4 CPU seconds of all imports.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
@@ -53,17 +55,17 @@ from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
 if TYPE_CHECKING:
     from worker.trainer.model.base import Base
 
-#: What the session answers one after the other.
+#: Commands that are queued and run one at a time.
 Work = Prepare | Preview | Train | Verify | MakeExport
 
-#: A child that has said nothing for so many seconds, and gets somewhere, says that.
-WORKING_EVERY = 5.0
+#: Seconds without an event after which progress is reported by a `Working` event.
+WORKING_SECONDS = 5.0
 
 
 def main(argv: list[str]) -> int:
     """Serve commands until stdin ends."""
     try:
-        kill_when_parent_dies(int(argv[0]) if argv else os.getppid())  # an orphan would train for nobody
+        kill_when_parent_dies(int(argv[0]) if argv else os.getppid())  # nobody would use an orphan's results
     except ProcessLookupError as error:
         sys.exit(str(error))
     session = CommandLoop(claim_stdout())
@@ -74,9 +76,9 @@ def main(argv: list[str]) -> int:
 
 
 def claim_stdout() -> BinaryIO:
-    """The pipe for ourselves; whatever a library prints to stdout goes to stderr, and is written if it can be.
+    """Return stdout for events only. What libraries print to stdout goes to stderr, and a failing stderr is ignored.
 
-    Buffered, because a stop cuts a write to a full pipe short, and only a buffer goes on where that ended.
+    The pipe is buffered: a SIGSTOP can cut a write to a full pipe short, and a buffered writer writes the rest.
     """
     pipe = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -85,7 +87,7 @@ def claim_stdout() -> BinaryIO:
 
 
 class CommandLoop:
-    """The pipe's two ends and the base that is resident."""
+    """Run commands and emit events, keeping the last base model loaded."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self.commands: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
@@ -94,13 +96,13 @@ class CommandLoop:
         self._stopping: set[str] = set()
         self._resident: tuple[tuple[str, Quantization, tuple[str, ...] | None], Base] | None = None
         self._step: int | None = None
-        self._silence: float | None = None
+        self._silence_limit: float | None = None
         self._watched = False
-        self._heard = boot_time()
-        self._fencing = threading.Lock()
+        self._alive_at = boot_time()
+        self._freezing = threading.Lock()
 
     def read(self) -> None:
-        """Runs in a thread of its own, so that a stop is seen between two optimizer steps."""
+        """Read commands until stdin ends. Runs in its own thread, so that a stop is seen during an optimizer step."""
         for line in sys.stdin.buffer:
             try:
                 command = COMMAND.validate_json(line)
@@ -108,60 +110,61 @@ class CommandLoop:
                 sys.stderr.write(f"not a command: {error}\n")
                 os._exit(2)
             if isinstance(command, Alive):
-                self.fence()  # first: after a long stop, this one may have lain in the pipe all the time
-                self._heard = boot_time()
+                self.freeze_if_silent()  # first: after a SIGSTOP, this message may have waited in the pipe all the time
+                self._alive_at = boot_time()
             elif isinstance(command, Stop):
                 self._stopping.add(command.job)
             else:
-                self._stopping.discard(command.job)  # the pipe keeps order: a stop before its command is of another one
+                # The pipe keeps order: a stop that was sent before this command belongs to an earlier one.
+                self._stopping.discard(command.job)
                 self.commands.put(command)
         self.commands.put(None)
 
-    def watch(self, silence: float) -> None:
-        """Runs in a thread of its own: the training one may be long in a kernel."""
+    def watch(self, limit: float) -> None:
+        """Check for silence regularly. Runs in its own thread: the main one may be in a long kernel."""
         while True:
-            time.sleep(silence / 4)
-            self.fence()
+            time.sleep(limit / 4)
+            self.freeze_if_silent()
 
-    def listen(self, silence: float | None) -> None:
-        """From here on the supervisor is to be heard so often; None: no more."""
-        if silence is not None and not self._watched:
+    def limit_silence(self, seconds: float | None) -> None:
+        """From now on, freeze this process after so many seconds without an `Alive`; None: never."""
+        if seconds is not None and not self._watched:
             self._watched = True
-            threading.Thread(target=self.watch, args=(silence,), name="watch", daemon=True).start()
-        with self._fencing:
-            self._heard, self._silence = boot_time(), silence
+            threading.Thread(target=self.watch, args=(seconds,), name="watch", daemon=True).start()
+        with self._freezing:
+            self._alive_at, self._silence_limit = boot_time(), seconds
 
-    def fence(self) -> None:
-        """Freeze this process if its supervisor, and so perhaps its lease, is gone; the supervisor thaws it.
+    def freeze_if_silent(self) -> None:
+        """Stop this process if the supervisor is silent: it may have lost the lease. The supervisor resumes it.
 
-        Each thread looks for itself before it goes on: after a thaw, none may be the first to run. One that is idle
-        hears nothing, and need not.
+        Each thread calls this before it has an effect: after SIGCONT, any thread may be the first to run. An idle child
+        receives no `Alive` and has no limit.
         """
-        with self._fencing:
-            if self._silence is not None and boot_time() - self._heard > self._silence:
-                # To this thread, which then does not get past this line; a signal to the process may take any.
+        with self._freezing:
+            if self._silence_limit is not None and boot_time() - self._alive_at > self._silence_limit:
+                # Sent to this thread, which then stops at this line; a signal to the process may reach any thread.
                 signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-                self._heard = boot_time()
+                self._alive_at = boot_time()
 
     def emit(self, event: TrainerEvent) -> None:
-        """Write one line, whole. Called by the thread that serves, and by no other."""
+        """Write the event as one whole line. Only the thread that runs commands may call it."""
         if isinstance(event, Measured):
             self._step = event.metrics.step
         line = event.model_dump_json().encode() + b"\n"
-        self.fence()
+        self.freeze_if_silent()
         self._pipe.write(line)
         self._pipe.flush()
         self._emitted_at = time.monotonic()
 
     def tick(self, job: str) -> None:
-        """Called whenever the job has got somewhere, be it a row, so that long work is not taken for none."""
-        if time.monotonic() - self._emitted_at >= WORKING_EVERY:
+        """Report progress if nothing was emitted for a while. Called for each unit of work, even a single row."""
+        if time.monotonic() - self._emitted_at >= WORKING_SECONDS:
             self.emit(Working(job=job))
 
     def serve(self, command: Work) -> None:
-        """Answer one command; no exception of a job ends the session."""
+        """Run one command. An exception becomes a `Failed` event and does not end the process."""
         self._step = None
-        self.listen(command.task.silence_seconds)
+        self.limit_silence(command.task.silence_seconds)
         try:
             match command:
                 case Prepare():
@@ -181,42 +184,42 @@ class CommandLoop:
         except Exception as error:
             traceback.print_exc()
             if is_out_of_memory(error):
-                hint = "lower trainer.max_length or lora.r, or take quantization nf4"
-                # One that was trained did fit: what is short of memory then is the machine.
-                told, again = f"the trainer ran out of memory: {error}", isinstance(command, Verify)
-                self._fail(command, "out_of_memory", told, hint=hint, retryable=again)
+                hint = "lower trainer.max_length or lora.r, or use quantization nf4"
+                message = f"the trainer ran out of memory: {error}"
+                # What was trained fits, so a `Verify` that runs out of memory is short of it only at the moment.
+                self._fail(command, "out_of_memory", message, hint=hint, retryable=isinstance(command, Verify))
             elif is_disk_full(error):
-                hint = "free space on the worker's disk; the job goes on from its last checkpoint"
+                hint = "free space on the worker's disk; the job resumes from its last checkpoint"
                 self._fail(command, "disk_full", f"the worker's disk is full: {error}", hint=hint, retryable=True)
             else:
                 self._fail(command, "internal_error", f"{type(error).__name__}: {error}", retryable=True)
         finally:
             self._stopping.discard(command.job)
-            self.listen(None)
+            self.limit_silence(None)
 
     def _prepare(self, command: Prepare) -> None:
         self.emit(PhaseEntered(job=command.job, phase=Phase.TOKENIZING))
-        # Imported here: transformers takes seconds, and the pipe should answer at once.
+        # Imported here: transformers takes seconds to import, and the pipe must answer at once.
         from worker.trainer.planning.prepare import prepare  # noqa: PLC0415 (import cost)
 
         plan = prepare(command.task, tick=lambda: self.tick(command.job))
         self.emit(Prepared(job=command.job, plan=plan))
 
     def _preview(self, command: Preview) -> None:
-        # Imported here: transformers takes seconds, and the pipe should answer at once.
+        # Imported here: transformers takes seconds to import, and the pipe must answer at once.
         from worker.trainer.planning.preview import preview  # noqa: PLC0415 (import cost)
 
         self.emit(Previewed(job=command.job, preview=preview(command, tick=lambda: self.tick(command.job))))
 
     def _train(self, command: Train) -> None:
-        # Imported here: peft and bitsandbytes take seconds more, which `prepare` does not need.
+        # Imported here: peft and bitsandbytes take more seconds, and `prepare` does not need them.
         from worker.trainer.training.loop import train  # noqa: PLC0415 (import cost)
 
         labels = command.recipe.labels
         key = (command.task.base_dir, command.recipe.quantization, tuple(labels) if labels else None)
         if self._resident is not None and self._resident[0] != key:
-            self._resident = None  # two may not fit; and what this run takes is measured from here on
-            self._give_back()
+            self._resident = None  # two bases may not fit; and this run's memory is measured from here on
+            self._free_memory()
         train(
             command,
             lambda: self._base(*key),
@@ -224,14 +227,14 @@ class CommandLoop:
             stopping=lambda: self._is_stopping(command.job),
             tick=lambda: self.tick(command.job),
         )
-        self._give_back()
+        self._free_memory()
 
     def _verify(self, command: Verify) -> None:
         from worker.trainer.artifact.verify import verify  # noqa: PLC0415 (import cost)
 
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(verify(command, stopping=stopping, tick=tick))
-        self._give_back()
+        self._free_memory()
 
     def _export(self, command: MakeExport) -> None:
         from worker.trainer.exports.make import export  # noqa: PLC0415 (import cost)
@@ -239,20 +242,23 @@ class CommandLoop:
         stopping, tick = partial(self._is_stopping, command.job), partial(self.tick, command.job)
         self.emit(export(command, stopping=stopping, tick=tick))
 
-    def _give_back(self) -> None:
-        """What is held for nothing: this process may wait for its next work while others need the memory."""
+    def _free_memory(self) -> None:
+        """Return unused memory to the machine: others may need it while this process waits for its next command."""
         from worker.trainer.system import free_memory  # noqa: PLC0415 (import cost)
 
         free_memory.free()
 
     def _is_stopping(self, job: str) -> bool:
-        """Asked before every micro-batch, and so the place to look at the lease as well, and to be heard."""
-        self.fence()
+        """Whether a stop was requested.
+
+        Called before each micro-batch, and so also checks for silence and reports progress.
+        """
+        self.freeze_if_silent()
         self.tick(job)
         return job in self._stopping
 
     def _base(self, base_dir: str, quantization: Quantization, labels: tuple[str, ...] | None) -> Base:
-        """The resident one, loaded if there is none."""
+        """The base model in memory, loaded if there is none."""
         from worker.trainer.model.base import load_base  # noqa: PLC0415 (import cost)
 
         if self._resident is None:

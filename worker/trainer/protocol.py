@@ -1,7 +1,20 @@
-"""The pipe between the supervisor and the trainer child: JSON lines, each bearing a job id.
+"""The pipe between the supervisor and the trainer child: JSON lines, each with a job id.
 
-Commands go down the child's stdin, events come up its stdout. Files change hands as paths inside the attempt's work
-directory, which both ends can read. The child gets nothing else: no database, no broker, no S3, no network.
+The supervisor writes commands to the child's stdin; the child writes events to its stdout. Files are passed as paths
+that both processes can read. The child has no other input: no database, broker, S3 or network.
+
+`Prepare`, `Preview`, `Train`, `Verify` and `MakeExport` are work: the child runs them one at a time, in order, and ends
+each with exactly one final event, unless it dies. `Stop` and `Alive` are read at any time, also during work.
+
+    command     final event
+    Prepare     Prepared or Failed
+    Preview     Previewed or Failed
+    Train       Done, Stopped or Failed
+    Verify      Verified or Failed
+    MakeExport  Exported or Failed
+
+`PhaseEntered`, `Notice`, `Working`, `Measured` and `CheckpointSaved` come before the final event.
+Owns: the messages. Must not import torch.
 """
 
 from __future__ import annotations
@@ -17,10 +30,19 @@ from shared.schemas.results import Export, Metrics, Plan, Proof, Recipe, Report
 
 
 class Task(BaseModel):
-    """All that the child is told about a job. Paths are absolute and local.
+    """What a job is: its base, files and settings. Paths are absolute and local.
 
-    `start_from` is a folder with the adapter that training begins with, and `start_name` what its owner calls it.
-    `devices` are those that training workers have reported; `device_memory_bytes` what a run may take, 0 all there is.
+    `base_dir` is the folder of the base model, `base_name` and `base_revision` its public id and commit,
+    `base_license` and `base_parameters` its license and number of parameters, if known.
+    `validation_file` is None if the job has none: some training rows are held out instead.
+    `start_from` is a folder with the adapter that training starts from, `start_name` the name its owner gave it.
+    `torch_threads` is the number of CPU threads; 0 leaves the choice to torch.
+    `full_finetuning_bytes` is the most memory that full fine-tuning may need, at 22 bytes per parameter; `prepare`
+    refuses a larger base. None means no limit.
+    `devices` are the devices that training workers have reported.
+    `device_memory_bytes` is the memory that a run may use; 0 means all of the device's.
+    `max_row_bytes` is the longest line that a dataset may have.
+    `silence_seconds` is how long the child runs without an `Alive` before it freezes itself; None means forever.
     """
 
     base_dir: str
@@ -46,7 +68,7 @@ class Task(BaseModel):
 
 
 class Prepare(BaseModel):
-    """Parse and tokenize every row; answer `prepared` or `failed`."""
+    """Read and tokenize every row, and work out the recipe. Ends with `Prepared` or `Failed`."""
 
     op: Literal["prepare"] = "prepare"
     job: str
@@ -54,7 +76,10 @@ class Prepare(BaseModel):
 
 
 class Preview(BaseModel):
-    """Show the rows at `lines`, or the first `rows`, as tokens; answer `previewed` or `failed`."""
+    """Tokenize a few rows and show them as text with their trained spans. Ends with `Previewed` or `Failed`.
+
+    The rows are those at `lines` (1-based), or the first `rows` if `lines` is None.
+    """
 
     op: Literal["preview"] = "preview"
     job: str
@@ -64,10 +89,12 @@ class Preview(BaseModel):
 
 
 class Train(BaseModel):
-    """Train, evaluate, leave an adapter under `work_dir`; answer `done`, `stopped` or `failed`.
+    """Train and evaluate, and write the adapter under `work_dir`. Ends with `Done`, `Stopped` or `Failed`.
 
-    `resume_from` is the folder of a checkpoint that an earlier attempt left; the run goes on bit for bit from there.
-    `fallback_level` is how often the kernel killed an attempt for its memory: the micro-batch is halved as often.
+    `recipe` comes from the job's `Prepared` event.
+    `resume_from` is the folder of an earlier attempt's checkpoint; the run resumes from it bit for bit.
+    `fallback_level` is the level to start at, an index into `shared.estimation.fallback.fallback_levels`; 0 uses the
+    most memory. The supervisor raises it by one each time the kernel kills an attempt for lack of memory.
     """
 
     op: Literal["train"] = "train"
@@ -80,9 +107,10 @@ class Train(BaseModel):
 
 
 class Verify(BaseModel):
-    """Prove the adapter that was fetched back into `adapter_dir`; answer `verified` or `failed`.
+    """Check that the adapter in `adapter_dir`, downloaded after its upload, gives the scores in `report`.
 
-    For a process that has trained nothing. The adapter must reproduce `report`, which was made at `fallback_level`.
+    Ends with `Verified` or `Failed`. It must run in a process that has trained nothing. `fallback_level` is the level
+    that `report` was made at.
     """
 
     op: Literal["verify"] = "verify"
@@ -95,9 +123,10 @@ class Verify(BaseModel):
 
 
 class MakeExport(BaseModel):
-    """Write one more form of the proven adapter in `adapter_dir`, load it again; answer `exported` or `failed`.
+    """Write the verified adapter in `adapter_dir` in another form, load that again and compare the two.
 
-    For a process of its own: whatever it dies of costs this export alone. `proof` has the score to compare with.
+    Ends with `Exported` or `Failed`. It runs in a process of its own, so that a crash costs only this export. The files
+    go under `work_dir`. `proof` has the scores to compare with; `fallback_level` is the level they were measured at.
     """
 
     op: Literal["export"] = "export"
@@ -112,14 +141,22 @@ class MakeExport(BaseModel):
 
 
 class Alive(BaseModel):
-    """The supervisor runs and holds the lease. A child that has not heard this for `silence_seconds` freezes itself."""
+    """The supervisor is running and holds the job's lease.
+
+    The supervisor sends it repeatedly. A child that works on a task with `silence_seconds` and receives none for that
+    long stops itself with SIGSTOP; the supervisor resumes it with SIGCONT. An idle child ignores it.
+    """
 
     op: Literal["alive"] = "alive"
     job: str
 
 
 class Stop(BaseModel):
-    """Finish the current step, leave a checkpoint, answer `stopped`."""
+    """Stop training `job` before its next micro-batch, save a checkpoint of the last full step, and answer `Stopped`.
+
+    An unfinished optimizer step is discarded. The supervisor sends it for `Train` only. A `Stop` that arrives when its
+    job has no command waiting or running has no effect.
+    """
 
     op: Literal["stop"] = "stop"
     job: str
@@ -129,13 +166,15 @@ Command = Annotated[Prepare | Preview | Train | Verify | MakeExport | Stop | Ali
 
 
 class PhaseEntered(BaseModel):
+    """The job has entered this phase."""
+
     event: Literal["phase"] = "phase"
     job: str
     phase: Phase
 
 
 class Notice(BaseModel):
-    """A line for the job's event list."""
+    """A message for the job's event list."""
 
     event: Literal["notice"] = "notice"
     job: str
@@ -144,32 +183,41 @@ class Notice(BaseModel):
 
 
 class Working(BaseModel):
-    """Still getting somewhere: said every few seconds at most, and only when nothing else is."""
+    """The job makes progress. Sent only after WORKING_SECONDS (`main.py`) without another event.
+
+    Without it, the supervisor would treat long work as stuck.
+    """
 
     event: Literal["working"] = "working"
     job: str
 
 
 class Prepared(BaseModel):
+    """Final event of `Prepare`: the dataset is valid; `plan` has the recipe, statistics and warnings."""
+
     event: Literal["prepared"] = "prepared"
     job: str
     plan: Plan
 
 
 class Previewed(BaseModel):
+    """Final event of `Preview`: the rows as text, with the trained spans marked."""
+
     event: Literal["previewed"] = "previewed"
     job: str
     preview: PreviewOut
 
 
 class Measured(BaseModel):
+    """Metrics of one optimizer step, or of an evaluation after that step."""
+
     event: Literal["metrics"] = "metrics"
     job: str
     metrics: Metrics
 
 
 class CheckpointSaved(BaseModel):
-    """A complete folder lies at `path`; it is the supervisor's to upload and then delete."""
+    """The folder `path` is a complete checkpoint of `step`. The supervisor uploads the folder and then deletes it."""
 
     event: Literal["checkpoint"] = "checkpoint"
     job: str
@@ -179,9 +227,9 @@ class CheckpointSaved(BaseModel):
 
 
 class Done(BaseModel):
-    """The adapter folder at `path` is complete, `report.json` and `metrics.jsonl` included.
+    """Final event of `Train`: the folder `path` is complete, with `report.json` and `metrics.jsonl`.
 
-    `fallback_level` is how narrow the micro-batch had become when the report was made.
+    `fallback_level` is the level that the report was made at.
     """
 
     event: Literal["done"] = "done"
@@ -192,7 +240,7 @@ class Done(BaseModel):
 
 
 class Verified(BaseModel):
-    """The adapter stands its proof. `versions` are those of the packages that it was made and read with."""
+    """Final event of `Verify`: the adapter passed. `versions` are those of the packages that made and loaded it."""
 
     event: Literal["verified"] = "verified"
     job: str
@@ -201,7 +249,10 @@ class Verified(BaseModel):
 
 
 class Exported(BaseModel):
-    """A complete folder lies at `path` and has been loaded again; it is the supervisor's to upload and then delete."""
+    """Final event of `MakeExport`: the folder `path` is complete and was loaded again.
+
+    The supervisor uploads the folder and then deletes it.
+    """
 
     event: Literal["exported"] = "exported"
     job: str
@@ -210,7 +261,10 @@ class Exported(BaseModel):
 
 
 class Stopped(BaseModel):
-    """Asked to stop and did; the last `checkpoint` event holds all that was trained, unless the disk was full."""
+    """Final event of `Train` after a `Stop`: `step` is the last full step.
+
+    Everything that was trained is in the last checkpoint, unless the disk was full.
+    """
 
     event: Literal["stopped"] = "stopped"
     job: str
@@ -218,9 +272,11 @@ class Stopped(BaseModel):
 
 
 class Failed(BaseModel):
-    """This job cannot go on. `retryable` is false for what its user must mend (data, settings), true for the rest.
+    """Final event of any command: it cannot be completed. `code` is a stable error code.
 
-    The code `disk_full` is the machine's fault: the job goes back to the queue, and no crash is counted.
+    `retryable` is false for what the user must fix (data, settings), true for everything else. `param` is the request
+    field at fault, `step` the last optimizer step that was measured. The code `disk_full` means this machine's disk:
+    the job returns to the queue, and no crash is counted.
     """
 
     event: Literal["failed"] = "failed"

@@ -1,4 +1,4 @@
-"""Datasets, tasks and recipes on the tiny bases; and a run, in this process or in the real child."""
+"""Datasets, tasks and recipes for tiny bases, and training runs in this process or in a real child."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MakeTask = Callable[..., Task]
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Conv1D layers, learned positions, biases: what is unlike Llama."""
+    """A base with Conv1D layers, learned positions and biases, unlike Llama."""
     folder = tmp_path_factory.mktemp("gpt2")
     tiny_gpt2(folder)
     return str(folder)
@@ -45,7 +45,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An encoder: it reads both ways, and writes nothing."""
+    """An encoder base: bidirectional attention, and no text generation."""
     folder = tmp_path_factory.mktemp("bert")
     tiny_encoder(folder, "bert")
     return str(folder)
@@ -58,21 +58,21 @@ def encoder(llama: str) -> Encoder:
 
 @pytest.fixture(autouse=True, scope="session")
 def _frozen_imports() -> None:
-    """What torch and transformers are made of is no garbage; to look for it there takes 0.4 s after every run."""
+    """Exclude the modules of torch and transformers from garbage collection, which takes 0.4 s after every run."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a report quotes is looked at in test_samples.py; every other run in this process is quick about it."""
+    """Generate two tokens per sample, to save time. test_samples.py tests samples of full length."""
     monkeypatch.setattr(samples, "NEW_TOKENS", 2)
 
 
 @pytest.fixture
 def unreadable(llama: str, tmp_path: Path) -> Callable[[str], str]:
-    """A copy of the base in which reading the named file is an I/O error, as on a dying disk, and for root as well."""
+    """A copy of the base in which reading the named file is an I/O error, as on a failing disk, even for root."""
 
-    def spoil(name: str) -> str:
+    def copy_without(name: str) -> str:
         folder = tmp_path / "unreadable"
         folder.mkdir()
         for path in Path(llama).iterdir():
@@ -81,7 +81,7 @@ def unreadable(llama: str, tmp_path: Path) -> Callable[[str], str]:
         (folder / name).symlink_to("/proc/self/mem")
         return str(folder)
 
-    return spoil
+    return copy_without
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def make_task(llama: str) -> MakeTask:
 
 
 def quotes(count: int) -> Rows:
-    """Rows of different lengths that share a pattern."""
+    """Text rows of different lengths with a common pattern."""
     return [{"text": f'Quote by N{i % 5}: "{"hat " * (1 + i % 7)}{i}"'} for i in range(count)]
 
 
@@ -133,7 +133,7 @@ def recipe_of(task: Task, **changes: Any) -> Recipe:
 
 @dataclass
 class Observer:
-    """The supervisor's end: it keeps the events and asks to stop once `stop_at` steps are measured."""
+    """Stands for the supervisor: keeps the events, and requests a stop once `stop_at` steps are measured."""
 
     stop_at: int | None = None
     events: list[TrainerEvent] = field(default_factory=list)
@@ -156,7 +156,7 @@ def run(
     seen: Callable[[TrainerEvent], None] = lambda event: None,
     **changes: Any,
 ) -> Observer:
-    """A job in this process, told of by the Observer; `seen` gets each event at once, and may do things."""
+    """Train in this process and return the Observer with the events. `seen` is called with each event at once."""
     observer = Observer(stop_at)
     command = Train(
         job="j",
@@ -182,7 +182,7 @@ def adapter_bytes(work: Path) -> bytes:
 
 
 class Child:
-    """The parent's end of the pipe to a real child, which must end well with the `with` block."""
+    """A real child and the parent's end of its pipe. At the end of the `with` block it must exit with code 0."""
 
     def __init__(self, *, stderr: IO[bytes] | None = None, **env: str) -> None:
         self.process = subprocess.Popen(
@@ -192,7 +192,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            bufsize=0,  # so that `select` tells whether there is an event
+            bufsize=0,  # so that `select` sees every event that has not been read
         )
 
     def __enter__(self) -> Self:
@@ -215,7 +215,7 @@ class Child:
         self.process.stdin.flush()
 
     def until(self, *kinds: type[Kind]) -> Kind:
-        """The next event of one of these kinds; every line on the way must be an event, and none a failure."""
+        """Read up to the next event of these kinds. Fails on a line that is no event, and on a `Failed` event."""
         while True:
             event = self.next()
             if isinstance(event, kinds):
@@ -223,6 +223,7 @@ class Child:
             assert not isinstance(event, Failed), event
 
     def next(self) -> TrainerEvent:
+        """Read the next event."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the child ended with {self.process.wait()}"

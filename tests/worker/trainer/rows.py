@@ -1,4 +1,4 @@
-"""Rows to train on: preferences as a file has them, and encoded examples of given lengths."""
+"""Rows for tests: preferences as in a file, and encoded examples of given lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def examples_of(sizes: list[int]) -> list[Encoded]:
 
 
 def preferences(count: int) -> Rows:
-    """Every prompt is answered by a hat rather than by a cap."""
+    """Preference rows in which a hat is always chosen over a cap."""
     return [
         {"prompt": f"Quote by N{i}: ", "chosen": "a felt hat" * (1 + i % 3), "rejected": "cap"} for i in range(count)
     ]

@@ -1,4 +1,4 @@
-"""Let memory run out: a base with large activations, a limit on a process, a loss that fails where it is told to."""
+"""Make memory run out: a base with large activations, a limit on a process, a loss that fails on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.trainer.protocol import Notice
 
 
 def wide_base(folder: Path, *, positions: int = 256) -> str:
-    """Few parameters and large activations."""
+    """A base with few parameters and large activations."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320,
@@ -39,23 +39,26 @@ def wide_base(folder: Path, *, positions: int = 256) -> str:
 
 
 def limit_data(pid: int, *, megabytes: int | None) -> None:
-    """Let a process have so much more memory than it has now; None: as much as it wants."""
+    """Allow a process so many megabytes more than it has now; None removes the limit."""
     status = Path(f"/proc/{pid}/status").read_text()
-    has = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))) * 1024
-    soft = resource.RLIM_INFINITY if megabytes is None else has + megabytes * 1024**2
+    current = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))) * 1024
+    soft = resource.RLIM_INFINITY if megabytes is None else current + megabytes * 1024**2
     resource.prlimit(pid, resource.RLIMIT_DATA, (soft, resource.RLIM_INFINITY))
 
 
 class Failing:
-    """Makes `sft.loss` run out of memory where `when` says so, as Python says it, with its activations in the frame."""
+    """Makes `sft.loss` raise MemoryError for batches for which `when` is true, with its activations in the frame.
+
+    `calls` counts the calls with gradients.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
         self.calls = 0
-        ordinary = sft.loss
+        original = sft.loss
 
         def loss(base: Any, batch: Batch, layout: Layout) -> Loss:
             self.calls += torch.is_grad_enabled()
-            found = ordinary(base, batch, layout)
+            found = original(base, batch, layout)
             if when(batch):
                 raise MemoryError
             return found

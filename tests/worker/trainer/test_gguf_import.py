@@ -1,4 +1,4 @@
-"""A GGUF file, written here by llama.cpp's own library, becomes a base that the trainer loads."""
+"""A GGUF file, written by llama.cpp's own package, becomes a base that the trainer can load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def gguf(llama: str, tmp_path: Path) -> Path:
-    """The tiny Llama as GGUF, whose chat turns end by another token than its texts."""
+    """The tiny Llama as GGUF. Its chat turns end with another token than its texts."""
     tensors = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
     tokenizer = json.loads((Path(llama) / "tokenizer.json").read_text())["model"]
     path = tmp_path / "tiny.gguf"
@@ -60,7 +60,7 @@ def gguf(llama: str, tmp_path: Path) -> Path:
             }.items()
         }
     for ours, theirs in names.items():
-        writer.add_tensor(f"{theirs}.weight", rotated(ours, tensors[f"{ours}.weight"].numpy()))
+        writer.add_tensor(f"{theirs}.weight", interleaved(ours, tensors[f"{ours}.weight"].numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,8 +68,8 @@ def gguf(llama: str, tmp_path: Path) -> Path:
     return path
 
 
-def rotated(name: str, weight: np.ndarray) -> np.ndarray:
-    """llama.cpp interleaves the two halves of each head's rotary dimensions."""
+def interleaved(name: str, weight: np.ndarray) -> np.ndarray:
+    """Interleave the two halves of each head's rotary dimensions, as llama.cpp stores them."""
     heads = {"q_proj": 4, "k_proj": 2}.get(name.rsplit(".", 1)[-1])
     if heads is None:
         return weight
@@ -81,7 +81,7 @@ def convert(gguf: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_gguf_becomes_a_base(gguf: Path, llama: str, tmp_path: Path) -> None:
+def test_gguf_is_converted_to_an_equal_base(gguf: Path, llama: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = convert(gguf, out)
     assert ended.returncode == 0, ended.stderr
@@ -99,13 +99,13 @@ def test_gguf_becomes_a_base(gguf: Path, llama: str, tmp_path: Path) -> None:
     assert "not empty" in convert(gguf, out).stderr
 
 
-def test_half_a_file_leaves_no_folder(gguf: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_leaves_no_folder(gguf: Path, tmp_path: Path) -> None:
     gguf.write_bytes(gguf.read_bytes()[:2000])
     assert convert(gguf, tmp_path / "out").returncode != 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
-def test_nothing_is_converted_for_an_importer_that_is_gone(gguf: Path, tmp_path: Path) -> None:
-    nobody = 2**22 + 1  # above the largest process id
-    assert "the parent is gone" in convert(gguf, tmp_path / "out", "--parent", str(nobody)).stderr
+def test_nothing_is_converted_if_the_importer_has_ended(gguf: Path, tmp_path: Path) -> None:
+    dead = 2**22 + 1  # above the largest process id
+    assert "the parent is gone" in convert(gguf, tmp_path / "out", "--parent", str(dead)).stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]

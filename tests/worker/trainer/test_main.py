@@ -1,4 +1,4 @@
-"""The real child, spoken to through its pipe."""
+"""The real trainer child, tested through its pipe."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from worker.trainer.protocol import (
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    """One session serves all tests of this module, as it may serve many jobs."""
+    """One child for all tests of this module, as one child may run many jobs."""
     with Child() as child:
         yield child
 
@@ -64,16 +64,16 @@ def test_prepares_and_trains(child: Child, make_task: MakeTask, write_rows: Writ
     assert Path(done.path, "adapter_model.safetensors").stat().st_size > 0
 
 
-def test_a_job_leaves_no_trace_on_the_base_of_the_next_one(
+def test_a_job_does_not_change_the_base_for_the_next_one(
     child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    """One that writes, and classifiers, which share a base with its head."""
+    """A text job, then classifiers that share a base and its head."""
     rows = [{"text": f"hat {i}", "label": i % 3} for i in range(6)]
     two: dict[str, Any] = {"trainer": {"max_steps": 2}}
-    words = make_task(write_rows(quotes(6)), **two)
+    text = make_task(write_rows(quotes(6)), **two)
     labels, others = (make_task(write_rows(rows), method="classification", seed=seed, **two) for seed in (7, 8))
     adapters = []
-    for i, task in enumerate((words, labels, others, labels)):
+    for i, task in enumerate((text, labels, others, labels)):
         child.send(Prepare(job="f", task=task))
         recipe = child.until(Prepared).plan.recipe
         child.send(Train(job="f", task=task, recipe=recipe, work_dir=str(tmp_path / str(i))))
@@ -81,21 +81,21 @@ def test_a_job_leaves_no_trace_on_the_base_of_the_next_one(
     assert adapters[1] == adapters[3] != adapters[2]
 
 
-def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
+def test_base_in_4_bits_is_freed_before_the_next_is_loaded(
     make_task: MakeTask, write_rows: WriteRows, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two may not fit. bitsandbytes' weights know their layer, and no count of references lets go of a cycle."""
-    gone: list[bool] = []
+    """Two may not fit. bitsandbytes' weights refer to their layer, and reference counting does not free a cycle."""
+    freed: list[bool] = []
     weights: list[weakref.ref[torch.nn.Parameter]] = []
     load = load_base
 
-    def noted(*args: Any, **options: Any) -> Base:
-        gone.append(all(weight() is None for weight in weights))
+    def recording(*args: Any, **options: Any) -> Base:
+        freed.append(all(weight() is None for weight in weights))
         base = load(*args, **options)
         weights.extend(weakref.ref(layer.weight) for layer in base.model.modules() if isinstance(layer, Linear4bit))
         return base
 
-    monkeypatch.setattr(base_module, "load_base", noted)
+    monkeypatch.setattr(base_module, "load_base", recording)
     other = shutil.copytree(llama, tmp_path / "other")
     rows = write_rows(quotes(2))
     with Path("/dev/null").open("wb") as pipe:
@@ -104,11 +104,11 @@ def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
             task = make_task(rows, base_dir=base_dir, quantization="nf4", trainer={"max_steps": 1})
             session.serve(Train(job="g", task=task, recipe=recipe_of(task), work_dir=str(tmp_path / str(i))))
     assert weights
-    assert gone == [True, True]
+    assert freed == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "said"),
+    ("content", "code", "expected"),
     [
         (b'{"text":"a"}\n' * 6 + b'{"text":\n', "invalid_training_file", "line 7: not JSON at column"),
         (b'{"messages":[{"role":"boss","content":"x"}]}\n', "invalid_training_file", "line 1: messages[0].role"),
@@ -117,18 +117,18 @@ def test_base_in_4_bits_is_gone_before_the_next_is_loaded(
     ],
 )
 def test_bad_files_fail_with_line_and_hint(
-    child: Child, make_task: MakeTask, tmp_path: Path, content: bytes, code: str, said: str
+    child: Child, make_task: MakeTask, tmp_path: Path, content: bytes, code: str, expected: str
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     child.send(Prepare(job="b", task=make_task(str(path))))
     failed = child.until(Failed)
     assert (failed.code, failed.param, failed.retryable) == (code, "training_file", False)
-    assert said in failed.message
+    assert expected in failed.message
     assert failed.hint
 
 
-def test_stops_when_told_and_goes_on_from_there(
+def test_stops_on_request_and_resumes_from_the_checkpoint(
     child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(30)), hyperparameters={"n_epochs": 50, "batch_size": 1})
@@ -139,14 +139,14 @@ def test_stops_when_told_and_goes_on_from_there(
     child.send(Stop(job="c"))
     saved = child.until(CheckpointSaved)
     assert child.until(Stopped).step == saved.step < recipe.total_steps
-    child.send(Stop(job="c"))  # too late for the one, and not meant for the other
+    child.send(Stop(job="c"))  # the first run has ended already, and the next has not begun: no effect
     child.send(Train(job="c", task=task, recipe=recipe, work_dir=str(tmp_path), resume_from=saved.path))
     assert child.until(Measured).metrics.step == saved.step + 1
     child.send(Stop(job="c"))
     child.until(Stopped)
 
 
-def test_a_surprise_is_retryable_and_the_session_lives_on(
+def test_an_unexpected_error_is_retryable_and_does_not_end_the_child(
     child: Child, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     child.send(Prepare(job="d", task=make_task(str(tmp_path / "missing.jsonl"))))
@@ -156,7 +156,7 @@ def test_a_surprise_is_retryable_and_the_session_lives_on(
     assert child.until(Prepared).job == "e"
 
 
-def test_what_is_no_command_ends_the_session() -> None:
+def test_an_invalid_command_ends_the_child() -> None:
     ended = subprocess.run(COMMAND, cwd=ROOT, input=b'{"op":"dance"}\n', capture_output=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout) == (2, b"")
     assert b"not a command" in ended.stderr
@@ -169,7 +169,7 @@ def test_child_of_a_dead_parent_does_not_start() -> None:
 
 
 def test_death_of_the_parent_kills_the_child(make_task: MakeTask, write_rows: WriteRows) -> None:
-    """The pipe stays open in this process, so only the death of its parent can end the child."""
+    """This process keeps the pipe open, so only the death of its parent can end the child."""
     downward, upward = os.pipe(), os.pipe()
     script = f"import subprocess, time; p = subprocess.Popen({COMMAND!r}); print(p.pid, flush=True); time.sleep(600)"
     parent = subprocess.Popen(
@@ -191,15 +191,15 @@ def test_death_of_the_parent_kills_the_child(make_task: MakeTask, write_rows: Wr
 
 
 def alive(pid: int) -> bool:
-    """False for a zombie too: nobody may be there to reap it."""
+    """Whether the process runs. A zombie does not: it may have no parent to reap it."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
 
 
-def test_log_on_a_full_disk_fails_no_job(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
-    """Neither what libraries print, nor the traceback of an error, nor the end of the process."""
+def test_a_log_on_a_full_disk_does_not_fail_a_job(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Output of libraries, the traceback of an error and the end of the process may all fail to be written."""
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 2})
     with open("/dev/full", "wb") as full, Child(stderr=full, PYTHONUNBUFFERED="1") as child:
         child.send(Prepare(job="g", task=make_task(str(tmp_path / "missing.jsonl"))))
@@ -208,12 +208,12 @@ def test_log_on_a_full_disk_fails_no_job(make_task: MakeTask, write_rows: WriteR
         assert child.until(Done).report.steps == 2
 
 
-def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
+def test_a_resumed_child_does_nothing_before_it_receives_a_new_alive(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    """Stopped together with its supervisor and thawed by a stranger: not one event may come, whichever thread is first.
+    """Stopped for longer than its limit and resumed, the child must emit no event, whichever thread runs first.
 
-    An Alive that lay in the pipe is from before the stop, and says nothing.
+    An `Alive` that waited in the pipe was sent before the stop and does not count.
     """
     silence = 0.6
     task = make_task(write_rows(quotes(30)), hyperparameters={"n_epochs": 50, "batch_size": 1}, silence_seconds=silence)
@@ -221,7 +221,7 @@ def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
         pid = child.process.pid
         child.send(Train(job="h", task=task, recipe=recipe_of(task), work_dir=str(tmp_path)))
         for _ in range(4):
-            while not isinstance(awake(child), Measured):
+            while not isinstance(next_event(child), Measured):
                 pass
             os.kill(pid, signal.SIGSTOP)
             wait_until_stopped(pid)
@@ -235,21 +235,21 @@ def test_thawed_child_does_nothing_before_its_supervisor_has_spoken(
             wait_until_stopped(pid)
             assert not readable(child)
         child.send(Stop(job="h"))
-        while not isinstance(awake(child), Stopped):
+        while not isinstance(next_event(child), Stopped):
             pass
 
 
-@pytest.mark.parametrize(("every", "said"), [(0.0, True), (3600.0, False)])
-def test_whoever_gets_somewhere_is_heard(
+@pytest.mark.parametrize(("interval", "emitted"), [(0.0, True), (3600.0, False)])
+def test_progress_is_reported(
     make_task: MakeTask,
     write_rows: WriteRows,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    every: float,
-    said: bool,
+    interval: float,
+    emitted: bool,
 ) -> None:
-    """While rows are read and scored, and within a step; unless something else was said a moment ago."""
-    monkeypatch.setattr(child_main, "WORKING_EVERY", every)
+    """While rows are read and scored, and within a step, unless another event was emitted recently."""
+    monkeypatch.setattr(child_main, "WORKING_SECONDS", interval)
     held = write_rows([*quotes(2), {"text": "hat"}])
     task = make_task(
         write_rows(quotes(4)),
@@ -261,23 +261,23 @@ def test_whoever_gets_somewhere_is_heard(
     with open(reading, "rb") as pipe, open(writing, "wb") as ours:
         session = CommandLoop(ours)
         session.serve(Prepare(job="i", task=task))
-        *heard, prepared = events(pipe, Prepared)
-        assert heard == [PhaseEntered(job="i", phase=Phase.TOKENIZING), *[Working(job="i")] * (7 if said else 0)]
+        *before, prepared = events(pipe, Prepared)
+        assert before == [PhaseEntered(job="i", phase=Phase.TOKENIZING), *[Working(job="i")] * (7 if emitted else 0)]
         assert isinstance(prepared, Prepared)
         session.serve(Train(job="i", task=task, recipe=prepared.plan.recipe, work_dir=str(tmp_path)))
         phase: Phase | None = None
-        heard_in: dict[Phase | None, int] = {}
+        working_in: dict[Phase | None, int] = {}
         for event in events(pipe, Done):
             phase = event.phase if isinstance(event, PhaseEntered) else phase
-            heard_in[phase] = heard_in.get(phase, 0) + isinstance(event, Working)
+            working_in[phase] = working_in.get(phase, 0) + isinstance(event, Working)
     rows, micro_batches = 7, 4
-    assert heard_in.pop(Phase.LOADING) == 0
-    assert heard_in[Phase.TOKENIZING] == (rows if said else 0)
-    assert all((count >= micro_batches - 1) == said for count in heard_in.values())
+    assert working_in.pop(Phase.LOADING) == 0
+    assert working_in[Phase.TOKENIZING] == (rows if emitted else 0)
+    assert all((count >= micro_batches - 1) == emitted for count in working_in.values())
 
 
 def events(pipe: BinaryIO, last: type[TrainerEvent]) -> list[TrainerEvent]:
-    """Up to the first of kind `last`, which must come."""
+    """Read events up to the first of kind `last`."""
     found: list[TrainerEvent] = []
     while not found or not isinstance(found[-1], last):
         found.append(EVENT.validate_json(pipe.readline()))
@@ -285,8 +285,8 @@ def events(pipe: BinaryIO, last: type[TrainerEvent]) -> list[TrainerEvent]:
     return found
 
 
-def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> None:
-    """A pipe holds 64 KiB; a write that waits for room is cut short by a stop and a thaw."""
+def test_a_line_is_complete_even_if_the_child_was_stopped_while_writing_it() -> None:
+    """A pipe holds 64 KiB. SIGSTOP and SIGCONT cut short a write that waits for room."""
     notice = Notice(job="k", level="info", message="x" * 300_000)
     script = (
         "from worker.trainer.protocol import Notice; from worker.trainer.main import CommandLoop, claim_stdout;"
@@ -295,7 +295,7 @@ def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> 
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert isinstance(process.stdout, BufferedReader)
         assert process.stdout.peek(1)
-        until_waiting(process.pid)
+        wait_until_sleeping(process.pid)
         os.kill(process.pid, signal.SIGSTOP)
         wait_until_stopped(process.pid)
         os.kill(process.pid, signal.SIGCONT)
@@ -303,16 +303,16 @@ def test_a_line_is_whole_even_if_the_child_was_stopped_in_the_middle_of_it() -> 
         assert process.stdout.read() == b""
 
 
-def until_waiting(pid: int) -> None:
-    """For room in the pipe."""
+def wait_until_sleeping(pid: int) -> None:
+    """Wait until the process sleeps, which here means that it waits for room in the pipe."""
     deadline = time.monotonic() + 10
     while ") S " not in Path(f"/proc/{pid}/stat").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def awake(child: Child) -> TrainerEvent:
-    """The next event of a child that is thawed whenever it has frozen itself."""
+def next_event(child: Child) -> TrainerEvent:
+    """Read the next event, resuming the child whenever it has stopped itself."""
     while not readable(child):
         if is_stopped(child.process.pid):
             os.kill(child.process.pid, signal.SIGCONT)

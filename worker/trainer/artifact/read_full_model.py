@@ -19,7 +19,7 @@ from worker.trainer.artifact import read
 from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import FullWeights
 from worker.trainer.protocol import Task
-from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
+from worker.trainer.system.resource_errors import is_kernel_error, is_out_of_memory
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -77,7 +77,7 @@ def _load(base: Base, folder: Path) -> dict[str, torch.Tensor]:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if is_out_of_memory(error) or is_the_kernels(error):
+        if is_out_of_memory(error) or is_kernel_error(error):
             raise
         raise read.unreadable("model", error) from error
     mismatched = [str(found[0] if isinstance(found, tuple) else found) for found in loading["mismatched_keys"]]

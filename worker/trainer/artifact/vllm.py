@@ -1,7 +1,15 @@
-"""What others serve: whether vLLM would take an adapter or a model, read from its source and not tried.
+"""Whether vLLM can serve an adapter or a model, by limits that were copied from its source.
 
-Owns: the limits of vllm/config/lora.py and vllm/lora/peft_helper.py as of version 0.27, and some of the architectures
-of vllm/model_executor/models/registry.py. Must not import torch.
+Owns: the limits of `vllm/config/lora.py` and `vllm/lora/peft_helper.py`, and some of the architectures of
+`vllm/model_executor/models/registry.py`. Must not import torch.
+
+The limits are those of vLLM 0.27. They were read, not tested: vLLM is not installed. They can become outdated. To check
+them against a newer version, compare in its source:
+
+- RANKS with the type of `LoRAConfig.max_lora_rank` in `vllm/config/lora.py`;
+- the objections in `lora_support` with `PEFTHelper` in `vllm/lora/peft_helper.py`;
+- ARCHITECTURES with `vllm/model_executor/models/registry.py`, and WITHOUT_LORA with which of those classes have
+  `SupportsLoRA`.
 """
 
 from __future__ import annotations
@@ -10,10 +18,11 @@ from typing import Any
 
 from shared.schemas.results import Servable
 
-#: What `--max-lora-rank` may be.
+#: Allowed values of `--max-lora-rank`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Architectures that vLLM serves without LoRA support.
 WITHOUT_LORA = frozenset({"GPT2LMHeadModel"})
-#: That it has an implementation of. There are more; and others it runs through transformers, where it can.
+#: Some of the architectures that vLLM implements. It runs others through transformers if it can.
 ARCHITECTURES = frozenset(
     {
         "BloomForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel",
@@ -26,12 +35,12 @@ ARCHITECTURES = frozenset(
 
 
 def max_lora_rank(r: int) -> int | None:
-    """The least that `--max-lora-rank` must say for an adapter of rank `r`; None if it cannot say so much."""
+    """The smallest value of `--max-lora-rank` for an adapter of rank `r`; None if `r` is over the limit."""
     return next((allowed for allowed in RANKS if allowed >= r), None)
 
 
 def lora_support(config: dict[str, Any], architecture: str) -> Servable:
-    """Its verdict on an `adapter_config.json`, for a base of this class."""
+    """Whether vLLM can serve an adapter with this `adapter_config.json` on a base of this class, and why not."""
     rank = max_lora_rank(config["r"])
     objections = {
         f"its rank, {config['r']}, is over {RANKS[-1]}": rank is None,
@@ -45,6 +54,6 @@ def lora_support(config: dict[str, Any], architecture: str) -> Servable:
 
 
 def model_support(architecture: str) -> Servable:
-    """Its verdict on a whole model of this class, which it serves without a LoRA."""
+    """Whether vLLM can serve a whole model of this class, without a LoRA, and why not."""
     reasons = [] if architecture in ARCHITECTURES else [f"vLLM is not known to implement {architecture}"]
     return Servable(servable=not reasons, max_lora_rank=None, reasons=reasons)

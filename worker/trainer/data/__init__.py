@@ -1,1 +1,1 @@
-"""Rows as tokens: encoding, labels, packing, statistics. Must not import torch: planning uses it."""
+"""Dataset rows as tokens: encoding, labels, packing, statistics. Must not import torch: planning uses it."""

@@ -1,6 +1,6 @@
-"""A dataset file → encoded rows: read, held out, truncated, and put in the order of each epoch.
+"""Read and encode dataset files, hold rows out, truncate rows, and order them for each epoch.
 
-Owns: which rows are trained on, which are held out, and in what order. Everything is a pure function of the files, the
+Owns: which rows are trained on, which are held out, and in what order. All of it is a pure function of the files, the
 base and the seed, so that a resumed run sees the same rows. Must not import torch.
 """
 
@@ -23,12 +23,17 @@ from worker.trainer.data import classification
 from worker.trainer.data.encoding import CannotEncode, Encoder, Row, longest_document
 from worker.trainer.protocol import Task
 
+HELDOUT_SHARE = 0.05
+HELDOUT_MOST = 200
+#: With fewer rows than this, a share of 5 % is less than one row.
+CARVE_FROM_ROWS = 20
+
 HeldoutSource = Literal["validation_file", "training_file_carved", "training_file"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """All rows of the files, neither cut to a length nor parted yet, and what reading each file found."""
+    """All valid rows of the files, before truncation and splitting, and a report on each file."""
 
     train: list[Row]
     validation: list[Row] | None
@@ -38,7 +43,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Split cut to a length; `dropped` lost every trained token by it."""
+    """Rows after truncation. `truncated` counts those that were cut, `dropped` those with nothing left to learn."""
 
     kept: list[Row]
     truncated: int
@@ -46,19 +51,20 @@ class Fitted:
 
 
 def load(task: Task, encoder: Encoder, *, tick: Callable[[], None] = lambda: None) -> Dataset:
-    """Read and encode the job's files, calling `tick` with each row.
+    """Read and encode the job's files. `tick` is called for each row.
 
-    A file with more than `skip_bad_rows` bad rows raises TrainingFailed that names them (the first ones in full).
+    Raises TrainingFailed, with the first bad rows, if a file has more than `trainer.skip_bad_rows` bad rows, no good
+    row, a part that cannot be read, or rows of a format that the method cannot use.
     """
     train, report = _read(task, task.training_file, encoder, tick, param="training_file")
     if task.validation_file is None:
         return Dataset(train, None, report, None)
-    validation, its_report = _read(task, task.validation_file, encoder, tick, param="validation_file")
-    return Dataset(train, validation, report, its_report)
+    validation, validation_report = _read(task, task.validation_file, encoder, tick, param="validation_file")
+    return Dataset(train, validation, report, validation_report)
 
 
 def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | RowError:
-    """What `formats.read_rows` gives for a line, as tokens; or why it cannot be trained on."""
+    """Encode what `formats.read_rows` yields for a line, or return the reason why it cannot be trained on."""
     if isinstance(example, RowError):
         return example
     try:
@@ -70,9 +76,11 @@ def encode(encoder: Encoder, line: int, example: Example | RowError) -> Row | Ro
 
 
 def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutSource]:
-    """Split to train on, and rows to score in place of a validation file: some of their own, or all if they are few."""
-    count = heldout_rows(len(rows))
-    if not count:
+    """Hold rows out where there is no validation file. Returns the training rows, the held-out rows and their source.
+
+    5 % are held out, at most 200. With fewer than CARVE_FROM_ROWS rows, all are both trained on and scored.
+    """
+    if len(rows) < CARVE_FROM_ROWS:
         return rows, rows, "training_file"
     chosen = frozenset(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
     train = [row for i, row in enumerate(rows) if i not in chosen]
@@ -80,7 +88,7 @@ def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutS
 
 
 def fit(rows: Sequence[Row], max_length: int) -> Fitted:
-    """Cut each document to `max_length` tokens; a row left with nothing to learn is dropped, and counted."""
+    """Cut each document to `max_length` tokens, and drop the rows with nothing left to learn."""
     cut = [row.cut(max_length) for row in rows]
     kept = [row for row in cut if row.learnable]
     truncated = sum(longest_document([row]) > max_length for row in rows)
@@ -89,12 +97,15 @@ def fit(rows: Sequence[Row], max_length: int) -> Fitted:
 
 @lru_cache(maxsize=1)
 def epoch_order(rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation that depends on nothing but its arguments. Every step of an epoch asks for the same one."""
+    """Permutation of range(rows) for an epoch (0-based). It depends on the arguments only.
+
+    Cached, because every step of an epoch needs the same one.
+    """
     return tuple(np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows).tolist())
 
 
 def step_examples(rows: Sequence[Row], step: int, *, batch_size: int, seed: int) -> list[Row]:
-    """The examples of optimizer step `step` (0-based). The last step of an epoch may be short; none crosses epochs."""
+    """Examples of optimizer step `step` (0-based). No step crosses epochs, so the last of an epoch may be smaller."""
     per_epoch = -(-len(rows) // batch_size)
     epoch, within = divmod(step, per_epoch)
     order = epoch_order(len(rows), seed=seed, epoch=epoch)
@@ -106,7 +117,7 @@ def _read(
 ) -> tuple[list[Row], FileReport]:
     rows: list[Row] = []
     report = FileReport(rows=0, bad_rows=0, format=None, problems=[])
-    ended = True
+    readable = True  # to the end of the file
     with open(path, "rb") as stream:
         for line, example in formats.read_rows(stream, max_row_bytes=task.max_row_bytes):
             tick()
@@ -119,22 +130,22 @@ def _read(
                 rows.append(row)
                 continue
             report.bad_rows += 1
-            ended = not row.ends_file
+            readable = not row.ends_file
             if len(report.problems) < formats.MAX_PROBLEMS:
                 report.problems.append(row.problem())
     report.rows = len(rows)
-    skippable = bool(rows) and ended
+    skippable = bool(rows) and readable
     if report.bad_rows <= task.trainer.skip_bad_rows and skippable:
         return rows, report
-    hint = "mend these lines, upload the file again, and create the job anew"
+    hint = "fix these lines, upload the file again and create a new job"
     if skippable:
-        hint += f"; or leave them out: trainer.skip_bad_rows = {report.bad_rows} (it is {task.trainer.skip_bad_rows})"
+        hint += f"; or skip them: trainer.skip_bad_rows = {report.bad_rows} (it is {task.trainer.skip_bad_rows})"
     raise TrainingFailed(formats.describe(report), code=f"invalid_{param}", param=param, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What is trained on and what is scored, cut to the recipe's length; and what the cut cost."""
+    """Training and held-out rows, cut to the recipe's length, and how many rows the cut affected."""
 
     train: list[Row]
     heldout: list[Row]
@@ -145,7 +156,7 @@ class Split:
 
 
 def split(dataset: Dataset, max_length: int, *, seed: int) -> Split:
-    """The rows that survive the cut, and of those the held-out ones. Raises TrainingFailed where none does."""
+    """Truncate rows, then hold some out. Raises TrainingFailed if a file has no row left after truncation."""
     fitted = _fit(dataset.train, max_length, param="training_file")
     if dataset.validation is None:
         train, heldout, source = carve(fitted.kept, seed=seed)

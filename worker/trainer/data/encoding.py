@@ -1,9 +1,10 @@
-"""One canonical Example → token ids and which of them are trained.
+"""Encode an example as token ids, and mark the ids that are trained.
 
-Owns: chat templates, special tokens, and where the loss falls. Must not import torch, nor know about files or batches.
+Owns: chat templates, special tokens, and which tokens carry the loss. Must not import torch, nor know about files or
+batches.
 
-The trap it closes: the token that ends a turn (or a text) is always trained, whatever the tokenizer pads with, or the
-tuned model would never stop.
+The token that ends a turn or a text is always trained, even if the tokenizer uses it for padding. Otherwise the tuned
+model would never stop.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shared.datasets.formats import Chat, Completion, Preference
 from shared.errors import TrainingFailed
-from worker.trainer.system.resource_errors import is_the_kernels
+from worker.trainer.system.resource_errors import is_kernel_error
 
-#: OpenAI's roles → what most chat templates call them.
-OTHER_NAMES = {"developer": "system", "function": "tool"}
+#: Some of OpenAI's roles, and what most chat templates call them.
+ROLE_ALIASES = {"developer": "system", "function": "tool"}
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`ids` int32 (length,), `trained` bool (length,): True where predicting that token carries the loss."""
+    """A document as tokens: `ids` int32 (length,), `trained` bool (length,).
+
+    `trained[i]` says that predicting token i carries the loss. `line` is the row's line in its file (1-based).
+    """
 
     line: int
     ids: npt.NDArray[np.int32]
@@ -44,6 +48,7 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
+        """Number of trained tokens. The first token does not count: nothing predicts it."""
         return int(self.trained[1:].sum())
 
     @property
@@ -52,21 +57,22 @@ class Encoded:
 
     @property
     def learnable(self) -> bool:
+        """Whether training on it has any effect."""
         return self.trained_tokens > 0
 
     @property
     def content(self) -> bytes:
-        """What makes two documents the same: their tokens, and what is learned of them."""
+        """Bytes that are equal for two documents with the same tokens and the same trained marks."""
         return self.ids.tobytes() + self.trained.tobytes()
 
     def cut(self, length: int) -> Encoded:
-        """Its first `length` tokens."""
+        """The first `length` tokens."""
         return self if len(self) <= length else Encoded(self.line, self.ids[:length], self.trained[:length])
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to one prompt: documents that go through the model together."""
+    """A chosen and a rejected answer to one prompt: two documents that go through the model together."""
 
     chosen: Encoded
     rejected: Encoded
@@ -88,26 +94,26 @@ class Pair:
 
     @property
     def learnable(self) -> bool:
-        """Nothing is to be learned of answers that are the same, be it by the cut."""
+        """False if the two answers are equal, which truncation can cause: then there is no preference to learn."""
         same = np.array_equal(self.chosen.ids, self.rejected.ids)
         return self.chosen.learnable and self.rejected.learnable and not same
 
     def cut(self, length: int) -> Pair:
-        """The first `length` tokens of each."""
+        """The first `length` tokens of each answer."""
         return Pair(self.chosen.cut(length), self.rejected.cut(length))
 
 
-#: An example as it is trained on: what fills an optimizer step, one document or a pair of them.
+#: An encoded example, one document or a pair of them. An optimizer step consists of rows.
 Row = Encoded | Pair
 
 
 def longest_document(rows: Sequence[Row]) -> int:
-    """Tokens of the longest document."""
+    """Number of tokens of the longest document."""
     return max(len(document) for row in rows for document in row.documents)
 
 
 class CannotEncode(Exception):
-    """An example that the base's tokenizer or chat template cannot render: (field, message, hint)."""
+    """The base's tokenizer or chat template cannot encode an example: (field, message, hint)."""
 
     def __init__(self, field: str, message: str, hint: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
@@ -117,22 +123,26 @@ class CannotEncode(Exception):
 
 
 class Encoding(Protocol):
-    """What the Rust tokenizers give back: ids and, for each, the characters it covers."""
+    """Result of the Rust tokenizers: `ids`, and for each the characters [begin, end) that it covers."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 @dataclass(slots=True)
-class Pieces:
-    """An Encoding put together from several."""
+class JoinedEncoding:
+    """An Encoding made of several consecutive ones."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 class Encoder:
-    """A base model's tokenizer, with its special tokens settled once."""
+    """A base model's tokenizer, with its special tokens looked up once.
+
+    Raises TrainingFailed if the tokenizer cannot be loaded or has no character offsets. `bos` is [] or the BOS that the
+    tokenizer adds before any text; `stops` are the ids that end generation; `specials` are all special ids.
+    """
 
     def __init__(self, base_dir: str) -> None:
         try:
@@ -140,7 +150,7 @@ class Encoder:
                 base_dir, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError) as error:
-            if is_the_kernels(error):
+            if is_kernel_error(error):
                 raise
             raise TrainingFailed(
                 f"the base model's tokenizer cannot be loaded: {error}",
@@ -150,13 +160,13 @@ class Encoder:
             ) from error
         if not self.tokenizer.is_fast:
             raise TrainingFailed(
-                f"the base model's tokenizer, {type(self.tokenizer).__name__}, keeps no character offsets",
+                f"the base model's tokenizer, {type(self.tokenizer).__name__}, has no character offsets",
                 code="unsupported_base_model",
                 param="model",
                 hint="import a base that ships a tokenizer.json",
             )
         self._fast = self.tokenizer.backend_tokenizer
-        # A saved tokenizer.json may carry the truncation and padding of whoever trained it.
+        # A saved tokenizer.json may contain its author's truncation and padding.
         self._fast.no_truncation()
         self._fast.no_padding()
         self.bos = self._own_bos()
@@ -164,34 +174,37 @@ class Encoder:
         self._own_pad = _named_pad(Path(base_dir), self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.items()
         self.specials = frozenset(self.tokenizer.all_special_ids) | {token for token, it in added if it.special}
-        self._unopened: str | None = None
+        self._unused_opening: str | None = None
 
     def warnings(self) -> list[str]:
-        """What the rows encoded so far have shown of the chat template."""
-        if self._unopened is None:
+        """Warnings about the chat template that follow from the rows encoded so far."""
+        if self._unused_opening is None:
             return []
         return [
-            f"the base's generation prompt ends in {self._unopened!r}, with which some answers do not go on: they are "
-            "trained from the start of the assistant's turn; to keep its thoughts, write them into the answers"
+            f"the base's generation prompt ends in {self._unused_opening!r}, but some answers do not continue it: they "
+            "are trained from the start of the assistant's turn; to keep thoughts, write them into the answers"
         ]
 
     @property
     def template_sha256(self) -> str | None:
-        """Of the chat template that renders conversations, if there is one."""
+        """SHA-256 of the chat template; None without one."""
         template = self.tokenizer.chat_template
         return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
     def text(self, ids: list[int]) -> str:
-        """What a reader sees of them, special tokens included."""
+        """Decode ids, special tokens included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def has_double_bos(self, row: Row) -> bool:
-        """A row that writes the BOS which the tokenizer, or the chat template, writes as well."""
+        """Whether a document begins with two BOS: the row has one, and the tokenizer or chat template adds another."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and any(document.ids[:2].tolist() == [bos, bos] for document in row.documents)
 
     def encode(self, line: int, example: Chat | Completion | Preference) -> Row:
-        """Raises CannotEncode for an example that does not fit, TrainingFailed if no example of its kind can."""
+        """Encode the example of a line (1-based).
+
+        Raises CannotEncode if this example cannot be encoded, TrainingFailed if no example of its format can.
+        """
         if isinstance(example, Preference):
             return Pair(self._document(line, example.chosen), self._document(line, example.rejected))
         return self._document(line, example)
@@ -203,10 +216,10 @@ class Encoder:
     # ------------------------------------------------------------ prompt and completion
 
     def _completion(self, example: Completion) -> tuple[list[int], list[bool]]:
-        """BOS only where the tokenizer itself adds it; EOS appended and trained.
+        """Ids and trained marks. BOS is added only if the tokenizer itself adds it; EOS is appended and trained.
 
-        Prompt and completion are tokenized together, as a pretrained model met them, unless a token would straddle
-        the seam: then apart, because a user's prompt is tokenized alone when the adapter is used.
+        Prompt and completion are tokenized together, as in pretraining. If a token would span the boundary, they are
+        tokenized separately, because a user's prompt is tokenized alone when the adapter is used.
         """
         prompt = self._without_bos(self._tokens(example.prompt).ids) if example.prompt else []
         joint = self._without_bos(self._tokens(example.prompt + example.completion).ids)
@@ -221,17 +234,17 @@ class Encoder:
     # ------------------------------------------------------------ chat
 
     def _chat(self, example: Chat) -> tuple[list[int], list[bool]]:
-        """The whole conversation is rendered and tokenized once; each trained turn is then found in it by characters.
+        """Ids and trained marks. The conversation is rendered and tokenized once; trained turns are found by character.
 
-        A turn begins where the rendering of the turns before it, with the generation prompt, ends: the model learns
-        to write exactly what it will be asked to write. It ends with its end-of-turn token.
+        A turn begins where the rendering of the turns before it, with the generation prompt, ends. So the model learns
+        to write exactly what it will be asked to write. A turn ends with its end-of-turn token.
         """
         if not self.tokenizer.chat_template:
             raise TrainingFailed(
-                "the base model has no chat template, and the file holds chat rows",
+                "the base model has no chat template, and the file has chat rows",
                 code="no_chat_template",
                 param="training_file",
-                hint='choose an instruct model, or send rows of "prompt" and "completion"',
+                hint='choose an instruct model, or upload rows of "prompt" and "completion"',
             )
         template = str(self.tokenizer.chat_template)
         messages = [_template_message(turn.message, template) for turn in example.turns]
@@ -247,17 +260,18 @@ class Encoder:
         if example.turns[-1].trained and not any(
             token in self.stops and mark for token, mark in zip(ids[-4:], trained[-4:], strict=True)
         ):
-            # A template that ends no turn: without this the tuned model would have nothing to stop at.
+            # The template does not end a turn with a stop token; without one the tuned model would never stop.
             ids.append(self.eos)
             trained.append(True)
         return ids, trained
 
     def _begin(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, full: str) -> int:
+        """Character at which turn `i` begins in `full`."""
         before = self._render(messages[:i], tools, generation_prompt=True)
         if full.startswith(before):
             return len(before)
-        # A generation prompt that opens a thought (DeepSeek R1, QwQ), and an answer without one: it begins where the
-        # two part. A probe's rendering tells where, since an answer might by chance start like a thought.
+        # The generation prompt opens a thought (DeepSeek R1, QwQ), and the answer has none: the turn begins where the
+        # two renderings differ. A probe answer shows where, because a real answer might start like a thought by chance.
         alone = self._render(messages[:i], tools)
         probe = self._render([*messages[:i], {"role": "assistant", "content": "\N{SECTION SIGN}"}], tools)
         opening = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, probe, strict=False)))
@@ -267,7 +281,7 @@ class Encoder:
                 "the base's chat template renders what comes before this turn differently once the turn is there",
                 "begin with a system or user message, or set weight 0 on this turn",
             )
-        self._unopened = before[len(opening) :].strip()
+        self._unused_opening = before[len(opening) :].strip()
         return len(opening)
 
     def _end(
@@ -280,11 +294,12 @@ class Encoder:
         begin: int,
         encoding: Encoding,
     ) -> int:
+        """Character at which turn `i` ends in `full`."""
         upto = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
         if full.startswith(upto):
             return len(upto)
-        # Some templates (Qwen 3, DeepSeek R1) render the newest answer unlike the older ones. The turn then ends with
-        # the first stop after its beginning, where `_mark` ends it; where nothing stops, at the next message's text.
+        # Some templates (Qwen 3, DeepSeek R1) render the last answer differently from the others. The turn then ends
+        # with the first stop token after its beginning, where `_mark` ends it, or else before the next message's text.
         offsets = zip(encoding.ids, encoding.offsets, strict=True)
         if any(a >= begin and token in self.stops for token, (a, _) in offsets):
             return len(full)
@@ -300,10 +315,10 @@ class Encoder:
         return end
 
     def _mark(self, encoding: Encoding, trained: list[bool], begin: int, end: int) -> None:
-        """Mark the tokens of characters [begin, end), up to the first token that stops a generation.
+        """Mark the tokens of characters [begin, end) as trained, up to the first stop token.
 
-        What a template puts after it, such as ChatML's newline, is never generated. Some tokenizers trim the spaces
-        off their offsets: a token of spaces then covers nothing, at the end of where it stood.
+        What a template puts after that token, such as ChatML's newline, is never generated. Some tokenizers trim spaces
+        from offsets: a token of spaces then has an empty range, at the end of the spaces.
         """
         span = [j for j, (a, b) in enumerate(encoding.offsets) if b > begin and (a < end or a == b == end)]
         for j in range(span[0], span[-1] + 1) if span else ():
@@ -324,40 +339,43 @@ class Encoder:
             raise CannotEncode(
                 "messages",
                 f"the base's chat template refuses this conversation: {error}",
-                "the order of roles that the base model knows",
+                "roles in an order that the base model knows",
             ) from error
 
     # ------------------------------------------------------------ special tokens
 
     def _tokens(self, text: str) -> Encoding:
-        """Without the tokenizer's own BOS and EOS: a chat template writes its own."""
+        """Tokenize without the tokenizer's own BOS and EOS: a chat template writes its own."""
         encoding: Encoding = self._fast.encode(text, add_special_tokens=False)
         return encoding
 
     def _tokens_apart(self, text: str, seams: list[int]) -> Encoding:
-        """Tokenized together, but apart at each seam that a token would straddle: see `_completion`."""
-        pieces, start = Pieces([], []), 0
+        """Tokenize the text as one, but split it at each of `seams` (characters) that a token would span.
+
+        `_completion` says why.
+        """
+        joined, start = JoinedEncoding([], []), 0
         rest = self._tokens(text)
         for seam in seams:
             prompt = self._tokens(text[start:seam])
             if rest.ids[: len(prompt.ids)] != prompt.ids:
-                _append(pieces, prompt, start)
+                _append(joined, prompt, start)
                 start, rest = seam, self._tokens(text[seam:])
-        _append(pieces, rest, start)
-        return pieces
+        _append(joined, rest, start)
+        return joined
 
     def _without_bos(self, ids: list[int]) -> list[int]:
-        """For a text that writes the BOS which the tokenizer adds as well."""
+        """Remove a leading BOS that the text itself contains, if the tokenizer adds one as well."""
         return ids[1:] if self.bos and ids[:1] == self.bos else ids
 
     def _own_bos(self) -> list[int]:
-        """The BOS that the tokenizer puts before any text, if it does."""
+        """[BOS] if the tokenizer puts it before any text, otherwise []."""
         bos = self.tokenizer.bos_token_id
         own = self._fast.encode("a", add_special_tokens=True).ids
         return [bos] if bos is not None and own[:1] == [bos] and self._tokens("a").ids[:1] != [bos] else []
 
     def _stop_tokens(self, base: Path) -> frozenset[int]:
-        """What ends a generation: EOS, and whatever the base's generation config adds (Llama 3, Gemma: end of turn)."""
+        """Ids that end generation: EOS, and those of the base's configs (Llama 3 and Gemma add an end of turn)."""
         stops = {self.tokenizer.eos_token_id}
         for name in ("generation_config.json", "config.json"):
             path = base / name
@@ -367,12 +385,12 @@ class Encoder:
 
     @cached_property
     def eos(self) -> int:
-        """What ends a text. Raises TrainingFailed: a base that only reads may have none."""
+        """Id that ends a text. Raises TrainingFailed if the base has none, which is normal for an encoder."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             if not self.stops:
                 raise TrainingFailed(
-                    "the base model names no end-of-sequence token, so a tuned model could never stop",
+                    "the base model has no end-of-sequence token, so a tuned model could never stop",
                     code="unsupported_base_model",
                     param="model",
                     hint="set eos_token in its tokenizer_config.json and import it again",
@@ -382,45 +400,49 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        """What a classifier's rows are padded with, and told by as the model looks for their last token."""
+        """Pad id of a classifier's rows. The model also finds the last real token of a row by it."""
         return self.eos if self._own_pad is None else self._own_pad
 
 
 def _named_pad(base: Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The config's before the tokenizer's, because the model goes by that one; some write -1 for none."""
+    """Pad id of the config, which the model uses, or else of the tokenizer. Some configs write -1 for none."""
     path = base / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     config = config.get("text_config") or config
     named, rows = config.get("pad_token_id"), config.get("vocab_size")
     found = named if isinstance(named, int) and named >= 0 else tokenizer.pad_token_id
-    # A token that was added to the tokenizer alone has no embedding.
+    # A token that was added to the tokenizer only has no embedding.
     return None if found is None or (isinstance(rows, int) and found >= rows) else found
 
 
-def _append(pieces: Pieces, more: Encoding, start: int) -> None:
-    pieces.ids.extend(more.ids)
-    pieces.offsets.extend((a + start, b + start) for a, b in more.offsets)
+def _append(joined: JoinedEncoding, more: Encoding, start: int) -> None:
+    joined.ids.extend(more.ids)
+    joined.offsets.extend((a + start, b + start) for a, b in more.offsets)
 
 
 def _check_rendered(field: str, content: str, full: str) -> None:
-    """A template passes over what it does not know, in silence; thoughts alone may be dropped from older answers."""
-    said = content.rpartition("</think>")[2].strip()
-    if said not in full and json.dumps(said, ensure_ascii=False)[1:-1] not in full:
+    """Raise CannotEncode if a message's text is not in the rendering: templates silently skip what they do not know.
+
+    Thoughts before `</think>` are not checked: templates may drop them from older answers.
+    """
+    text = content.rpartition("</think>")[2].strip()
+    if text not in full and json.dumps(text, ensure_ascii=False)[1:-1] not in full:
         raise CannotEncode(
             field,
             "the base's chat template leaves this content out",
-            "roles, and an order of them, that the base model knows; or an empty content",
+            "roles in an order that the base model knows, or an empty content",
         )
 
 
 def _template_message(message: dict[str, Any], template: str) -> dict[str, Any]:
-    """OpenAI's newer and older names of roles, for templates that do not know them, and its tool calls.
+    """Convert a message of OpenAI's format for a chat template.
 
-    A tool call's arguments are a JSON string there; chat templates want the object.
+    A role that the template does not know gets its alias. A tool call's arguments are a JSON string in OpenAI's format;
+    chat templates need the object.
     """
     role = message["role"]
-    if role in OTHER_NAMES and not re.search(rf"""role\W[^%}}]*['"]{role}['"]""", template):
-        message = message | {"role": OTHER_NAMES[role]}
+    if role in ROLE_ALIASES and not re.search(rf"""role\W[^%}}]*['"]{role}['"]""", template):
+        message = message | {"role": ROLE_ALIASES[role]}
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message

@@ -1,7 +1,7 @@
-"""The labels of a classification: which there are, in which order, how many rows each has, and scores over them.
+"""The labels of a classification job: their order, the number of rows of each, and scores over them.
 
-Owns: the one mapping between a label and its place, which training, proof and publishing share through the recipe.
-Must not import torch.
+Owns: the mapping between a label and its index, which training, proof and publishing share through the recipe. Must not
+import torch.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from shared.schemas.results import LabelCount, Majority
 from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Row
 
-#: A head of this width is trained in full and kept in fp32; more labels are texts, or row numbers, in the wrong column.
-MOST = 1000
-#: Rows of a label below which it is called rare.
+#: Most labels that are allowed. The head is trained in full and kept in fp32; more labels than this usually mean that
+#: the column holds texts or row numbers.
+MAX_LABELS = 1000
+#: A label with fewer rows than this is rare.
 FEW_ROWS = 8
-#: Share of a label from which on the rows are called unbalanced.
-MOST_SHARE = 0.8
-#: Of labels that a message is about, so many are named.
+#: Share of rows with the same label from which the labels are unbalanced.
+UNBALANCED_SHARE = 0.8
+#: A message names at most this many labels.
 NAMED = 5
 
 
 def find(train: Sequence[Row], validation: Sequence[Row] | None) -> list[str]:
-    """The labels of the training file: integers by their value, all others by their letters.
+    """Return the labels of the training file in order: numerically if all are integers, otherwise alphabetically.
 
-    Raises TrainingFailed: fewer than two or too many, or a validation row with a label that training never saw.
+    Raises TrainingFailed for fewer than two labels, for more than MAX_LABELS, and for a validation row whose label the
+    training file does not have.
     """
     found = sorted(counts(train))
     if all(label.removeprefix("-").isdecimal() for label in found):
         found.sort(key=lambda label: (int(label), label))
     if len(found) < 2:
-        raise _invalid("training_file", f"found one label, {found[0]!r}", "at least two labels, or nothing is learned")
-    if len(found) > MOST:
-        raise _invalid("training_file", f"found {len(found):,} labels, {_named(found)}", f"at most {MOST:,} labels")
+        raise _invalid("training_file", f"found one label, {found[0]!r}", "at least two labels")
+    if len(found) > MAX_LABELS:
+        allowed = f"at most {MAX_LABELS:,} labels"
+        raise _invalid("training_file", f"found {len(found):,} labels, {_named(found)}", allowed)
     known = frozenset(found)
     unseen = {row.label: row.line for row in reversed(_labelled(validation or [])) if row.label not in known}
     if unseen:
@@ -50,56 +53,55 @@ def find(train: Sequence[Row], validation: Sequence[Row] | None) -> list[str]:
 
 
 def counts(rows: Sequence[Row]) -> Counter[str]:
-    """How many of the rows have each label."""
+    """Number of rows of each label."""
     return Counter(row.label for row in _labelled(rows))
 
 
-def counted(rows: Sequence[Row], labels: Sequence[str]) -> list[LabelCount]:
-    """The same, in the recipe's order."""
+def label_counts(rows: Sequence[Row], labels: Sequence[str]) -> list[LabelCount]:
+    """Number of rows of each of `labels`, in that order."""
     found = counts(rows)
     return [LabelCount(label=label, rows=found[label]) for label in labels]
 
 
-def doubts(found: Sequence[LabelCount], train: Sequence[Row]) -> list[str]:
-    """What of the labels a user should be warned of; `train` are the rows that none is held out of."""
+def label_warnings(found: Sequence[LabelCount], train: Sequence[Row]) -> list[str]:
+    """Warnings for the user about the labels. `train` are the rows that are trained on, without held-out ones."""
     warnings, trained = [], counts(train)
     if untrained := [one.label for one in found if not trained[one.label]]:
         warnings.append(
-            f"all rows of {_named(untrained)} are held out, so that nothing is learned of it: add rows, or send a "
-            "validation file"
+            f"all rows of {_named(untrained)} are held out, so none is trained on: add rows, or send a validation file"
         )
     if rare := [one.label for one in found if one.rows < FEW_ROWS]:
         are = "labels have" if len(rare) > 1 else "label has"
         warnings.append(f"{len(rare)} {are} fewer than {FEW_ROWS} rows ({_named(rare)}): add rows, or merge labels")
-    if joint := sum(row.runs_together for row in _labelled(train)):
+    if joint := sum(row.lacks_separator for row in _labelled(train)):
         warnings.append(
-            f"{joint} rows are two texts, between which the base's tokenizer puts nothing: begin the second one with a "
-            "line break or a word that parts them, here and when the classifier is asked"
+            f"{joint} rows are two texts, and the base's tokenizer puts nothing between them: begin the second text "
+            "with a line break or a separating word, here and when you use the classifier"
         )
     total, most = sum(one.rows for one in found), max(found, key=lambda one: one.rows)
-    if most.rows >= MOST_SHARE * total:
+    if most.rows >= UNBALANCED_SHARE * total:
         warnings.append(
-            f"{most.rows / total:.0%} of the rows have the label {most.label!r}, and so often is right who always says "
-            "it: look at macro_f1 rather than at accuracy"
+            f"{most.rows / total:.0%} of the rows have the label {most.label!r}, so always predicting it has that "
+            "accuracy: look at macro_f1 rather than at accuracy"
         )
     return warnings
 
 
 def majority(train: Sequence[Row], heldout: Sequence[Row]) -> Majority:
-    """The label of most training rows, the first by name of several, as an answer to every held-out row."""
+    """Accuracy on the held-out rows of always predicting the most frequent training label (ties: the first by name)."""
     trained, asked = counts(train), counts(heldout)
     label = min(trained, key=lambda label: (-trained[label], label))
     return Majority(label=label, accuracy=asked[label] / asked.total())
 
 
 def macro_f1(answers: Mapping[tuple[int, int], int]) -> float:
-    """Of how many rows had a label (first) and were given one (second): the mean F1 of all labels that occur there."""
-    had, given = Counter[int](), Counter[int]()
+    """Mean F1 over the labels that occur. `answers` maps (true label, predicted label) to the number of rows."""
+    trues, predictions = Counter[int](), Counter[int]()
     for (true, predicted), rows in answers.items():
-        had[true] += rows
-        given[predicted] += rows
-    seen = had.keys() | given.keys()
-    return sum(2 * answers.get((label, label), 0) / (had[label] + given[label]) for label in seen) / len(seen)
+        trues[true] += rows
+        predictions[predicted] += rows
+    seen = trues.keys() | predictions.keys()
+    return sum(2 * answers.get((label, label), 0) / (trues[label] + predictions[label]) for label in seen) / len(seen)
 
 
 def _labelled(rows: Sequence[Row]) -> list[LabelledRow]:

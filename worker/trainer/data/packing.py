@@ -1,7 +1,7 @@
-"""Which examples share a row, and which rows a micro-batch.
+"""Pack examples into rows, and rows into micro-batches.
 
-Owns: packing, and the heaviest micro-batch that a run will meet. A pure function of lengths, seed and recipe.
-Must not import torch: a dataset is planned without it.
+Owns: packing, and finding the largest micro-batch of a run. All of it is a pure function of lengths, seed and recipe.
+Must not import torch: planning uses it without.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from shared.schemas.results import Recipe
 from worker.trainer.data import dataset
 from worker.trainer.data.encoding import Encoded, Row
 
-#: A row of this length costs twice what its tokens would cost in short ones: what attention takes grows with it.
+#: Row length at which attention doubles the cost of a token: a row costs length * (length + ATTENTION).
 ATTENTION = 1500
-#: Rows of a tensor: each the documents that lie in it.
+#: The rows of a tensor, each a list of the documents in it.
 Rows = list[list[Encoded]]
 
 
 @dataclass(frozen=True, slots=True)
 class Heaviest:
-    """What a run has in memory at the time it has the most tokens, padding included: `rows` of `length`.
+    """The turn of a run that has the most tokens in memory. A turn is one micro-batch in each lane at the same time.
 
-    That is one micro-batch in each lane, taken together: the `turn`-th of `step` (both from 0), the first if several
-    are as heavy. `length` is the mean, rounded up, where lanes differ in it.
+    `tokens` includes padding. `rows` is the number of rows in all lanes; `length` is the mean row length, rounded up.
+    `turn` counts within `step`; both start at 0. Of several equal turns it is the first.
     """
 
     step: int
@@ -41,11 +41,11 @@ class Heaviest:
 def heaviest(
     examples: Sequence[Row], recipe: Recipe, *, packing: bool, micro_batch: int, lanes: int = 1, from_step: int = 0
 ) -> Heaviest:
-    """Of all turns from that step on. Activations grow with the tokens, and memory with them."""
-    row, most = row_of(examples), Heaviest(0, 0, 0, 0, 0)
+    """Find the turn with the most tokens from `from_step` on. Activation memory grows with the tokens."""
+    row, most = packed_row_tokens(examples), Heaviest(0, 0, 0, 0, 0)
     for step in range(min(from_step, recipe.total_steps - 1), recipe.total_steps):
         chosen = dataset.step_examples(examples, step, batch_size=recipe.batch_size, seed=recipe.seed)
-        # A pair is as long as both of its documents, which padded are two rows.
+        # Upper bound. The length of a pair is the sum of its two documents; without packing they are two rows.
         if micro_batch * (row if packing else 2 * max(map(len, chosen))) <= most.tokens:
             continue
         parts = micro_batches(chosen, packing=packing, micro_batch=micro_batch, row=row, lanes=lanes)
@@ -58,18 +58,20 @@ def heaviest(
     return most
 
 
-def row_of(examples: Sequence[Row]) -> int:
-    """Tokens that a packed row is reckoned to have, where these are all the examples of a run."""
+def packed_row_tokens(examples: Sequence[Row]) -> int:
+    """Capacity of a packed row in tokens. `examples` are all examples of the run."""
     return max(PACK_LENGTH, max(map(len, examples), default=0))
 
 
 def micro_batches(
     examples: Sequence[Row], *, packing: bool, micro_batch: int, row: int, lanes: int = 1
 ) -> Iterator[Rows]:
-    """`lanes` of them hold at most `micro_batch` examples; packed, as many tokens as so many rows of `row` have.
+    """Split the examples of an optimizer step into micro-batches, of which `lanes` run at the same time.
 
-    They are as even as can be: a last one with a row or two would cost nearly as much time, and the others more memory,
-    and of lanes side by side the lightest waits for the heaviest. The documents of an example stay together.
+    Together, the micro-batches of one turn have at most `micro_batch` examples, or with packing as many tokens as
+    `micro_batch` rows of `row` tokens. All are as equal as possible: a last one with a row or two would take nearly as
+    much time, and the others would need more memory; and a lane waits for the slowest one beside it. The documents of
+    an example stay in one micro-batch.
     """
     ordered, most = sorted(examples, key=lambda e: (-len(e), e.line)), micro_batch // lanes
     row = max(row, len(ordered[0])) if ordered else row
@@ -85,9 +87,9 @@ def _unpacked(ordered: Sequence[Row], most: int, lanes: int) -> Iterator[list[li
 
 
 def _packed(ordered: Sequence[Row], most: int, row: int, lanes: int) -> list[list[list[Row]]]:
-    """Examples of like lengths share a micro-batch: they can be parted into even rows."""
+    """Put examples of similar lengths into the same micro-batch, so that its rows can be of equal length."""
     rounds = -(-sum(map(len, ordered)) // (most * row * lanes))
-    while True:  # at the latest where each example has a micro-batch of its own, all fit
+    while True:  # ends: with one example per micro-batch, all fit
         shares = _shares(ordered, min(len(ordered), rounds * lanes))
         packed = [rows for share in shares if (rows := pack(share, tokens=most * row, row=row))]
         if len(packed) == len(shares):
@@ -96,16 +98,17 @@ def _packed(ordered: Sequence[Row], most: int, row: int, lanes: int) -> list[lis
 
 
 def pack(ordered: Sequence[Row], *, tokens: int, row: int) -> list[list[Row]]:
-    """Rows for one micro-batch, each of `row` tokens at most, and padding included of `tokens`; none if that fails.
+    """Pack examples into the rows of one micro-batch. Returns [] if they do not fit.
 
-    Each example, the longest first, goes to the emptiest row. Of the numbers of rows that will do, near the one that
-    makes them as long as the longest example, that is taken which costs least.
+    `ordered` must have the longest example first. A row has at most `row` tokens; all rows together, padding included,
+    at most `tokens`. Each example goes to the row with the fewest tokens. Several numbers of rows are tried, near the
+    one at which rows are as long as the longest example; the cheapest that fits is used.
     """
     about = round(sum(map(len, ordered)) / max(PACK_LENGTH, len(ordered[0])))
     best, least = list[list[Row]](), inf
     for number in _numbers(about, len(ordered)):
         rows: list[list[Row]] = [[] for _ in range(number)]
-        filled = [(0, one) for one in range(number)]
+        filled = [(0, index) for index in range(number)]
         for example in ordered:
             length, emptiest = filled[0]
             rows[emptiest].append(example)
@@ -116,12 +119,12 @@ def pack(ordered: Sequence[Row], *, tokens: int, row: int) -> list[list[Row]]:
             if number * longest <= tokens and cost < least:
                 best, least = rows, cost
             if number > about:
-                break  # more of them would have more padding
+                break  # more rows would only add padding
     return best
 
 
 def _numbers(about: int, most: int) -> Iterator[int]:
-    """From just under `about` upwards, ever faster, and `most` at last."""
+    """Numbers of rows to try: from just below `about` up to `most`, in growing steps."""
     number = max(1, about - 1)
     while number < most:
         yield number
@@ -130,7 +133,7 @@ def _numbers(about: int, most: int) -> Iterator[int]:
 
 
 def _shares(ordered: Sequence[Row], parts: int) -> list[Sequence[Row]]:
-    """Consecutive examples, none of the shares empty, with as even sums of tokens as that allows."""
+    """Split into `parts` non-empty runs of consecutive examples, with sums of tokens as equal as possible."""
     shares, start, left = list[Sequence[Row]](), 0, sum(map(len, ordered))
     for rest in range(parts, 0, -1):
         end, taken, most = start + 1, len(ordered[start]), len(ordered) - rest + 1

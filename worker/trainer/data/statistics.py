@@ -1,7 +1,7 @@
-"""What a dataset holds, counted: the report that `prepare` leaves on the job, and what a user should think twice about.
+"""Statistics of a dataset: the data report on the job, and the warnings that follow from it.
 
-Owns: the counting. Rows are told apart by a hash of eight bytes each: with ten million rows the chance that any two
-share one by accident is 3 in a million. Must not change a row, nor drop one.
+Owns: the counting. Duplicates are found by hashes of 8 bytes: with ten million rows, the chance that any two different
+rows have the same hash is 3 in a million. Must not change or drop a row.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from worker.trainer.data import labels
 from worker.trainer.data.dataset import Dataset
 from worker.trainer.data.encoding import Encoder, Row, longest_document
 
-#: Of the rows that repeat others, so many are named.
+#: A report names at most this many duplicate rows.
 NAMED = 10
-#: Repeats are worth a word from this share of the rows on.
-MANY_REPEATS = 0.05
-#: Where fewer rows than this end in a trained stop token, a tuned model may not know when to stop.
+#: Share of duplicate rows from which the user is warned.
+MANY_DUPLICATES = 0.05
+#: If a smaller share of rows ends in a trained stop token, the tuned model may not learn when to stop.
 ENOUGH_STOPS = 0.5
 
 Integers = npt.NDArray[np.int64]
@@ -39,9 +39,10 @@ def statistics(
     heldout: Sequence[Row],
     classes: Sequence[str] | None = None,
 ) -> DataReport:
-    """The training file's numbers. `train` and `heldout` are cut already; `heldout` is empty where it is `train`.
+    """Compute the report on the training file.
 
-    `classes` are the labels of a classification, of which the rows are counted.
+    `dataset` has the rows before truncation. `train` and `heldout` are truncated already; `heldout` is empty if the
+    training rows themselves are scored. `classes` are the labels of a classification, in the recipe's order.
     """
     rows, read = dataset.train, dataset.report
     lengths = np.sort(np.fromiter((longest_document([row]) for row in rows), dtype=np.int64, count=len(rows)))
@@ -70,43 +71,43 @@ def statistics(
         stop_token=encoder.tokenizer.convert_ids_to_tokens(stops.most_common(1)[0][0]) if stops else None,
         double_bos_rows=sum(encoder.has_double_bos(row) for row in rows),
         chat_template_sha256=encoder.template_sha256 if read.format == "chat" else None,
-        labels=labels.counted(rows, classes or []),
+        labels=labels.label_counts(rows, classes or []),
     )
 
 
-def doubts(report: DataReport, validation: FileReport | None, *, heldout_rows: int) -> list[str]:
-    """What of it a user should be warned of."""
+def data_warnings(report: DataReport, validation: FileReport | None, *, heldout_rows: int) -> list[str]:
+    """Warnings for the user that follow from the report."""
     warnings = []
     if report.bad_rows:
-        warnings.append(f"left out of the training file: {formats.describe(report)}")
+        warnings.append(f"skipped in the training file: {formats.describe(report)}")
     if validation is not None and validation.bad_rows:
-        warnings.append(f"left out of the validation file: {formats.describe(validation)}")
-    if report.duplicate_rows >= MANY_REPEATS * report.rows and report.duplicate_rows:
+        warnings.append(f"skipped in the validation file: {formats.describe(validation)}")
+    if report.duplicate_rows >= MANY_DUPLICATES * report.rows and report.duplicate_rows:
         share = report.duplicate_rows / report.rows
         warnings.append(
-            f"{report.duplicate_rows} rows ({share:.0%}) repeat an earlier one ({_named(report.duplicates)}): a tuned "
-            "model may say them by heart; keep one of each, unless that is wanted"
+            f"{report.duplicate_rows} rows ({share:.0%}) repeat an earlier one ({_named(report.duplicates)}): the "
+            "tuned model may memorize them; keep one of each unless that is intended"
         )
     if report.heldout_overlap_rows:
         warnings.append(
-            f"{report.heldout_overlap_rows} of {heldout_rows} held-out rows are trained on as well "
-            f"({_named(report.heldout_overlap)}): the held-out loss flatters"
+            f"{report.heldout_overlap_rows} of {heldout_rows} held-out rows are also trained on "
+            f"({_named(report.heldout_overlap)}): the held-out loss is too low"
         )
     if report.stop_rows < ENOUGH_STOPS * report.rows and not report.labels:
         warnings.append(
-            f"only {report.stop_rows} of {report.rows} rows end in a trained stop token: a tuned model may not stop by "
-            "itself; raise trainer.max_length if the cut takes it"
+            f"only {report.stop_rows} of {report.rows} rows end in a trained stop token: the tuned model may not stop "
+            "by itself; raise trainer.max_length if truncation removes the token"
         )
     if report.double_bos_rows:
         warnings.append(
-            f"{report.double_bos_rows} rows begin with two beginning-of-sequence tokens, which the base has never "
-            "seen: take the one out that is written in the rows"
+            f"{report.double_bos_rows} rows begin with two beginning-of-sequence tokens, which the base never saw in "
+            "training: remove the one that is written in the rows"
         )
     return warnings
 
 
 def _histogram(lengths: Integers) -> list[LengthBucket]:
-    """From the shortest row's power of two to the longest's."""
+    """Buckets by powers of two, from that of the shortest row to that of the longest."""
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     first, last = int(powers[0]), int(powers[-1])
     counts = np.bincount(powers - first, minlength=last - first + 1)
@@ -114,12 +115,12 @@ def _histogram(lengths: Integers) -> list[LengthBucket]:
 
 
 def _percentile(lengths: Integers, percent: int) -> int:
-    """By the nearest rank: a length that a row has."""
+    """Percentile by the nearest-rank method, so that some row has this length."""
     return int(lengths[max(0, -(-len(lengths) * percent // 100) - 1)])
 
 
 def _duplicates(rows: Sequence[Row]) -> tuple[list[Repeat], int]:
-    """The first rows that repeat an earlier one, and how many there are."""
+    """The first rows that repeat an earlier row, and the number of all such rows."""
     hashes = _hashes(rows)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
@@ -131,7 +132,7 @@ def _duplicates(rows: Sequence[Row]) -> tuple[list[Repeat], int]:
 
 
 def _overlap(train: Sequence[Row], heldout: Sequence[Row]) -> tuple[list[Repeat], int]:
-    """The first held-out rows that are also trained on, and how many there are."""
+    """The first held-out rows that are also trained on, and the number of all such rows."""
     if not heldout:
         return [], 0
     hashes = _hashes(train)
@@ -143,14 +144,14 @@ def _overlap(train: Sequence[Row], heldout: Sequence[Row]) -> tuple[list[Repeat]
 
 
 def _hashes(rows: Sequence[Row]) -> Hashes:
-    """Of the tokens and of what is learned of them."""
-    said = (b"".join(document.content for document in row.documents) for row in rows)
-    digests = (hashlib.blake2b(text, digest_size=8).digest() for text in said)
+    """A hash of each row's tokens and trained marks."""
+    contents = (b"".join(document.content for document in row.documents) for row in rows)
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), dtype=np.uint64, count=len(rows))
 
 
 def _stop(row: Row, max_length: int, stops: frozenset[int]) -> int | None:
-    """The token that ends what is trained of a row, if it is one that ends a generation in each of its documents."""
+    """The stop token that the row's first document ends in; None unless every document ends in a trained one."""
     ends = [document.ids[document.trained] for document in row.cut(max_length).documents]
     if not all(len(trained) and int(trained[-1]) in stops for trained in ends):
         return None

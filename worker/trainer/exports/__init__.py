@@ -1,6 +1,6 @@
-"""Further forms of a proven adapter: merged into its base, and as GGUF for llama.cpp.
+"""Other forms of a verified adapter: merged into its base, and as GGUF for llama.cpp.
 
-`allowed.py` says before training what cannot be made, `make.py` makes one and loads it again, `merged.py` and
-`gguf_files.py` are the two kinds of file, `llama_cpp.py` and `vocabulary.py` what llama.cpp calls things; `likeness.py`
-compares what was read back with what was to be written.
+`make.py` makes an export, loads it again and compares. `merged.py` and `gguf.py` read and write the two kinds of files.
+`fingerprint.py` compares the tensors that were read back with those that were written. Before training,
+`planning/exports.py` refuses what cannot be made. `llama_cpp` has llama.cpp's names and layouts.
 """

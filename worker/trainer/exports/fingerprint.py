@@ -1,6 +1,6 @@
-"""Is what was read back what was to be written?
+"""Compare a model that was read back with the one that was written, without keeping both in memory.
 
-Owns: the fingerprint of a model, with which another is compared once it has made room. Must not read or write a file.
+Owns: the fingerprint of a model, with which the other is compared. Must not read or write a file.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-#: Norms come back from another's arithmetic: 1 is added to Gemma's, taken off again, and rounded to bf16.
+#: Tolerances for norms and biases. Gemma's norms are stored with 1 added; a reader subtracts it and rounds to bf16.
 RELATIVE, ABSOLUTE = 2**-8, 1e-6
 
 
-class Unlike(Exception):
-    """What was read back is not what was to be written."""
+class Mismatch(Exception):
+    """What was read back differs from what was written, or cannot be written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """By the names of a model's tensors, in `dtype`: digests, and what is small itself."""
+    """For each tensor of a model in `dtype`, by name: a SHA-256 of a matrix, or the values of a vector."""
 
     dtype: torch.dtype
     prints: dict[str, bytes | torch.Tensor]
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> Fingerprint:
-    """Of `model` as it would be read in `dtype`."""
+    """Compute the fingerprint of `model` as it would be if it were loaded in `dtype`."""
     return Fingerprint(dtype, {name: _print(tensor, dtype) for name, tensor in model.state_dict().items()})
 
 
 def differing(model: PreTrainedModel, wanted: Fingerprint) -> list[str]:
-    """Names of the matrices that are not the same to the bit, and of the norms and biases that rounding cannot tell."""
+    """Names of missing tensors, matrices with any different bit, and norms and biases that differ beyond rounding."""
     state = model.state_dict()
     return [
         name
@@ -43,9 +43,9 @@ def differing(model: PreTrainedModel, wanted: Fingerprint) -> list[str]:
 
 
 def check_tensors(model: PreTrainedModel, wanted: Fingerprint) -> None:
-    """Raises Unlike."""
+    """Raise Mismatch if any tensor of `model` differs."""
     if names := differing(model, wanted):
-        raise Unlike(f"{len(names)} of {len(wanted.prints)} tensors come back otherwise, {names[0]} for one")
+        raise Mismatch(f"{len(names)} of {len(wanted.prints)} tensors differ when read back, such as {names[0]}")
 
 
 def _print(tensor: torch.Tensor, dtype: torch.dtype) -> bytes | torch.Tensor:

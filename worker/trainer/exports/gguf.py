@@ -1,7 +1,7 @@
-"""GGUF files of an adapter and of a merged model, and reading them again by code that is not ours.
+"""Write an adapter or a merged model as GGUF, and read the file back with other people's code.
 
-Owns: the order of a file, and that what is read back is what was to be written. Tensors are written one at a time, so
-that nothing is held twice. What things are called is in `llama_cpp.py` and `vocabulary.py`.
+Owns: the order of a file's parts, and the check that it reads back as it was written. Tensors are written one at a
+time, so that no second copy is in memory. Names and layouts are in `worker/trainer/llama_cpp`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Encoder
-from worker.trainer.exports.fingerprint import Unlike
+from worker.trainer.exports.fingerprint import Mismatch
 from worker.trainer.llama_cpp import forms, sentencepiece, vocabulary
 from worker.trainer.protocol import Task
 
@@ -45,21 +45,21 @@ FILE_TYPES = {
     torch.float16: LlamaFileType.MOSTLY_F16,
     torch.bfloat16: LlamaFileType.MOSTLY_BF16,
 }
-#: In letters: where a language has no spaces, a text is one word.
+#: Characters of a word that are checked. In a language without spaces, a whole text is one word.
 LONGEST_WORD = 64
 TENSOR_TYPES = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-#: What llama.cpp reads in fp32 alone, besides all that has one dimension.
+#: Ends of names of tensors that llama.cpp reads in fp32 only. Vectors are also fp32.
 FP32 = ("position_embd.weight", "_norm.weight")
 
 Tensors = dict[str, torch.Tensor]
 
 
 def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: Task, recipe: Recipe) -> None:
-    """`tensors` under the keys of the PEFT format, in fp32 as they are."""
+    """Write a LoRA for llama.cpp's `--lora`, in fp32. `tensors` are under PEFT's keys."""
     writer = GGUFWriter(path, forms.FORMS[config.model_type].name)
     _describe(writer, GGUFType.ADAPTER, task)
     writer.add_string(Keys.Adapter.TYPE, "lora")
@@ -68,32 +68,35 @@ def write_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, task: 
 
 
 def check_adapter(path: Path, tensors: Tensors, config: PretrainedConfig, recipe: Recipe) -> None:
-    """Read by the `gguf` package, mapped back by transformers, and bit for bit the adapter's. Raises Unlike."""
+    """Raise Mismatch unless the file has the adapter's tensors, bit for bit, and its alpha.
+
+    The `gguf` package reads the file, and transformers maps names and layouts back.
+    """
     reader = GGUFReader(path)
     alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
     if not math.isclose(alpha, _alpha(recipe), rel_tol=1e-6):
-        raise Unlike(f"its alpha is read as {alpha}, the adapter's comes to {_alpha(recipe)}")
+        raise Mismatch(f"its alpha is read as {alpha}; expected {_alpha(recipe)}")
     form = forms.FORMS[config.model_type]
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(_as_read(config))
+        skeleton = AutoModelForCausalLM.from_config(_config_as_read(config))
     processor = _processor(form, config)
     theirs = get_gguf_hf_weights_map(skeleton, processor)
     found: Tensors = {}
     for tensor in reader.tensors:
         name, _, part = tensor.name.rpartition(".lora_")
         values = np.array(tensor.data)
-        if part == "b" and form.pairs_rotary:
+        if part == "b" and form.interleaves_rotary:
             values = processor.process(values, name).weights
         module = theirs.get(name, name).removesuffix(".weight")
         found[f"{PEFT_PREFIX}{module}.lora_{part.upper()}.weight"] = torch.from_numpy(values)
     if differing := [
         key for key in sorted(found.keys() | tensors.keys()) if not _same(found.get(key), tensors.get(key))
     ]:
-        raise Unlike(f"{len(differing)} of {len(tensors)} tensors come back otherwise, {differing[0]} for one")
+        raise Mismatch(f"{len(differing)} of {len(tensors)} tensors differ when read back, such as {differing[0]}")
 
 
 def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encoder) -> None:
-    """The whole of a model in its own type, norms and biases in fp32, with the tokenizer and the chat template."""
+    """Write a whole model in its own type, vectors in fp32, with its tokenizer and chat template."""
     config = merged.config
     writer = GGUFWriter(path, forms.FORMS[config.model_type].name)
     _describe(writer, GGUFType.MODEL, task)
@@ -105,19 +108,20 @@ def write_model(path: Path, merged: PreTrainedModel, task: Task, encoder: Encode
 
 
 def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """By transformers' reader of GGUF, which takes fewer hyperparameters from a file than llama.cpp does: the rest come
-    from `config`, and those that it does take must agree with that. Raises Unlike.
+    """Load the file with transformers' GGUF reader. Raises Mismatch if a hyperparameter differs from `config`.
+
+    That reader takes fewer hyperparameters from a file than llama.cpp does; the others come from `config`.
     """
     for key, value in load_gguf_checkpoint(path)["config"].items():
         if key.endswith("_token_id"):
-            continue  # the tokenizer's, with which a config need not agree
+            continue  # these come from the tokenizer, which may differ from the config
         wanted = forms.rope_theta(config) if key == "rope_theta" else getattr(config, key, value)
         if isinstance(value, int | float) and wanted is not None and not math.isclose(value, wanted, rel_tol=1e-6):
-            raise Unlike(f"its {key} is read as {value}, the model's is {wanted}")
+            raise Mismatch(f"its {key} is read as {value}; expected {wanted}")
     found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
-        config=_as_read(config),
+        config=_config_as_read(config),
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,
         device_map={"": device},
@@ -126,44 +130,49 @@ def read_model(path: Path, config: PretrainedConfig, dtype: torch.dtype, device:
     return found
 
 
-def check_tokenizer(path: Path, words: vocabulary.Vocabulary, encoder: Encoder, texts: list[str]) -> None:
-    """The tokenizer that transformers rebuilds from the file reads every text as the base's does. Raises Unlike."""
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if words.pre in vocabulary.IGNORE_MERGES:
-        theirs.backend_tokenizer.model.ignore_merges = True  # llama.cpp knows it by the pre-tokenizer's name
+def check_tokenizer(path: Path, written: vocabulary.Vocabulary, encoder: Encoder, texts: list[str]) -> None:
+    """Raise Mismatch unless the tokenizer that transformers rebuilds from the file agrees with the base's.
+
+    They must give the same ids for all `texts`, and have the same chat template and special tokens.
+    """
+    rebuilt = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if written.pre in vocabulary.IGNORE_MERGES:
+        rebuilt.backend_tokenizer.model.ignore_merges = True  # llama.cpp infers this from the pre-tokenizer's name
     for text in texts:
-        wanted, read = encoder.tokenizer(text)["input_ids"], theirs(text)["input_ids"]
-        if wanted != read:
+        wanted, found = encoder.tokenizer(text)["input_ids"], rebuilt(text)["input_ids"]
+        if wanted != found:
             i = next(
-                (i for i, (a, b) in enumerate(zip(wanted, read, strict=False)) if a != b), min(len(wanted), len(read))
+                (i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found))
             )
-            raise Unlike(
-                f"its tokenizer reads a text otherwise from token {i} on: {read[i : i + 3]}, wanted {wanted[i : i + 3]}"
+            raise Mismatch(
+                f"its tokenizer gives other ids for a text from token {i} on: {found[i : i + 3]}; "
+                f"expected {wanted[i : i + 3]}"
             )
-    if words.scores is not None:
+    if written.scores is not None:
         check_scores(path, encoder.tokenizer, texts)
-    if theirs.chat_template != (told := vocabulary.template(encoder.tokenizer)):
-        raise Unlike(f"its chat template is read as {theirs.chat_template!r}, the base's is {told!r}")
+    if rebuilt.chat_template != (template := vocabulary.template(encoder.tokenizer)):
+        raise Mismatch(f"its chat template is read as {rebuilt.chat_template!r}; expected {template!r}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        wanted, read = getattr(encoder.tokenizer, name), getattr(theirs, name)
-        if wanted is not None and wanted != read:
-            raise Unlike(f"its {name} is read as {read!r}, the base's is {wanted!r}")
+        wanted, found = getattr(encoder.tokenizer, name), getattr(rebuilt, name)
+        if wanted is not None and wanted != found:
+            raise Mismatch(f"its {name} is read as {found!r}; expected {wanted!r}")
 
 
 def check_scores(path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
-    """By the scores in the file llama.cpp reads the words of `texts` as the base's merges do, which transformers takes
-    from the file as well. Raises Unlike.
+    """Raise Mismatch unless the file's scores tokenize the words of `texts` as the base does, by llama.cpp's rule.
+
+    transformers' reader uses the merges in the file and ignores the scores, so `check_tokenizer` cannot check them.
     """
     fields, backend = GGUFReader(path).fields, tokenizer.backend_tokenizer
     tokens, scores = (fields[key].contents() for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.SCORES))
     ids = {token: i for i, token in enumerate(tokens)}
-    # What was added to the vocabulary is looked for in the text first, by both.
+    # Both look for added tokens in the text first, so words are the text between them.
     added = sorted((token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True)
     between = re.compile("|".join([*map(re.escape, added), r"\s+"]))
     for word in sorted({f"{vocabulary.SPACE}{word[:LONGEST_WORD]}" for text in texts for word in between.split(text)}):
-        wanted, read = [token.id for token in backend.model.tokenize(word)], sentencepiece.read(word, ids, scores)
-        if wanted != read:
-            raise Unlike(f"by its scores {word!r} is read as {read}, the base reads {wanted}")
+        wanted, found = [token.id for token in backend.model.tokenize(word)], sentencepiece.tokenize(word, ids, scores)
+        if wanted != found:
+            raise Mismatch(f"its scores tokenize {word!r} as {found}; expected {wanted}")
 
 
 def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
@@ -174,7 +183,7 @@ def _describe(writer: GGUFWriter, kind: str, task: Task) -> None:
 
 
 def _alpha(recipe: Recipe) -> float:
-    """llama.cpp scales by alpha / r, rsLoRA by alpha / sqrt(r)."""
+    """The alpha to write: llama.cpp scales by alpha / r, and rsLoRA by alpha / sqrt(r)."""
     return recipe.alpha * (math.sqrt(recipe.r) if recipe.use_rslora else 1.0)
 
 
@@ -183,8 +192,8 @@ def _lora_tensors(tensors: Tensors, config: PretrainedConfig) -> Iterator[tuple[
     for key, tensor in sorted(tensors.items()):
         module, _, part = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
         named = _known(name_of(module), module)
-        turned = forms.with_paired_rotary(f"{module}.weight", tensor, config) if part == "B" else tensor
-        yield f"{named}.weight.lora_{part.lower()}", turned.float()
+        converted = forms.interleave_rotary(f"{module}.weight", tensor, config) if part == "B" else tensor
+        yield f"{named}.weight.lora_{part.lower()}", converted.float()
 
 
 def _model_tensors(merged: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -197,21 +206,24 @@ def _model_tensors(merged: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
             continue
         module, _, kind = name.rpartition(".")
         named = f"{_known(name_of(module), name)}.{kind}"
-        turned = forms.laid_out(name, tensor, merged.config)
-        yield named, turned.float() if turned.ndim == 1 or named.endswith(FP32) else turned
+        converted = forms.to_llama_cpp_layout(name, tensor, merged.config)
+        yield named, converted.float() if converted.ndim == 1 or named.endswith(FP32) else converted
 
 
 def _known(name: str | None, ours: str) -> str:
     if name is None:
-        raise Unlike(f"llama.cpp has no name for {ours}")
+        raise Mismatch(f"llama.cpp has no name for {ours}")
     return name
 
 
 def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
-    """The names and shapes of all come before the first: so `tensors` is gone through twice, and none is kept."""
+    """Write header, metadata and tensors. Names and shapes of all tensors come first in a file.
+
+    So `tensors` is called twice, instead of keeping all converted tensors in memory.
+    """
     for name, tensor in tensors():
-        kind, of = TENSOR_TYPES[tensor.dtype], _array(tensor[:0]).dtype
-        writer.add_tensor_info(name, list(tensor.shape), of, tensor.nbytes, raw_dtype=kind)
+        kind, stored = TENSOR_TYPES[tensor.dtype], _array(tensor[:0]).dtype
+        writer.add_tensor_info(name, list(tensor.shape), stored, tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -221,14 +233,14 @@ def _write(writer: GGUFWriter, tensors: Callable[[], Iterator[tuple[str, torch.T
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """NumPy has no bf16: its bits, as whole numbers."""
+    """The tensor as a NumPy array. NumPy has no bf16, so its bits are given as uint16."""
     tensor = tensor.detach().cpu().contiguous()
-    found: npt.NDArray[np.generic] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return found
+    array: npt.NDArray[np.generic] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
-def _as_read(config: PretrainedConfig) -> PretrainedConfig:
-    """To llama.cpp a Mistral is a Llama, and so it is to who reads its file."""
+def _config_as_read(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as a reader of the file sees it: llama.cpp has no Mistral, and stores one as a Llama."""
     if config.model_type != "mistral":
         return config
     shared = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
@@ -236,7 +248,7 @@ def _as_read(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _processor(form: forms.Form, config: PretrainedConfig) -> TensorProcessor:
-    """transformers' way back from llama.cpp's layout."""
+    """transformers' conversion from llama.cpp's layout."""
     made: TensorProcessor = TENSOR_PROCESSORS.get(form.name, TensorProcessor)(config=config.to_dict())
     return made
 

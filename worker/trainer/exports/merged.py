@@ -1,7 +1,8 @@
-"""An adapter laid on its base for good: a folder of safetensors that any reader of the base takes.
+"""Merge an adapter into its base: a folder of safetensors that any reader of the base can load.
 
-Owns: which weights it is laid on, in what type they stay, and the folder. The model is held once, merged where it lies,
-one matrix at a time, and written shard by shard. Must not touch the base that it was given: it may be compared with.
+Owns: which weights the adapter is merged into, the type they are stored in, and the folder. One copy of the model is in
+memory; it is merged in place, one matrix at a time, and written shard by shard. Must not change the base that it is
+given, which is still needed for comparison.
 """
 
 from __future__ import annotations
@@ -15,53 +16,58 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from worker.trainer.exports.fingerprint import Unlike, differing, fingerprint
+from worker.trainer.exports.fingerprint import Mismatch, differing, fingerprint
 from worker.trainer.model.base import Base, load_adapter
 from worker.trainer.protocol import Task
 
-#: Under the 4 GiB that go up in one put, which the lease epoch fences.
+#: Less than the 4 GiB that fit into one S3 put, which is fenced by the lease epoch.
 SHARD = "4GB"
 GENERATION = "generation_config.json"
-#: Of the weights' bytes: beside them lie the matrix at hand, or the batch that is scored.
+#: Free GPU memory needed, as a multiple of the weights' bytes. The excess is for the matrix that is being merged, or
+#: the batch that is being scored.
 ROOM = 1.25
 
 
 def original(task: Task, adapter: Path, stored: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The adapter on the base as it was published, in the type of its files."""
-    return _merge(_plain(task, kept_type(stored), device), adapter)
+    """Merge the adapter into the base's original weights, in the type of the base's files."""
+    return _merge(_plain(task, export_dtype(stored), device), adapter)
 
 
 def dequantized(task: Task, adapter: Path, quantized: Base, device: torch.device) -> PreTrainedModel:
-    """The adapter on the values that it was trained against, which are those of `quantized`."""
-    kept = kept_type(quantized.stored_dtype)
-    # Nothing narrower than they are: the sum is rounded, once.
+    """Merge the adapter into the dequantized weights of `quantized`, which it was trained against."""
+    kept = export_dtype(quantized.stored_dtype)
+    # In a type that is no narrower than these values, so that only the sum is rounded, and once.
     plain = _plain(task, max(kept, quantized.compute_dtype, key=lambda dtype: dtype.itemsize), device)
     with torch.no_grad():
         for name, module in quantized.model.named_modules():
             if isinstance(module, Linear4bit | Linear8bitLt):
                 into = plain.get_submodule(name)
                 found = dequantize_module_weight(module)
-                # Quantized, a Conv1D is an ordinary linear.
+                # A quantized Conv1D is an ordinary linear layer.
                 into.weight.copy_(found.T if isinstance(into, Conv1D) else found)
     return _merge(plain, adapter).to(kept)
 
 
-def place(device: torch.device, size: int) -> torch.device:
-    """`device`, or the CPU if so many bytes of weights have no room there: in nf4 a base takes a quarter of them."""
-    torch.cuda.empty_cache()  # what torch has kept of what is gone is free, too
+def choose_device(device: torch.device, size: int) -> torch.device:
+    """Return `device`, or the CPU if it is a GPU without room for `size` bytes of weights.
+
+    Merged weights need four times as much memory as in nf4.
+    """
+    torch.cuda.empty_cache()  # so that the memory in torch's cache counts as free
     if device.type == "cuda" and size * ROOM > torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device
 
 
-def kept_type(stored: torch.dtype) -> torch.dtype:
-    """Of an export, by the type of the base's files: fp16 and fp32 stay, and bf16 is for all else."""
+def export_dtype(stored: torch.dtype) -> torch.dtype:
+    """The type of an export's weights: fp16 and fp32 as in the base's files, bf16 for every other type."""
     return stored if stored in (torch.float16, torch.float32) else torch.bfloat16
 
 
 def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Weights in shards, config, tokenizer, and the base's own settings of generation."""
-    # What writes it refuses settings that are of no effect, which published bases have: theirs is copied as it is.
+    """Write sharded weights, config, tokenizer, and the base's own generation config."""
+    # `save_pretrained` rejects generation settings that have no effect, which published bases have. So an empty config
+    # is saved, and the base's file is copied unchanged.
     merged.generation_config = GenerationConfig()
     # A local path must not become the model's identity.
     merged.config._name_or_path = ""
@@ -73,7 +79,10 @@ def write(folder: Path, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def read(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """As any user would; and all of it, for transformers fills what is not there with random numbers. Raises Unlike."""
+    """Load the folder as any user would.
+
+    Raises Mismatch for missing, mismatched or unexpected tensors: transformers fills missing ones with random numbers.
+    """
     again: PreTrainedModel
     again, loading = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -85,7 +94,7 @@ def read(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
     )
     for how in ("missing", "mismatched", "unexpected"):
         if keys := sorted(map(str, loading[f"{how}_keys"])):
-            raise Unlike(f"of its tensors {len(keys)} are {how}, {keys[0]} for one")
+            raise Mismatch(f"{len(keys)} of its tensors are {how}, such as {keys[0]}")
     return again
 
 
@@ -102,9 +111,9 @@ def _plain(task: Task, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
 
 
 def _merge(plain: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """By stock PEFT, which knows rsLoRA, DoRA and Conv1D. Raises Unlike where no weight was changed by it."""
+    """Merge with PEFT itself, which supports rsLoRA, DoRA and Conv1D. Raises Mismatch if no weight changes."""
     before = fingerprint(plain, plain.dtype)
     found: PreTrainedModel = load_adapter(plain, adapter).merge_and_unload(safe_merge=True)
     if not differing(found, before):
-        raise Unlike("merged, it is the base")
+        raise Mismatch("merging the adapter changes no weight of the base")
     return found

@@ -13,7 +13,7 @@ import torch
 from shared.estimation import defaults
 from shared.schemas.results import Recipe
 from worker.trainer.data.encoding import Encoded, Encoder, Row
-from worker.trainer.data.packing import row_of
+from worker.trainer.data.packing import packed_row_tokens
 from worker.trainer.forward import threads
 from worker.trainer.forward.batches import Batch, collate
 from worker.trainer.forward.layout import Layout
@@ -83,7 +83,7 @@ def layout(
         chunked=chunked,
         micro_batch=micro_batch,
         pad=pad,
-        row=row_of(rows),
+        row=packed_row_tokens(rows),
         lanes=lanes,
         checkpointing=checkpointing,
     )

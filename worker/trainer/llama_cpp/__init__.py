@@ -1,4 +1,4 @@
-"""What llama.cpp can read: its names and layouts of architectures, and tokenizers as its vocabularies.
+"""What llama.cpp can read: its tensor names, its layouts of architectures, and its form of tokenizers.
 
-Checked before training, so it must not import torch; `exports` writes the files.
+Planning checks a base with it before training, so it must not import torch. `exports` writes the files.
 """

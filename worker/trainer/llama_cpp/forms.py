@@ -1,8 +1,19 @@
-"""How llama.cpp names and lays out the architectures that it shares with us.
+"""How llama.cpp names and lays out the architectures that we export.
 
-Owns: per architecture, the names of its tensors, how they are turned, its hyperparameters in GGUF's keys, and what
-llama.cpp takes for granted that a config may say otherwise. Read from its conversion/*.py and src/models/*.cpp
-(2026-10). Must not read or write a file, nor import torch: it is asked before training, on a worker without a GPU.
+Owns: for each architecture, tensor names, tensor layouts, hyperparameters under GGUF's keys, and what llama.cpp assumes
+that a config may contradict. Must not read or write files, nor import torch: planning uses it before training, on a
+worker that may have no GPU.
+
+This knowledge is copied and can become outdated. It was read from llama.cpp's `conversion/*.py` and `src/models/*.cpp`
+of 2026-10, and compared once, by hand, with llama.cpp itself (xllamacpp 2026.10.11549). Names and keys were checked
+against gguf 0.19.0. To check again:
+
+1. `pytest tests/worker/trainer/llama_cpp` fails if the installed `gguf` lacks an architecture, tensor name or key that
+   we write. It does not test llama.cpp's arithmetic.
+2. For each entry of FORMS, read llama.cpp's converter and graph for that architecture: activation, rotary layout, norm
+   offset, transposed weights, local layers, attention scale.
+3. Run llama.cpp on an export of each architecture, as docs/explain/exports.md describes. It must give the same tokens,
+   and log-probabilities within 0.1 of transformers in fp32.
 """
 
 from __future__ import annotations
@@ -20,29 +31,32 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
-#: Of Gemma 3's layers with a window.
+#: llama.cpp's fixed rotary base for Gemma 3's local layers.
 LOCAL_THETA = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One architecture in llama.cpp.
+    """How llama.cpp represents one architecture.
 
-    `pairs_rotary`: the two halves of a head's rotary dimensions are interleaved in q and k. `norm_offset` is added to
-    norms, which llama.cpp multiplies with as they are. `local_layers` of so many that follow one another see a window.
+    `name` is llama.cpp's name for it, `activation` the only activation that it computes.
+    `interleaves_rotary`: in q and k, the two halves of each head's rotary dimensions are interleaved.
+    `norm_offset` is added to norm weights: transformers adds it when it runs, llama.cpp multiplies by what is stored.
+    `transposed` are the ends of names whose matrices are stored transposed (Conv1D).
+    `local_layers`: of each `local_layers + 1` consecutive layers, all but the last have a sliding window. 0: none has.
     """
 
     name: str
     activation: str
-    pairs_rotary: bool = False
+    interleaves_rotary: bool = False
     norm_offset: float = 0.0
     transposed: tuple[str, ...] = ()
     local_layers: int = 0
 
 
 FORMS = {
-    "llama": Form("llama", "silu", pairs_rotary=True),
-    "mistral": Form("llama", "silu", pairs_rotary=True),
+    "llama": Form("llama", "silu", interleaves_rotary=True),
+    "mistral": Form("llama", "silu", interleaves_rotary=True),
     "qwen2": Form("qwen2", "silu"),
     "qwen3": Form("qwen3", "silu"),
     "phi3": Form("phi3", "silu"),
@@ -53,10 +67,13 @@ FORMS = {
 
 
 def refusal(config: PretrainedConfig) -> str | None:
-    """Why llama.cpp would compute something else than this model does; None if nothing is known."""
+    """The first reason why llama.cpp would not compute what this model does; None if none is known.
+
+    It is a noun phrase that completes "this base has …".
+    """
     form = FORMS.get(config.model_type)
     if form is None:
-        return f"the architecture {config.model_type!r}; known are {', '.join(sorted(FORMS))}"
+        return f"the architecture {config.model_type!r}; supported: {', '.join(sorted(FORMS))}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     activation = activation or getattr(config, "activation_function", None)
     rope = _rope(config)
@@ -64,25 +81,35 @@ def refusal(config: PretrainedConfig) -> str | None:
     rotary = rope.get("partial_rotary_factor") or 1.0
     scalar = getattr(config, "query_pre_attn_scalar", None)
     objections = {
-        f"the activation {activation!r}; {form.name} has {form.activation!r}": activation != form.activation,
-        f"rotary positions scaled by {scaling!r}; default, linear and llama3 are known": scaling
+        f"the activation {activation!r}; llama.cpp's {form.name} has {form.activation!r}": activation
+        != form.activation,
+        f"rotary positions scaled by {scaling!r}; supported: default, linear, llama3": scaling
         not in ("default", "linear", "llama3"),
-        f"rotary positions on {rotary:g} of a head's dimensions": rotary != 1.0 and form.name != "phi3",
-        f"attention scaled by {scalar}; {form.name} scales by the head's width": scalar is not None
+        f"rotary positions on {rotary:g} of each head's dimensions; llama.cpp's {form.name} has them on all": rotary
+        != 1.0
+        and form.name != "phi3",
+        f"attention scaled by {scalar} (query_pre_attn_scalar); llama.cpp scales by the head width": scalar is not None
         and scalar != config.head_dim,
-        "a head of its own (tie_word_embeddings is false)": form.norm_offset and not config.tie_word_embeddings,
-        f"another pattern of local layers than {form.local_layers} in {form.local_layers + 1}": form.local_layers
-        and not _has_usual_layers(config, form.local_layers),
+        "an untied output head (tie_word_embeddings is false); llama.cpp needs it tied": form.norm_offset
+        and not config.tie_word_embeddings,
+        "an unusual pattern of local layers; llama.cpp's "
+        f"{form.name} has {form.local_layers} in {form.local_layers + 1}, with a rotary base of {LOCAL_THETA:g}": (
+            form.local_layers and not _has_usual_layers(config, form.local_layers)
+        ),
         "bidirectional attention": getattr(config, "use_bidirectional_attention", None),
-        "attention scaled by the layer": getattr(config, "scale_attn_by_inverse_layer_idx", False),
-        "attention that is not scaled": not getattr(config, "scale_attn_weights", True),
-        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens": _has_window(config, form),
+        "attention scaled by the layer index (scale_attn_by_inverse_layer_idx is true)": getattr(
+            config, "scale_attn_by_inverse_layer_idx", False
+        ),
+        "unscaled attention (scale_attn_weights is false)": not getattr(config, "scale_attn_weights", True),
+        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens, which llama.cpp does not apply": (
+            _has_window(config, form)
+        ),
     }
     return next((objection for objection, holds in objections.items() if holds), None)
 
 
 def names(config: PretrainedConfig) -> Callable[[str], str | None]:
-    """From a module's name, as transformers has it, to llama.cpp's; None for what it does not know."""
+    """Return a function from transformers' module names to llama.cpp's, which gives None for an unknown name."""
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == FORMS[config.model_type].name)
     known: TensorNameMap = get_tensor_name_map(MODEL_ARCH(arch), config.num_hidden_layers)
 
@@ -93,23 +120,27 @@ def names(config: PretrainedConfig) -> Callable[[str], str | None]:
     return name_of
 
 
-def laid_out(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """A parameter as llama.cpp wants it; of a LoRA, B goes through this under its matrix's name, and A does not.
+def to_llama_cpp_layout(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Convert a parameter of transformers to llama.cpp's layout. `name` is transformers' name for it.
 
-    Conv1D keeps (in, out) and is turned to (out, in), which is how a LoRA on it is stored already.
+    Conv1D stores (in, out) and is transposed to (out, in). A LoRA on a Conv1D is stored that way already. Of a LoRA,
+    only B is converted, by `interleave_rotary`.
     """
     form = FORMS[config.model_type]
     if form.transposed and tensor.ndim == 2 and name.endswith(form.transposed):
         return tensor.T
     if form.norm_offset and name.endswith("norm.weight"):
         return tensor.float() + form.norm_offset
-    return with_paired_rotary(name, tensor, config)
+    return interleave_rotary(name, tensor, config)
 
 
-def with_paired_rotary(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Rows (or a bias) of q and k: dimension i of a head's first half comes to lie beside that of its second."""
+def interleave_rotary(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Interleave the halves of each head's rows (or bias) of q and k: 0, n/2, 1, n/2 + 1, … for a head of n rows.
+
+    Other tensors, and those of other architectures, are returned unchanged.
+    """
     module = name.rsplit(".", 2)[-2]
-    if not FORMS[config.model_type].pairs_rotary or module not in ("q_proj", "k_proj"):
+    if not FORMS[config.model_type].interleaves_rotary or module not in ("q_proj", "k_proj"):
         return tensor
     heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
@@ -117,7 +148,7 @@ def with_paired_rotary(name: str, tensor: torch.Tensor, config: PretrainedConfig
 
 
 def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
-    """All that llama.cpp needs to know to run the tensors."""
+    """Write the hyperparameters that llama.cpp needs to run the tensors."""
     form, rope = FORMS[config.model_type], _rope(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -143,7 +174,7 @@ def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(
             getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
         )
-        writer.add_sliding_window(0)  # without it, an older llama.cpp guesses one
+        writer.add_sliding_window(0)  # without it, older versions of llama.cpp assume a window
     if form.local_layers:
         writer.add_sliding_window(config.sliding_window)
         if cap := getattr(config, "attn_logit_softcapping", None):
@@ -153,9 +184,10 @@ def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def rope_factors(config: PretrainedConfig) -> list[float] | None:
-    """What each rotary frequency is divided by (Llama 3.1's scaling), which llama.cpp keeps as a tensor.
+    """Divisors of the rotary frequencies, one per pair of dimensions; None unless they are scaled as in Llama 3.1.
 
-    Wavelengths within the original context stay, those far beyond it are stretched by `factor`, between is blended.
+    llama.cpp stores them as a tensor. Wavelengths within the original context are unchanged, those far beyond it are
+    stretched by `factor`, and those between are interpolated, as in transformers' `_compute_llama3_parameters`.
     """
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
@@ -171,7 +203,7 @@ def rope_factors(config: PretrainedConfig) -> list[float] | None:
 
 
 def rope_theta(config: PretrainedConfig) -> float | None:
-    """The base of the rotary frequencies, of global layers where there are two; None without rotary positions."""
+    """Base of the rotary frequencies, of the global layers if there are two kinds; None without rotary positions."""
     theta: float | None = _rope(config).get("rope_theta")
     return theta
 
@@ -183,19 +215,21 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _has_window(config: PretrainedConfig, form: Form) -> bool:
-    """One that a context can be longer than, and that llama.cpp does not heed: it has windows in Gemma alone.
+    """Whether the model has a sliding window, shorter than its context, that llama.cpp ignores.
 
-    Mistral's is let pass: llama.cpp has run the models that have one without it since they came out.
+    Of these architectures, llama.cpp applies windows in Gemma only. Mistral's window is accepted: llama.cpp has always
+    run those models without it.
     """
     window = getattr(config, "sliding_window", None)
     if form.local_layers or config.model_type == "mistral" or window is None:
         return False
     kinds = getattr(config, "layer_types", None)
-    heeded: bool = kinds is None or "sliding_attention" in kinds
-    return heeded and window < config.max_position_embeddings
+    used: bool = kinds is None or "sliding_attention" in kinds
+    return used and window < config.max_position_embeddings
 
 
 def _has_usual_layers(config: PretrainedConfig, local: int) -> bool:
+    """Whether local and global layers alternate as llama.cpp assumes, with its rotary base in the local ones."""
     kinds = ("full_attention", "sliding_attention")
     usual = [kinds[(i + 1) % (local + 1) != 0] for i in range(config.num_hidden_layers)]
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,6 +1,7 @@
-"""How llama.cpp reads a word by a SentencePiece vocabulary: it goes by the scores of tokens, and knows no merges.
+"""Tokenize a word as llama.cpp does with a SentencePiece vocabulary: by the tokens' scores, without merges.
 
-Owns: that rule (`llm_tokenizer_spm` in its src/llama-vocab.cpp), by which scores are proven. Must not read a file.
+Owns: that rule, `llm_tokenizer_spm` in llama.cpp's src/llama-vocab.cpp. Exports check their scores with it. Must not
+read a file.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 
-def read(word: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[int]:
-    """Of all neighbours that are a token together, those of the highest score are joined first, the leftmost of equals.
+def tokenize(word: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[int]:
+    """Return the ids of the tokens of `word`. `ids` maps tokens to ids, and `scores` are by id.
 
-    Quadratic in the word's length.
+    Of all neighbouring parts that form a token together, the pair with the highest score is joined first; of equal
+    scores, the leftmost. Quadratic in the word's length.
     """
     parts = list(word)
     while True:
@@ -25,5 +27,5 @@ def read(word: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[int
 
 
 def _ids(part: str, ids: Mapping[str, int]) -> list[int]:
-    """A letter that is no token is told by its bytes."""
+    """Ids of one part. A character that is not a token becomes its UTF-8 bytes."""
     return [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]

@@ -1,7 +1,11 @@
-"""A tokenizer in GGUF's words: its tokens, what kind each is, its merges, and how text is cut before them.
+"""Convert a tokenizer to GGUF's form: tokens, their types, merges or scores, and the name of its pre-tokenizer.
 
-Owns: which tokenizers llama.cpp can be told of. Byte-level BPE goes by the name of its pre-tokenizer, which must be one
-that we know; SentencePiece's BPE by scores, which follow from the order of its merges. Must not read or write a file.
+Owns: which tokenizers llama.cpp can represent. For byte-level BPE, llama.cpp selects the pre-tokenizer by name, so it
+must be one of those below. For SentencePiece's BPE it uses scores, which follow from the order of the merges. Must not
+read or write a file.
+
+The names of pre-tokenizers are llama.cpp's (src/llama-vocab.cpp). The `gguf` package does not list them; transformers'
+GGUF reader does, with their regular expressions (GGUF_PRE_TOKENIZER_SPLITS).
 """
 
 from __future__ import annotations
@@ -16,19 +20,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 SPACE = "▁"
-#: llama.cpp's names of the ways to cut text that we can prove: by transformers' own reader, which knows these.
+#: llama.cpp's names of the pre-tokenizers that we can check, because transformers' GGUF reader knows them too.
 SPLITS = ("llama-bpe", "qwen2", "tekken", "gpt-4o")
-#: Those of them whose vocabulary is looked up whole before any merge.
+#: Those for which llama.cpp looks up a whole word in the vocabulary before it merges.
 IGNORE_MERGES = frozenset({"llama-bpe", "tekken"})
 
 
 class Unsupported(Exception):
-    """What llama.cpp cannot be told of."""
+    """llama.cpp cannot represent the tokenizer. The message completes "this base has …"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`kind` is "gpt2" for byte-level BPE, "llama" for SentencePiece. Lists are by token id, the padding included."""
+    """A tokenizer in GGUF's form. `kind` is "gpt2" for byte-level BPE and "llama" for SentencePiece.
+
+    `pre` is the name of the pre-tokenizer. `tokens`, `types` and `scores` are by token id; unused embeddings included.
+    """
 
     kind: str
     pre: str
@@ -40,14 +47,14 @@ class Vocabulary:
 
 
 def of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """The vocabulary of a base with `size` embeddings. Raises Unsupported, saying what cannot be written."""
+    """Convert the tokenizer of a base with `size` embeddings. Raises Unsupported if GGUF cannot represent it."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
-        raise Unsupported(f"a tokenizer of type {model['type']}; BPE is known")
+        raise Unsupported(f"a tokenizer of type {model['type']}; supported: BPE")
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(by_id) >= size:
-        raise Unsupported(f"token {max(by_id)} of a base with {size} embeddings")
+        raise Unsupported(f"a tokenizer with token {max(by_id)}, and a model with {size} embeddings")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     kind = "llama" if model.get("byte_fallback") else "gpt2"
     pre = "default" if kind == "llama" else _pre(backend)
@@ -64,7 +71,10 @@ def of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
 def write(
     writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]
 ) -> None:
-    """The tokenizer's share of a model's metadata. `stops` are the tokens that end a generation."""
+    """Write the tokenizer's metadata. `stops` are the ids that end generation.
+
+    GGUF has one EOS and one end-of-turn token; the latter is the highest other id of `stops`.
+    """
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -79,7 +89,7 @@ def write(
         (eos, writer.add_eos_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
         (tokenizer.pad_token_id, writer.add_pad_token_id),
-        # A chat's turn often ends by another token than a text does.
+        # Chat models often end a turn with another token than a text.
         (max(stops - {eos}, default=None), writer.add_eot_token_id),
     ):
         if token is not None:
@@ -94,16 +104,16 @@ def write(
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template; of several, the one for conversations without tools."""
+    """The chat template; of several, the default one."""
     found: str | dict[str, str] | None = tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
 
 
 def _pre(backend: dict[str, Any]) -> str:
-    """llama.cpp's name of how this byte-level tokenizer cuts text. Raises Unsupported."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer. Raises Unsupported if it has none we know."""
     normalizer = backend["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise Unsupported(f"a byte-level tokenizer that normalizes by {normalizer['type']}")
+        raise Unsupported(f"a byte-level tokenizer with the normalizer {normalizer['type']}; supported: none, NFC")
     found = backend["pre_tokenizer"] or {}
     steps = found["pretokenizers"] if found.get("type") == "Sequence" else [found]
     types = [step.get("type") for step in steps]
@@ -113,11 +123,11 @@ def _pre(backend: dict[str, Any]) -> str:
         regex = steps[0]["pattern"].get("Regex")
         if name := next((name for name in SPLITS if GGUF_PRE_TOKENIZER_SPLITS[name] == regex), None):
             return name
-    raise Unsupported(f"a tokenizer that cuts text in a way of its own; known are gpt-2, {', '.join(SPLITS)}")
+    raise Unsupported(f"a pre-tokenizer without a name in llama.cpp; supported: gpt-2, {', '.join(SPLITS)}")
 
 
 def _type(token: str, special: bool | None, unknown: str | None) -> TokenType:
-    """`special` is None of a token that was not added to the vocabulary."""
+    """GGUF's type of a token. `special` is None unless the token was added to the vocabulary."""
     if token == unknown:
         return TokenType.UNKNOWN
     if special is not None:
@@ -126,12 +136,12 @@ def _type(token: str, special: bool | None, unknown: str | None) -> TokenType:
 
 
 def _spelled(token: str, type_: TokenType) -> str:
-    """llama.cpp looks for what was added by hand (Gemma's runs of spaces) in the text as it came."""
+    """The token as GGUF stores it: llama.cpp matches added tokens (Gemma's runs of spaces) in the original text."""
     return token.replace(SPACE, " ") if type_ is TokenType.USER_DEFINED else token
 
 
 def _scores(tokens: list[str], types: list[TokenType], merges: list[str]) -> list[float]:
-    """llama.cpp joins first the pair whose token scores highest; here, what is merged first."""
+    """Scores that make llama.cpp join in the order of the merges: the pair with the highest score is joined first."""
     rank: dict[str, int] = {}
     for i, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), i)
@@ -143,6 +153,6 @@ def _scores(tokens: list[str], types: list[TokenType], merges: list[str]) -> lis
 
 
 def _adds_space(backend: dict[str, Any]) -> bool:
-    """Does a text begin with a space that was not in it?"""
-    told = json.dumps([backend["normalizer"], backend["pre_tokenizer"]])
-    return '"Prepend"' in told or '"prepend_scheme": "first"' in told or '"prepend_scheme": "always"' in told
+    """Whether the tokenizer puts a space before a text."""
+    steps = json.dumps([backend["normalizer"], backend["pre_tokenizer"]])
+    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps

@@ -33,7 +33,7 @@ from shared.schemas.results import Recipe
 from worker.trainer.model import classification_head, fused_lora, short_attention
 from worker.trainer.model.full_weights import Adapted, FullWeights
 from worker.trainer.system import free_memory
-from worker.trainer.system.resource_errors import is_out_of_memory, is_the_kernels
+from worker.trainer.system.resource_errors import is_kernel_error, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         # RuntimeError is left alone: that is how torch reports an accelerator or a memory that failed.
-        if is_out_of_memory(error) or is_the_kernels(error):
+        if is_out_of_memory(error) or is_kernel_error(error):
             raise
         if isinstance(error, ImportError) and not _is_quantized(base_dir):
             raise  # this machine's bitsandbytes or CUDA is broken

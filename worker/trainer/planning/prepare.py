@@ -15,7 +15,7 @@ from shared.schemas.results import Plan, Recipe
 from worker.trainer.data import labels
 from worker.trainer.data.dataset import Split, load, split
 from worker.trainer.data.encoding import Encoder, longest_document
-from worker.trainer.data.statistics import doubts, statistics
+from worker.trainer.data.statistics import data_warnings, statistics
 from worker.trainer.planning import exports, recipe, sizing
 from worker.trainer.protocol import Task
 
@@ -60,8 +60,8 @@ def prepare(task: Task, *, tick: Callable[[], None] = lambda: None) -> Plan:
         warnings=[
             *encoder.warnings(),
             *_row_warnings(rows, length),
-            *doubts(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
-            *(labels.doubts(found.labels, rows.train) if classes else []),
+            *data_warnings(found, dataset.validation_report, heldout_rows=len(rows.heldout)),
+            *(labels.label_warnings(found.labels, rows.train) if classes else []),
             *warnings,
             *sized.warnings,
         ],

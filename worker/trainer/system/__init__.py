@@ -1,1 +1,1 @@
-"""The machine: device, memory and the errors that say that a resource ran out. The ground floor of the trainer."""
+"""The machine: devices, memory, and resource errors. The lowest layer of the trainer."""

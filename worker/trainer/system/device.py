@@ -1,6 +1,7 @@
-"""The device that a trainer runs on; `python -m worker.trainer.machine [BYTES]` prints it for the supervisor.
+"""Name and memory size of the device that a trainer runs on.
 
-Owns: names and sizes of devices. Must not import torch where there is no GPU: a worker asks when it starts.
+`python -m worker.trainer.system.device [BYTES]` prints it as JSON. The supervisor runs that in a child process.
+Owns: device names and sizes. Must not import torch on a machine without a GPU: every worker asks when it starts.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Print the device as JSON; BYTES is what a run may take, 0 all that there is."""
+    """Print the device as JSON. BYTES is the memory that a run may use; 0 means all of it."""
     limit = int(argv[0]) if argv else 0
-    print((_if_cuda(limit) or cpu(memory_bytes=limit)).model_dump_json())
+    print((_cuda_device(limit) or cpu(memory_bytes=limit)).model_dump_json())
     return 0
 
 
 def describe(on: torch.device, *, memory_bytes: int) -> Device:
-    """The device of a run. With `memory_bytes` it has that much, otherwise all that it was built with."""
+    """Describe the device of a run. `memory_bytes` overrides its memory size; 0 means the physical size."""
     if on.type != "cuda":
         return cpu(memory_bytes=memory_bytes)
     import torch  # noqa: PLC0415 (import cost)
@@ -37,7 +38,10 @@ def describe(on: torch.device, *, memory_bytes: int) -> Device:
 
 
 def cpu(*, memory_bytes: int, proc: Path = linux.PROC, cgroups: Path = linux.CGROUPS) -> Device:
-    """This machine's processor and memory, or what the container that we are in may take of it (cgroup v2)."""
+    """Describe this machine's CPU and memory. Inside a container, memory is at most its cgroup v2 limit.
+
+    `memory_bytes` overrides the memory size; 0 means the detected one.
+    """
     fields = (line.partition(":") for line in (proc / "cpuinfo").read_text(encoding="utf-8").splitlines())
     name = next((value.strip() for key, _, value in fields if key.strip() == "model name"), platform.machine())
     size, limit = (
@@ -47,8 +51,8 @@ def cpu(*, memory_bytes: int, proc: Path = linux.PROC, cgroups: Path = linux.CGR
     return Device(kind="cpu", name=name, memory_bytes=memory_bytes or min(size, limit or size))
 
 
-def _if_cuda(limit: int) -> Device | None:
-    """The first visible GPU, if the driver's library is here and torch can use it."""
+def _cuda_device(limit: int) -> Device | None:
+    """The first visible GPU; None without the driver's library, or if torch cannot use the GPU."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,6 +1,6 @@
-"""Memory that nobody holds any more, given back.
+"""Return unused memory to the device and the operating system.
 
-Owns: the three that keep it: Python's cycles, torch's cache on a GPU, and the C library's heap.
+Owns: the three places that keep it: Python reference cycles, torch's GPU cache, and the C library's heap.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 
 
 def free() -> None:
-    """Call it outside of an `except` block: a traceback holds activations.
+    """Collect reference cycles, empty torch's GPU cache, and trim the C heap.
 
-    A base in 4 bits is a cycle (bitsandbytes' weights know their layer), and goes with a collection alone.
+    Call it outside of an `except` block: a traceback keeps activations alive. A base in 4 bits is a reference cycle
+    (bitsandbytes' weights refer to their layer), so only the garbage collector frees it.
     """
     gc.collect()
     torch.cuda.empty_cache()
-    # Each thread has an arena of its own, and backward is another thread: what one hoards, the other cannot have.
+    # The C library has one arena per thread, and backward runs in another thread: memory that is free in one arena is
+    # not available to the other.
     ctypes.CDLL(None).malloc_trim(0)

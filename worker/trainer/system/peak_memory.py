@@ -1,6 +1,7 @@
-"""The most memory that this process, or this run, has taken from its device.
+"""Measure the peak memory of this process or run.
 
-The kernel's account of the process on a CPU; torch's and the driver's on a GPU."""
+On a CPU the kernel counts it; on a GPU torch and the driver do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 
 def begin() -> None:
-    """Forget the peaks of whatever this process did before. Where the kernel does not allow it, they count."""
+    """Reset the peaks. Where the kernel does not allow it, memory used earlier by this process still counts."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -20,18 +21,19 @@ def begin() -> None:
 
 
 def peak(on: torch.device) -> int:
-    """Since `begin`. On a CPU the whole process at its largest; on a GPU all that was taken from it.
+    """Peak bytes since `begin`: on a CPU of the whole process, on a GPU everything allocated on it.
 
-    There torch's cache is counted and not only what was in use, and the context, which is whatever else is gone.
+    The GPU figure is torch's peak reserved memory, cache included, plus whatever else is allocated there now, such as
+    the CUDA context.
     """
     if on.type == "cuda":
         free, total = torch.cuda.mem_get_info(on)
-        beside = max(0, total - free - torch.cuda.memory_reserved(on))
-        return torch.cuda.max_memory_reserved(on) + beside
+        outside_torch = max(0, total - free - torch.cuda.memory_reserved(on))
+        return torch.cuda.max_memory_reserved(on) + outside_torch
     return process_peak()
 
 
 def process_peak() -> int:
-    """The most resident bytes that this process had."""
+    """Peak resident bytes of this process (VmHWM)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024

@@ -1,28 +1,29 @@
-"""Whether an error is nobody's fault but the machine's: memory or disk ran out, or the kernel refused a file.
+"""Recognize errors that the machine causes: out of memory, disk full, or a file that the kernel cannot read or write.
 
-Owns: the many names of those errors. Must not import torch: the child answers its pipe before that is loaded.
+Owns: the different exceptions and messages that report them. Must not import torch: the child must answer its pipe
+before torch is loaded.
 """
 
 from __future__ import annotations
 
 import errno
 
-#: What torch's CPU allocator says in a plain RuntimeError, the kernel through safetensors, CUDA and cuBLAS outside of
-#: torch's caching allocator, and C++ through anybody.
+#: Messages for lack of memory: of torch's CPU allocator (a plain RuntimeError), of the kernel through safetensors, of
+#: CUDA and cuBLAS outside of torch's caching allocator, and of C++.
 NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory"),
     *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc"),
 )
 
-#: No space, no quota, or more than a file may be.
+#: No space left, quota exceeded, or file too large.
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, CUDA's, the kernel's, and those that can only be told by their words.
+    """Whether memory ran out: Python's, CUDA's or the kernel's error, or one known only by its message.
 
-    Not oneDNN's "could not create a primitive", although that is often about memory: a thread that has met it once
-    creates none ever after (seen with torch 2.13, in bf16 on a CPU), so only a fresh process helps.
+    oneDNN's "could not create a primitive" does not count, although lack of memory often causes it: after it, the
+    same thread can create no primitive at all (seen with torch 2.13, in bf16 on a CPU), so only a new process helps.
     """
     return (
         isinstance(error, MemoryError)
@@ -33,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """The kernel's, and Rust's of safetensors and tokenizers, which only quote its number."""
+    """Whether the disk is full: an OSError, or an error of safetensors or tokenizers (Rust) that quotes its number."""
     return (
         (isinstance(error, OSError) and error.errno in NO_DISK)
         or "No space left on device" in str(error)
@@ -41,6 +42,9 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
-def is_the_kernels(error: BaseException) -> bool:
-    """Did the kernel say it (EIO, ESTALE, EACCES), to Python or to Rust? The OSErrors of libraries have no number."""
+def is_kernel_error(error: BaseException) -> bool:
+    """Whether the kernel reported it (EIO, ESTALE, EACCES), to Python or to Rust.
+
+    The OSErrors that libraries raise themselves have no errno.
+    """
     return (isinstance(error, OSError) and error.errno is not None) or "(os error " in str(error)

@@ -30,7 +30,7 @@ def row(line: int, length: int, *, prompt: int = 0) -> Encoded:
         (100, 5, "training_file_carved"),
     ],
 )
-def test_heldout_is_carved_from_enough_rows(
+def test_rows_are_held_out_of_the_training_file(
     encoder: Encoder, make_task: MakeTask, write_rows: WriteRows, rows: int, heldout: int, source: str
 ) -> None:
     task = make_task(write_rows(quotes(rows)))
@@ -44,7 +44,9 @@ def test_heldout_is_carved_from_enough_rows(
     assert [r.line for r in again] == [r.line for r in held]
 
 
-def test_validation_file_is_held_out_whole(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_all_rows_of_a_validation_file_are_held_out(
+    encoder: Encoder, make_task: MakeTask, write_rows: WriteRows
+) -> None:
     task = make_task(write_rows(quotes(30)), validation_file=write_rows(quotes(4)))
     found = dataset.load(task, encoder)
     assert found.validation is not None
@@ -52,11 +54,11 @@ def test_validation_file_is_held_out_whole(encoder: Encoder, make_task: MakeTask
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_is_prepared_as_json_lines_are(
+def test_csv_and_parquet_give_the_same_plan_as_json_lines(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, kind: str
 ) -> None:
     rows = quotes(24)
-    path = tmp_path / "sha256"  # the trainer's copy has no telling name
+    path = tmp_path / "sha256"  # the trainer's copy has no file extension
     if kind == "csv":
         with path.open("w", encoding="utf-8", newline="") as out:
             writer = csv.DictWriter(out, ["text"])
@@ -67,7 +69,7 @@ def test_a_table_is_prepared_as_json_lines_are(
     assert prepare(make_task(str(path))) == prepare(make_task(write_rows(rows)))
 
 
-def test_ticks_with_each_row_good_or_bad(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_tick_is_called_for_each_good_or_bad_row(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows) -> None:
     task = make_task(write_rows(quotes(3)), validation_file=write_rows([*quotes(2), {"txt": "x"}]))
     ticks: list[None] = []
     with pytest.raises(TrainingFailed):
@@ -76,7 +78,7 @@ def test_ticks_with_each_row_good_or_bad(encoder: Encoder, make_task: MakeTask, 
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
-def test_every_bad_line_is_named(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows, param: str) -> None:
+def test_bad_lines_are_named(encoder: Encoder, make_task: MakeTask, write_rows: WriteRows, param: str) -> None:
     good = write_rows(quotes(3))
     bad = write_rows([*quotes(2), {"text": ""}, *quotes(1), {"txt": "x"}])
     task = make_task(bad) if param == "training_file" else make_task(good, validation_file=bad)
@@ -87,17 +89,17 @@ def test_every_bad_line_is_named(encoder: Encoder, make_task: MakeTask, write_ro
     assert "line 5" in failed.value.message
 
 
-def test_cut_rows_are_counted_and_rows_that_lose_their_labels_dropped() -> None:
+def test_truncated_rows_are_counted_and_rows_without_trained_tokens_dropped() -> None:
     fitted = dataset.fit([row(1, 5), row(2, 12), row(3, 12, prompt=10)], 10)
     assert ([r.line for r in fitted.kept], fitted.truncated, fitted.dropped) == ([1, 2], 2, 1)
     assert len(fitted.kept[1]) == 10
 
 
-def test_an_epochs_order_is_found_once() -> None:
+def test_the_order_of_an_epoch_is_computed_once() -> None:
     assert dataset.epoch_order(9, seed=1, epoch=0) is dataset.epoch_order(9, seed=1, epoch=0)
 
 
-def test_an_epoch_sees_every_row_once_and_in_another_order() -> None:
+def test_each_epoch_has_every_row_once_in_a_different_order() -> None:
     rows = [row(i, 3) for i in range(10)]
     steps = [dataset.step_examples(rows, step, batch_size=4, seed=1) for step in range(6)]
     assert [len(examples) for examples in steps] == [4, 4, 2, 4, 4, 2]

@@ -1,4 +1,4 @@
-"""The loss falls on the right tokens, and the token that ends a turn is always among them."""
+"""The right tokens are trained, and the token that ends a turn is always among them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def encode(encoder: Encoder, row: dict[str, Any]) -> Encoded:
 ANSWER = "<|im_start|>assistant\n"
 
 
-def said(role: str, content: str) -> str:
+def turn(role: str, content: str) -> str:
     """A turn in ChatML."""
     return f"<|im_start|>{role}\n{content}<|im_end|>\n"
 
 
 def spans(encoder: Encoder, encoded: Encoded) -> list[tuple[bool, str]]:
-    """Neighbouring tokens of one kind, as text."""
+    """Runs of trained or untrained tokens, as text."""
     found: list[tuple[bool, list[int]]] = []
     for token, trained in zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True):
         if not found or found[-1][0] != trained:
@@ -45,7 +45,7 @@ def spans(encoder: Encoder, encoded: Encoded) -> list[tuple[bool, str]]:
     return [(trained, encoder.tokenizer.decode(ids)) for trained, ids in found]
 
 
-def test_text_is_trained_whole_and_ends_with_eos(encoder: Encoder) -> None:
+def test_all_of_a_text_is_trained_and_it_ends_with_eos(encoder: Encoder) -> None:
     assert spans(encoder, encode(encoder, {"text": "a hat"})) == [(True, "a hat<|im_end|>")]
 
 
@@ -54,8 +54,8 @@ def test_completion_is_trained_and_the_prompt_is_not(encoder: Encoder) -> None:
     assert spans(encoder, encoded) == [(False, "Quote by"), (True, " NAME<|im_end|>")]
 
 
-def test_prompt_is_tokenized_as_it_will_be_when_it_is_used(encoder: Encoder) -> None:
-    """ "th" + "e" would merge into one token, which no prompt "th" ever ends with."""
+def test_prompt_is_tokenized_as_it_will_be_at_inference(encoder: Encoder) -> None:
+    """ "th" + "e" would become one token, but the prompt "th" alone does not end with it."""
     encoded = encode(encoder, {"prompt": "th", "completion": "e hat"})
     prompt = encoder.tokenizer("th").input_ids
     assert encoded.ids[: len(prompt)].tolist() == prompt
@@ -79,9 +79,12 @@ def test_chat_trains_assistant_turns_through_their_end(encoder: Encoder) -> None
         ]
     }
     assert spans(encoder, encode(encoder, row)) == [
-        (False, f"{said('system', 'S')}{said('user', 'hi')}{said('assistant', 'old')}{said('user', 'more')}{ANSWER}"),
+        (
+            False,
+            f"{turn('system', 'S')}{turn('user', 'hi')}{turn('assistant', 'old')}{turn('user', 'more')}{ANSWER}",
+        ),
         (True, "a hat<|im_end|>"),
-        (False, f"\n{said('user', 'and')}{ANSWER}"),
+        (False, f"\n{turn('user', 'and')}{ANSWER}"),
         (True, "\n  two<|im_end|>"),
         (False, "\n"),
     ]
@@ -89,7 +92,7 @@ def test_chat_trains_assistant_turns_through_their_end(encoder: Encoder) -> None
 
 @pytest.fixture
 def bos_base(tmp_path: Path) -> str:
-    """A base whose tokenizer puts <|bos|> first by itself, and whose template writes it too (Llama 3, Gemma)."""
+    """A base whose tokenizer adds <|bos|> by itself, and whose template writes it too (Llama 3, Gemma)."""
     tokenizer = tiny_tokenizer(bos_token="<|bos|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
@@ -109,7 +112,7 @@ def bos_base(tmp_path: Path) -> str:
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a hat"}]},
     ],
 )
-def test_bos_comes_once_and_is_not_trained(bos_base: str, row: dict[str, Any]) -> None:
+def test_bos_occurs_once_and_is_not_trained(bos_base: str, row: dict[str, Any]) -> None:
     encoder = Encoder(bos_base)
     encoded = encode(encoder, row)
     bos = encoder.tokenizer.bos_token_id
@@ -118,7 +121,7 @@ def test_bos_comes_once_and_is_not_trained(bos_base: str, row: dict[str, Any]) -
     assert not encoded.trained[0]
 
 
-def test_no_bos_where_the_tokenizer_adds_none(encoder: Encoder) -> None:
+def test_no_bos_if_the_tokenizer_adds_none(encoder: Encoder) -> None:
     assert encoder.bos == []
 
 
@@ -129,8 +132,8 @@ def test_saved_truncation_is_ignored(tmp_path: Path) -> None:
     assert len(encode(Encoder(str(tmp_path)), {"text": "x" * 50})) == 51
 
 
-def test_end_of_turn_of_the_generation_config_counts(tmp_path: Path) -> None:
-    """Llama 3 and Gemma end a turn by another token than a text."""
+def test_end_of_turn_of_the_generation_config_is_a_stop(tmp_path: Path) -> None:
+    """Llama 3 and Gemma end a turn with another token than a text."""
     tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     encoder = Encoder(str(tmp_path))
@@ -138,7 +141,7 @@ def test_end_of_turn_of_the_generation_config_counts(tmp_path: Path) -> None:
     assert spans(encoder, encode(encoder, row))[1:] == [(True, "a hat<|im_end|>"), (False, "\n")]
 
 
-def test_template_that_ends_no_turn_gets_an_eos(tmp_path: Path) -> None:
+def test_eos_is_added_if_the_template_does_not_end_a_turn(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -150,8 +153,8 @@ def test_template_that_ends_no_turn_gets_an_eos(tmp_path: Path) -> None:
     assert spans(encoder, encode(encoder, row))[-1] == (True, "a hat\n<|im_end|>")
 
 
-def test_template_that_rewrites_old_answers_still_trains_them(tmp_path: Path) -> None:
-    """Qwen 3 writes an empty thought before the newest answer only."""
+def test_older_answers_are_trained_even_if_the_template_changes_them(tmp_path: Path) -> None:
+    """Qwen 3 writes an empty thought before the last answer only."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -178,7 +181,7 @@ def encoder_of(tmp_path: Path) -> EncoderOf:
 
 
 CALL = [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c":1}'}}]
-#: Qwen 3's way with thoughts and with calls.
+#: Thoughts and tool calls as in Qwen 3's template.
 THOUGHTFUL = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
@@ -195,7 +198,7 @@ THOUGHTFUL = (
         ({"content": "yes"}, "", "yes<|im_end|>"),
     ],
 )
-def test_older_answer_is_trained_to_its_stop(
+def test_older_answer_is_trained_up_to_its_stop(
     encoder_of: EncoderOf, older: dict[str, Any], following: str, wanted: str
 ) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant"} | older, {"role": "tool", "content": following}]
@@ -205,7 +208,7 @@ def test_older_answer_is_trained_to_its_stop(
     assert trained == [wanted, "<think>\n\n</think>\n\nx<|im_end|>"]
 
 
-def test_without_stops_an_older_answer_needs_a_following_text(encoder_of: EncoderOf) -> None:
+def test_without_stop_tokens_an_older_answer_needs_a_following_text(encoder_of: EncoderOf) -> None:
     encoder = encoder_of(THOUGHTFUL.replace("<|im_end|>", ""))
 
     def trained(following: str) -> list[str]:
@@ -226,16 +229,16 @@ QWEN = (
 
 
 @pytest.mark.parametrize(("role", "name"), [("developer", "system"), ("function", "tool")])
-def test_roles_have_the_names_that_the_template_knows(encoder_of: EncoderOf, role: str, name: str) -> None:
+def test_roles_are_renamed_only_if_the_template_does_not_know_them(encoder_of: EncoderOf, role: str, name: str) -> None:
     turns = [(role, "always French"), ("user", "q"), ("assistant", "x")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     encoder = encoder_of(QWEN)
-    assert said(name, "always French") in spans(encoder, encode(encoder, row))[0][1]
+    assert turn(name, "always French") in spans(encoder, encode(encoder, row))[0][1]
     encoder = encoder_of(QWEN.replace("'system'", f"'{role}', 'system'"))
-    assert said(role, "always French") in spans(encoder, encode(encoder, row))[0][1]
+    assert turn(role, "always French") in spans(encoder, encode(encoder, row))[0][1]
 
 
-def test_content_that_the_template_leaves_out_is_an_error(encoder_of: EncoderOf) -> None:
+def test_content_that_the_template_omits_is_an_error(encoder_of: EncoderOf) -> None:
     row = {
         "messages": [
             {"role": "system", "content": "always French"},
@@ -255,16 +258,16 @@ def test_content_that_the_template_leaves_out_is_an_error(encoder_of: EncoderOf)
         ("<think>\nhm</think>x", "hm</think>x<|im_end|>", False),
     ],
 )
-def test_generation_prompt_that_opens_a_thought(encoder_of: EncoderOf, answer: str, trained: str, warned: bool) -> None:
-    """An answer without a thought (DeepSeek R1, QwQ) begins where the assistant's turn opens, and the plan says so."""
+def test_generation_prompt_may_open_a_thought(encoder_of: EncoderOf, answer: str, trained: str, warned: bool) -> None:
+    """Without a thought (DeepSeek R1, QwQ), an answer is trained from the start of its turn, with a warning."""
     encoder = encoder_of(CHATML.replace("assistant\n", "assistant\n<think>\n"))
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}
     assert [text for mark, text in spans(encoder, encode(encoder, row)) if mark] == [trained]
     assert [("<think>" in warning) for warning in encoder.warnings()] == [True] * warned
 
 
-def test_answer_is_tokenized_apart_where_a_token_would_straddle_the_seam(encoder_of: EncoderOf) -> None:
-    """ " hat" would be one token, which no generation after "assistant: " ever begins with."""
+def test_answer_is_tokenized_separately_if_a_token_would_span_the_boundary(encoder_of: EncoderOf) -> None:
+    """ " hat" would be one token, but after the prompt "assistant: " no generation can begin with it."""
     encoder = encoder_of(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -276,8 +279,8 @@ def test_answer_is_tokenized_apart_where_a_token_would_straddle_the_seam(encoder
     assert [text for mark, text in spans(encoder, encoded) if mark] == ["hat<|im_end|>", "the hat<|im_end|>"]
 
 
-def test_tokens_of_spaces_are_trained_where_offsets_are_trimmed(tmp_path: Path) -> None:
-    """GPT-NeoX and others: such a token covers no character by its offsets."""
+def test_tokens_of_spaces_are_trained_even_if_offsets_are_trimmed(tmp_path: Path) -> None:
+    """In GPT-NeoX and others, the offsets of such a token cover no character."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.save_pretrained(tmp_path)
@@ -288,7 +291,7 @@ def test_tokens_of_spaces_are_trained_where_offsets_are_trimmed(tmp_path: Path) 
     assert trained == [f"{answer}<|im_end|>"]
 
 
-def test_template_that_refuses_a_conversation_blames_the_row(tmp_path: Path) -> None:
+def test_an_error_of_the_template_is_an_error_of_the_row(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     tokenizer.save_pretrained(tmp_path)
@@ -307,7 +310,7 @@ def test_chat_rows_need_a_template(tmp_path: Path) -> None:
     assert failed.value.code == "no_chat_template"
 
 
-def test_tokenizer_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Callable[[str], str]) -> None:
+def test_an_io_error_of_the_tokenizer_is_not_reported_as_the_users_error(unreadable: Callable[[str], str]) -> None:
     with pytest.raises(OSError, match="Errno 5"):
         Encoder(unreadable("tokenizer.json"))
 

@@ -1,4 +1,4 @@
-"""Rows and lanes are even, nothing is lost or over the budget, and the heaviest micro-batch is the heaviest."""
+"""Packing loses no example, keeps to its budget and balances rows and lanes; the largest micro-batch is found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.results import RECIPE
 from tests.worker.trainer.rows import examples_of, lengths
 from worker.trainer.data import dataset, packing
 from worker.trainer.data.encoding import Pair, Row
-from worker.trainer.data.packing import Rows, heaviest, micro_batches, pack, row_of
+from worker.trainer.data.packing import Rows, heaviest, micro_batches, pack, packed_row_tokens
 from worker.trainer.forward.batches import batches
 
 
@@ -30,7 +30,7 @@ def padded(rows: Rows) -> int:
 
 
 @given(sizes=lengths, micro_batch=st.integers(1, 9), lanes=st.integers(1, 3), row=st.integers(1, 3 * PACK_LENGTH))
-def test_packed_micro_batches_hold_each_example_and_no_more_than_fits(
+def test_packed_micro_batches_have_each_example_once_and_keep_to_the_budget(
     sizes: list[int], micro_batch: int, lanes: int, row: int
 ) -> None:
     lanes = min(lanes, micro_batch)
@@ -42,19 +42,19 @@ def test_packed_micro_batches_hold_each_example_and_no_more_than_fits(
     assert max(sum(map(len, one)) for rows in cut for one in rows) <= max(row, PACK_LENGTH, *sizes)
 
 
-def test_what_is_short_is_packed_with_little_padding_and_in_even_lanes() -> None:
+def test_short_examples_are_packed_with_little_padding_and_in_equal_lanes() -> None:
     drawn = random.Random(7)
     for _ in range(20):
-        # Most examples are short, and some step or other has a long one: as quotations have it.
+        # Most examples are short, and some steps have a long one, as in a dataset of quotations.
         sizes = [drawn.randint(20, 60) for _ in range(31)] + [drawn.choice((40, 238))]
         cut = list(micro_batches(examples_of(sizes), packing=True, micro_batch=8, row=238, lanes=2))
         assert len(cut) == 2
-        # Were the lanes as even as can be and nothing padded, each would have this much.
+        # With equal lanes and no padding, each lane would have sum(sizes) / 2 tokens.
         assert max(map(padded, cut)) <= 1.4 * sum(sizes) / 2
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4_000])
-def test_packing_many_examples_takes_no_square_of_them(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_does_not_take_quadratic_time(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
 
     def counted(ordered: Sequence[Row], **limits: int) -> list[list[Row]]:
@@ -67,7 +67,7 @@ def test_packing_many_examples_takes_no_square_of_them(micro_batch: int, monkeyp
     assert sum(packed) <= 20 * len(examples)
 
 
-def test_nothing_is_packed_into_nothing() -> None:
+def test_no_examples_give_no_micro_batches() -> None:
     assert not list(micro_batches([], packing=True, micro_batch=2, row=PACK_LENGTH))
 
 
@@ -80,7 +80,7 @@ def test_nothing_is_packed_into_nothing() -> None:
     batch_size=st.integers(1, 16),
     from_step=st.integers(0, 9),
 )
-def test_heaviest_is_what_the_run_will_meet(
+def test_heaviest_is_the_largest_turn_of_the_run(
     sizes: list[int], packing: bool, pairs: bool, micro_batch: int, lanes: int, batch_size: int, from_step: int
 ) -> None:
     lanes = min(lanes, micro_batch)
@@ -92,7 +92,12 @@ def test_heaviest_is_what_the_run_will_meet(
     met = []
     for step in range(min(from_step, steps - 1), steps):
         chosen = dataset.step_examples(rows, step, batch_size=batch_size, seed=3)
-        options: dict[str, Any] = {"packing": packing, "micro_batch": micro_batch, "row": row_of(rows), "lanes": lanes}
+        options: dict[str, Any] = {
+            "packing": packing,
+            "micro_batch": micro_batch,
+            "row": packed_row_tokens(rows),
+            "lanes": lanes,
+        }
         shapes = [batch.input_ids.shape for batch in batches(chosen, pad=0, **options)]
         for turn, start in enumerate(range(0, len(shapes), lanes)):
             side_by_side = shapes[start : start + lanes]

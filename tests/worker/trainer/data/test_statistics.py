@@ -1,4 +1,4 @@
-"""The report on a dataset: every number on rows that were made to have it, and the warnings that follow."""
+"""The data report: its numbers on rows with known values, and the warnings that follow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOS = "<|bos|>"
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base whose tokenizer knows a BOS, and leaves the writing of it to the rows."""
+    """A base whose tokenizer has a BOS but does not add it; rows may write it."""
     folder = tmp_path_factory.mktemp("bos")
     tiny_llama(folder)
     tiny_tokenizer(bos_token=BOS).save_pretrained(folder)
@@ -39,7 +39,7 @@ def report(plan: Plan) -> DataReport:
     return plan.data
 
 
-def test_a_crafted_file_is_counted_to_the_row(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
+def test_all_numbers_of_a_known_file_are_right(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     rows = [*({"text": "hat " * n} for n in (1, 2, 4, 8, 16)), {"text": "hat " * 2}, {"text": "hat " * 2}]
     found = report(prepare(make_task(write_rows(rows), trainer={"max_length": 10})))
     lengths = sorted(len(row) for row in dataset.load(make_task(write_rows(rows)), encoder).train)
@@ -56,7 +56,7 @@ def test_a_crafted_file_is_counted_to_the_row(make_task: MakeTask, write_rows: W
     assert (found.heldout_overlap_rows, found.double_bos_rows) == (0, 0)
 
 
-def test_a_clean_file_has_nothing_to_be_warned_of(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_clean_file_gives_no_warnings(make_task: MakeTask, write_rows: WriteRows) -> None:
     plan = prepare(make_task(write_rows([chat(f"hat {i}?", f"felt {i}") for i in range(120)])))
     found = report(plan)
     assert (found.rows, found.format, found.stop_rows) == (120, "chat", 120)
@@ -65,7 +65,7 @@ def test_a_clean_file_has_nothing_to_be_warned_of(make_task: MakeTask, write_row
     assert plan.warnings == []
 
 
-def test_repeats_and_heldout_rows_that_are_trained_on_are_named(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_duplicates_and_heldout_rows_that_are_trained_on_are_named(make_task: MakeTask, write_rows: WriteRows) -> None:
     rows = quotes(30)
     plan = prepare(
         make_task(write_rows([*rows, rows[2], rows[4]]), validation_file=write_rows([rows[9], *quotes(40)[38:]]))
@@ -74,23 +74,25 @@ def test_repeats_and_heldout_rows_that_are_trained_on_are_named(make_task: MakeT
     assert [(r.line, r.of) for r in found.duplicates] == [(31, 3), (32, 5)]
     assert (found.heldout_overlap_rows, [(r.line, r.of) for r in found.heldout_overlap]) == (1, [(1, 10)])
     assert any("2 rows (6%) repeat an earlier one (line 31 is line 3, line 32 is line 5)" in w for w in plan.warnings)
-    assert any("1 of 3 held-out rows are trained on as well (line 1 is line 10)" in w for w in plan.warnings)
+    assert any("1 of 3 held-out rows are also trained on (line 1 is line 10)" in w for w in plan.warnings)
 
 
-def test_a_carved_row_that_has_a_twin_is_found(make_task: MakeTask, write_rows: WriteRows) -> None:
-    """Every row is there twice, so what is held out is trained on all the same."""
+def test_a_heldout_row_with_a_duplicate_in_the_training_rows_is_found(
+    make_task: MakeTask, write_rows: WriteRows
+) -> None:
+    """Every row occurs twice, so each held-out row is also trained on."""
     found = report(prepare(make_task(write_rows([*quotes(30), *quotes(30)]))))
     assert (found.duplicate_rows, len(found.duplicates), found.heldout_overlap_rows) == (30, 10, 3)
 
 
-def test_two_beginnings_are_found(with_bos: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_rows_with_two_bos_are_counted(with_bos: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     rows: Rows = [*quotes(3), {"text": f"{BOS}{BOS}hat"}, {"text": f"{BOS}hat"}]
     plan = prepare(make_task(write_rows(rows), base_dir=with_bos))
     assert report(plan).double_bos_rows == 1
     assert any("1 rows begin with two beginning-of-sequence tokens" in warning for warning in plan.warnings)
 
 
-def test_a_cut_that_takes_the_stop_token_is_told(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_truncation_that_removes_the_stop_token_gives_a_warning(make_task: MakeTask, write_rows: WriteRows) -> None:
     rows = [{"prompt": "", "completion": "hat " * 30} for _ in range(3)] + [{"prompt": "hat " * 30, "completion": "x"}]
     plan = prepare(make_task(write_rows(rows), trainer={"max_length": 8}))
     found = report(plan)
@@ -99,7 +101,7 @@ def test_a_cut_that_takes_the_stop_token_is_told(make_task: MakeTask, write_rows
     assert any("only 0 of 4 rows end in a trained stop token" in warning for warning in plan.warnings)
 
 
-def test_rows_are_the_same_only_with_the_same_labels(encoder: Encoder) -> None:
+def test_rows_are_duplicates_only_with_the_same_trained_marks(encoder: Encoder) -> None:
     ids = np.arange(5, dtype=np.int32)
     rows: list[Row] = [Encoded(line, ids, np.arange(5) >= first) for line, first in enumerate((1, 2, 1), start=1)]
     read = dataset.Dataset(rows, None, FileReport(rows=3, bad_rows=0, format="text", problems=[]), None)
@@ -112,34 +114,38 @@ def test_rows_are_the_same_only_with_the_same_labels(encoder: Encoder) -> None:
 BAD: Rows = [*quotes(12), {"text": ""}, *quotes(24)[12:], {"txt": "x"}]
 
 
-def test_bad_rows_are_left_out_at_the_users_word(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
+def test_bad_rows_are_skipped_if_the_user_allows_it(
+    make_task: MakeTask, write_rows: WriteRows, encoder: Encoder
+) -> None:
     task = make_task(write_rows(BAD), trainer={"skip_bad_rows": 2})
     plan = prepare(task)
     found = report(plan)
     assert (plan.rows, found.rows, found.bad_rows) == (24, 24, 2)
     assert [(p.line, p.field, bool(p.hint)) for p in found.problems] == [(13, "text", True), (26, "", True)]
-    assert any(warning.startswith("left out of the training file: 2 bad rows: line 13") for warning in plan.warnings)
+    assert any(warning.startswith("skipped in the training file: 2 bad rows: line 13") for warning in plan.warnings)
     lines = [row.line for row in dataset.load(task, encoder).train]  # what training will see
     assert lines == [*range(1, 13), *range(14, 26)]
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_one_bad_row_too_many_fails_and_says_the_number(make_task: MakeTask, write_rows: WriteRows, skip: int) -> None:
+def test_too_many_bad_rows_fail_and_the_hint_has_their_number(
+    make_task: MakeTask, write_rows: WriteRows, skip: int
+) -> None:
     with pytest.raises(TrainingFailed, match="2 bad rows: line 13") as failed:
         prepare(make_task(write_rows(BAD), trainer={"skip_bad_rows": skip}))
     assert failed.value.hint is not None
     assert f"trainer.skip_bad_rows = 2 (it is {skip})" in failed.value.hint
 
 
-def test_the_validation_files_bad_rows_are_left_out_too(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_bad_rows_of_the_validation_file_are_skipped_too(make_task: MakeTask, write_rows: WriteRows) -> None:
     task = make_task(write_rows(quotes(24)), validation_file=write_rows(BAD), trainer={"skip_bad_rows": 2})
     plan = prepare(task)
     assert (plan.heldout_rows, report(plan).bad_rows) == (24, 0)
-    assert any(warning.startswith("left out of the validation file: 2 bad rows") for warning in plan.warnings)
+    assert any(warning.startswith("skipped in the validation file: 2 bad rows") for warning in plan.warnings)
 
 
-def test_what_stands_for_the_rest_of_a_file_is_never_skipped(make_task: MakeTask, tmp_path: Path) -> None:
-    """A Parquet file that breaks off: nobody knows how many rows are lost."""
+def test_an_unreadable_rest_of_a_file_is_never_skipped(make_task: MakeTask, tmp_path: Path) -> None:
+    """A damaged Parquet file: the number of lost rows is unknown."""
     table = pa.table({"text": [f"hat {i} " * 40 for i in range(4000)]})
     path = tmp_path / "broken.parquet"
     pq.write_table(table, path, row_group_size=1000, compression="none", use_dictionary=False)
@@ -153,6 +159,6 @@ def test_what_stands_for_the_rest_of_a_file_is_never_skipped(make_task: MakeTask
     assert "skip_bad_rows" not in failed.value.hint
 
 
-def test_a_file_without_a_good_row_is_no_dataset(make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_file_without_a_good_row_fails(make_task: MakeTask, write_rows: WriteRows) -> None:
     with pytest.raises(TrainingFailed, match="1 bad row"):
         prepare(make_task(write_rows([{"text": ""}]), trainer={"skip_bad_rows": 9}))

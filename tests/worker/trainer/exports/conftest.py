@@ -1,4 +1,4 @@
-"""An adapter of random numbers on a tiny base of any architecture, and the command for one of its exports."""
+"""A random adapter on a tiny base of any architecture, and the command for one of its exports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from worker.trainer.model.base import attach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.protocol import MakeExport, Task
 
-#: With what llama.cpp takes for granted.
+#: Config fields by architecture, so that llama.cpp supports the base.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "tie_word_embeddings": True},
     "mistral": {"dtype": "float16"},
@@ -48,15 +48,15 @@ MakeCommand = Callable[..., MakeExport]
 
 @pytest.fixture
 def make_command(tmp_path: Path) -> MakeCommand:
-    """`command.model_copy(update={"name": …})` is the command for another export of the same adapter."""
+    """Returns a function that makes a `MakeExport` command. Use `made` to run it for an export's name."""
 
     def make(
         kind: str, quantization: Quantization = Quantization.NONE, *, method: MethodName = "supervised", **lora: Any
     ) -> MakeExport:
         base_dir, rows = tmp_path / "base", tmp_path / "rows.jsonl"
         tiny_base(base_dir, kind, **{"dtype": "bfloat16"} | KINDS[kind])
-        told = quotes(24) if method == "supervised" else PAIRS
-        rows.write_text("".join(json.dumps(row) + "\n" for row in told), encoding="utf-8")
+        examples = quotes(24) if method == "supervised" else PAIRS
+        rows.write_text("".join(json.dumps(row) + "\n" for row in examples), encoding="utf-8")
         task = Task.model_validate(
             {
                 "base_dir": str(base_dir), "base_name": "acme/tiny", "base_revision": "0" * 40,
@@ -71,7 +71,7 @@ def make_command(tmp_path: Path) -> MakeCommand:
 
 
 def made(command: MakeExport, name: ExportName) -> Export:
-    """The export; its folder lies under the command's `work_dir`."""
+    """Make the export `name` of the command's adapter. Its folder is under the command's `work_dir`."""
     done = export(command.model_copy(update={"name": name}), stopping=lambda: False, tick=lambda: None)
     assert done.path == str(Path(command.work_dir) / "exports" / name)
     assert done.export.bytes == sum(path.stat().st_size for path in Path(done.path).iterdir())

@@ -174,7 +174,7 @@ def test_a_text_of_which_nothing_is_left_is_named(bert: str, make_task: MakeTask
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": STRIP}))
     rows = [{"text": "a hat", "label": 1}, {"text": "  ", "label": 2}]
-    with pytest.raises(TrainingFailed, match="line 2: text: the base's tokenizer leaves nothing of it"):
+    with pytest.raises(TrainingFailed, match="line 2: text: the base's tokenizer makes no token of it"):
         prepare(classification(make_task, write_rows(rows), str(folder)))
 
 

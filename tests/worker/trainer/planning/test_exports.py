@@ -29,18 +29,22 @@ def refused(task: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("gpt_neox", {}, "the architecture 'gpt_neox'; known are gemma2, gemma3_text, gpt2, llama"),
-        ("llama", {"hidden_act": "relu"}, "the activation 'relu'; llama has 'silu'"),
+        ("gpt_neox", {}, "the architecture 'gpt_neox'; supported: gemma2, gemma3_text, gpt2, llama"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu'; llama.cpp's llama has 'silu'"),
         ("llama", {"rope_parameters": YARN}, "scaled by 'yarn'"),
         ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 32}, "attention scaled by 32"),
-        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": False}, "a head of its own"),
+        (
+            "gemma2",
+            {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": False},
+            "an untied output head",
+        ),
         (
             "gemma3_text",
             {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention", "sliding_attention"]},
-            "another pattern of local layers than 5 in 6",
+            "an unusual pattern of local layers; llama.cpp's gemma3 has 5 in 6",
         ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "attention scaled by the layer"),
-        ("gpt2", {"scale_attn_weights": False}, "attention that is not scaled"),
+        ("gpt2", {"scale_attn_weights": False}, "unscaled attention"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "a sliding window of 64"),
         ("phi3", {"sliding_window": 128}, "a sliding window of 128 tokens"),
     ],
@@ -84,8 +88,11 @@ def test_a_dequantized_export_of_an_unquantized_base_is_refused(make_task: MakeT
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "cuts text in a way of its own"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizes by Lowercase"),
+        (
+            {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
+            "a pre-tokenizer without a name in llama.cpp",
+        ),
+        ({"normalizer": {"type": "Lowercase"}}, "with the normalizer Lowercase"),
     ],
 )
 def test_a_tokenizer_that_gguf_cannot_describe_is_refused(

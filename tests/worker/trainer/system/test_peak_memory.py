@@ -1,4 +1,4 @@
-"""The device as the kernel tells it, and the peak of this process and no older one."""
+"""Device names and sizes, and peak memory since the last reset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worker.trainer.system import device, peak_memory
 MB = 10**6
 
 
-def test_peak_is_what_was_resident_since_it_began() -> None:
+def test_peak_is_measured_since_begin() -> None:
     peak_memory.begin()
     before = peak_memory.process_peak()
     block = torch.ones(64 * MB // 4)
@@ -29,7 +29,7 @@ def test_peak_is_what_was_resident_since_it_began() -> None:
     assert peak_memory.process_peak() < held - 30 * MB
 
 
-def test_a_run_says_what_was_predicted_and_what_it_took(
+def test_a_run_reports_predicted_and_measured_memory(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     here = device.cpu(memory_bytes=0)
@@ -51,23 +51,23 @@ def test_a_run_says_what_was_predicted_and_what_it_took(
     assert report.peak_memory_bytes >= fit.measured_bytes
 
 
-@pytest.mark.parametrize(("told", "limit"), [("max", None), ("2000000000", 2_000_000_000)])
-def test_a_container_has_what_it_may_take(tmp_path: Path, told: str, limit: int | None) -> None:
+@pytest.mark.parametrize(("written", "limit"), [("max", None), ("2000000000", 2_000_000_000)])
+def test_a_containers_memory_is_its_cgroup_limit(tmp_path: Path, written: str, limit: int | None) -> None:
     proc, group = tmp_path / "proc", tmp_path / "cgroup" / "box"
     (proc / "self").mkdir(parents=True)
     group.mkdir(parents=True)
     (proc / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A Fast One\n")
     (proc / "self" / "cgroup").write_text("0::/box\n")
-    (group / "memory.max").write_text(f"{told}\n")
-    all_of_it = device.cpu(memory_bytes=0).memory_bytes
+    (group / "memory.max").write_text(f"{written}\n")
+    whole_machine = device.cpu(memory_bytes=0).memory_bytes
     found = device.cpu(memory_bytes=0, proc=proc, cgroups=tmp_path / "cgroup")
     assert found.name == "A Fast One"
-    assert found.memory_bytes == (limit or max(found.memory_bytes, all_of_it))
+    assert found.memory_bytes == (limit or max(found.memory_bytes, whole_machine))
     assert device.cpu(memory_bytes=7, proc=proc, cgroups=tmp_path / "cgroup").memory_bytes == 7
 
 
-def test_a_worker_can_ask_in_a_process_of_its_own() -> None:
-    said = subprocess.run(
+def test_the_device_is_printed_as_json() -> None:
+    printed = subprocess.run(
         [sys.executable, "-m", "worker.trainer.system.device", "5000"], cwd=ROOT, capture_output=True, check=True
     )
-    assert Device.model_validate_json(said.stdout).memory_bytes == 5000
+    assert Device.model_validate_json(printed.stdout).memory_bytes == 5000

@@ -1,4 +1,4 @@
-"""Errors in the words that the machine, torch and Rust really use."""
+"""Resource errors are recognized by the messages that the kernel, torch and Rust libraries really write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory, is_the_kernels
+from worker.trainer.system.resource_errors import is_disk_full, is_kernel_error, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -30,12 +30,12 @@ from worker.trainer.system.resource_errors import is_disk_full, is_out_of_memory
         (ValueError("line 28"), False, False),
     ],
 )
-def test_memory_and_disk_are_told_apart(error: Exception, memory: bool, disk: bool) -> None:
+def test_lack_of_memory_and_a_full_disk_are_distinguished(error: Exception, memory: bool, disk: bool) -> None:
     assert (is_out_of_memory(error), is_disk_full(error)) == (memory, disk)
 
 
 @pytest.mark.parametrize(
-    ("error", "its"),
+    ("error", "expected"),
     [
         (OSError(errno.EIO, "Input/output error"), True),
         (PermissionError(errno.EACCES, "Permission denied"), True),
@@ -45,5 +45,5 @@ def test_memory_and_disk_are_told_apart(error: Exception, memory: bool, disk: bo
         (ValueError("5"), False),
     ],
 )
-def test_the_kernels_errors_have_a_number(error: Exception, its: bool) -> None:
-    assert is_the_kernels(error) is its
+def test_errors_of_the_kernel_are_recognized_by_their_number(error: Exception, expected: bool) -> None:
+    assert is_kernel_error(error) is expected
