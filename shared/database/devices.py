@@ -1,6 +1,7 @@
 """The devices that training workers have reported, and what runs took on them: two tables.
 
-Owns: which devices count as there. Postgres's clock only. Must not predict: shared/estimation/memory_model.py and shared/schemas/memory.py do.
+Owns: which devices count as there. Postgres's clock only. Must not predict: shared/estimation/memory_model.py and
+shared/schemas/memory.py do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tables. Postgres only: JSONB, partial indexes, `clock_timestamp()`.
 
-The state machine lives in shared/database/jobs.py; a trigger (see the first migration) makes terminal states absorbing even for
-hand-written SQL. Must not hold logic.
+The state machine lives in shared/database/jobs.py; a trigger (see the first migration) makes terminal states absorbing
+even for hand-written SQL. Must not hold logic.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Job(Table):
     """The job. Written by shared/database/jobs.py only.
 
     `start_…` is the adapter that it begins with, as it was when the job was submitted: the name that clients know, the
-    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays (shared/database/adapters.py).
+    folder that it lies in, and the hash of its weights. Where it came from may go; the folder stays
+    (shared/database/adapters.py).
     """
 
     __tablename__ = "jobs"

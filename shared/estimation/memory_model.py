@@ -42,9 +42,9 @@ class DeviceProfile:
     """What the trainer does on a kind of device, and what the device costs and gives.
 
     `context_bytes` are there before anything is loaded. `chunk_bytes` of fp32 logits are held at once (`CHUNK_BYTES` of
-    worker/trainer/forward/log_likelihood.py); 4-bit matrices stay dequantized up to `resident_bytes` (`RESIDENT_BYTES` of
-    worker/trainer/model/fused_lora.py). What comes and goes takes `moving` times what the model counts. `flops` are sustained in
-    16-bit training, a second.
+    worker/trainer/forward/log_likelihood.py); 4-bit matrices stay dequantized up to `resident_bytes` (`RESIDENT_BYTES`
+    of worker/trainer/model/fused_lora.py). What comes and goes takes `moving` times what the model counts. `flops` are
+    sustained in 16-bit training, a second.
     """
 
     context_bytes: int

@@ -1,7 +1,7 @@
 """Memory that training takes: what there is, what was predicted, what was measured, and what the one says of the other.
 
-Owns: the wire objects of `fit` on a job, and the rule that corrects a prediction. The arithmetic is in shared/estimation/memory_model.py.
-Pure. Bytes are bytes.
+Owns: the wire objects of `fit` on a job, and the rule that corrects a prediction. The arithmetic is in
+shared/estimation/memory_model.py. Pure. Bytes are bytes.
 """
 
 from __future__ import annotations

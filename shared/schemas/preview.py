@@ -1,7 +1,7 @@
 """Rows of a dataset as the base's tokenizer sees them, and which of their tokens carry the loss.
 
-Owns: the wire objects of `POST /fine_tuning/preview`. The rows of the table are shared/database/previews.py's, the tokens come
-from the trainer. Must not know about HTTP or tables.
+Owns: the wire objects of `POST /fine_tuning/preview`. The rows of the table are shared/database/previews.py's, the
+tokens come from the trainer. Must not know about HTTP or tables.
 """
 
 from __future__ import annotations
