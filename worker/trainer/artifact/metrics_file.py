@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a step or an evaluation."""
+"""Read and write metrics.jsonl: one JSON object on a line, for each step and each evaluation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The model card of an adapter, or of a base trained whole: README.md with the front matter that model hubs read.
+"""Write the model card of an adapter or a full model: README.md with the front matter that model hubs read.
 
-Owns: saying what was done and measured, how it was evaluated, and how to use it. Only facts of this run:
-no praise, no guess, nothing of the machine.
+Owns: the text on how the model was made, how it was evaluated, and how to use it. Must contain only facts of this run,
+and nothing about the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_LABELS = 20
 _HELDOUT = {
     "validation_file": "the rows of a validation file",
     "training_file_carved": "rows of the training file that were held out of training",
-    "training_file": "the training rows themselves, as there were too few to hold any out: this is memorization",
+    "training_file": "the training rows themselves, because there were too few to hold any out: this is memorization",
 }
 
 
@@ -49,7 +49,7 @@ def text(task: Task, recipe: Recipe, report: Report, metrics: Sequence[Metrics])
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """At most POINTS bars, each the mean of its share of the values, from the least to the most."""
+    """Draw values as at most POINTS bars, each the mean of consecutive values, scaled from lowest to highest mean."""
     size = max(1, -(-len(values) // POINTS))
     means = [sum(part) / len(part) for start in range(0, len(values), size) if (part := values[start : start + size])]
     low, span = min(means), max(means) - min(means)
@@ -74,7 +74,7 @@ def _origin(task: Task) -> str:
     rows = [("base", task.base_name), ("revision", task.base_revision)]
     if task.start_from is not None and task.start_name is not None:
         weights = _sha256(Path(task.start_from) / adapter_weights.ADAPTER)
-        rows.append(("adapter to start from", f"{task.start_name}, weights SHA-256 `{weights}`"))
+        rows.append(("training started from", f"{task.start_name}, weights SHA-256 `{weights}`"))
     rows += [(name, f"SHA-256 `{_sha256(Path(path))}`") for name, path in files.items() if path is not None]
     return _table(("made from", ""), rows)
 
@@ -83,21 +83,21 @@ def _result(report: Report, recipe: Recipe) -> str:
     loss, gained = "loss (nats a token)", ""
     if (share := report.tuned.reward_accuracy) is not None:
         loss = "loss (DPO, nats a pair)"
-        gained = f"The chosen answer gained on the rejected one in {share:.1%} of the pairs. "
+        gained = f"In {share:.1%} of the pairs, the chosen answer gained more likelihood than the rejected one. "
     tuned = "fine-tuned" if recipe.full_finetuning else "with this adapter"
     rows = [
         (name, f"{score.loss:.4f}", f"{score.token_accuracy:.1%}")
         for name, score in (
             ("base", report.base),
-            ("with the adapter that it started from", report.start),
+            ("with the adapter that training started from", report.start),
             (tuned, report.tuned),
         )
         if score is not None
     ]
     return (
         f"## Result\n\n{_table(('', loss, 'token accuracy'), rows)}\n{gained}"
-        f"Over {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
-        f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n"
+        f"Measured on {report.base.tokens:,} trained tokens of {_HELDOUT[report.heldout_source]}. "
+        f"All with the base in {report.quantization.value}, computed in {report.compute_dtype}.\n"
     )
 
 
@@ -110,10 +110,10 @@ def _labels_result(labels: Sequence[str], report: Report) -> str:
         rows.append((f"always “{_cell(most.label)}”", "", f"{most.accuracy:.1%}", ""))
     return (
         f"## Result\n\n{_table(('', 'loss (nats a row)', 'accuracy', 'macro F1'), rows)}\n"
-        f"Over {report.base.tokens:,} rows: {_HELDOUT[report.heldout_source]}. "
-        f"Both with the same weights ({report.quantization.value}) in the same precision ({report.compute_dtype}).\n\n"
+        f"Measured on {report.base.tokens:,} rows: {_HELDOUT[report.heldout_source]}. "
+        f"Both with the base in {report.quantization.value}, computed in {report.compute_dtype}.\n\n"
         f"{len(labels)} labels: {', '.join(f'“{_cell(label)}”' for label in labels[:MOST_LABELS])}"
-        f"{', …' if len(labels) > MOST_LABELS else ''}. `config.json` has them all.\n"
+        f"{', …' if len(labels) > MOST_LABELS else ''}. `config.json` lists all of them.\n"
     )
 
 
@@ -121,12 +121,12 @@ def _curve(metrics: Sequence[Metrics]) -> str:
     losses = [m.train_loss for m in metrics if m.train_loss is not None]
     if not losses:
         return ""
-    parts = [f"## Loss\n\n`{sparkline(losses)}` training loss, {losses[0]:.3f} at first, {losses[-1]:.3f} at last\n"]
+    parts = [f"## Loss\n\n`{sparkline(losses)}` training loss, from {losses[0]:.3f} to {losses[-1]:.3f}\n"]
     evaluations = [(m.step, m.full_valid_loss) for m in metrics if m.full_valid_loss is not None]
     if evaluations:
         every = -(-len(evaluations) // MOST_EVALUATIONS)
         shown = [*evaluations[:-1:every], evaluations[-1]]
-        parts.append(_table(("step", "loss in evaluation"), [(f"{step}", f"{loss:.4f}") for step, loss in shown]))
+        parts.append(_table(("step", "held-out loss"), [(f"{step}", f"{loss:.4f}") for step, loss in shown]))
     return "\n".join(parts)
 
 
@@ -135,8 +135,8 @@ def _recipe(recipe: Recipe, report: Report) -> str:
     plus = f" ({recipe.loraplus_lr_ratio:g} times that for B: LoRA+)" if recipe.loraplus_lr_ratio is not None else ""
     rows = [
         *_shape(recipe),
-        ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in all"),
-        ("base held in", recipe.quantization.value),
+        ("parameters", f"{report.trainable_parameters:,} trained, {report.total_parameters:,} in total"),
+        ("quantization of the base", recipe.quantization.value),
         ("method", recipe.method if recipe.beta is None else f"{recipe.method}, beta {recipe.beta:g}"),
         ("steps", f"{report.steps:,} of {recipe.batch_size} examples, at most {recipe.n_epochs} epochs{kept}"),
         ("trained tokens", f"{report.trained_tokens:,}"),
@@ -155,22 +155,22 @@ def _shape(recipe: Recipe) -> list[tuple[str, str]]:
     targets = recipe.target_modules if isinstance(recipe.target_modules, str) else ", ".join(recipe.target_modules)
     kind = " ".join(name for name, on in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if on)
     lora = f"r {recipe.r}, alpha {recipe.alpha:g}, dropout {recipe.dropout:g}{', ' + kind if kind else ''}"
-    return [("LoRA", lora), ("on", targets)]
+    return [("LoRA", lora), ("target modules", targets)]
 
 
 def _limits(report: Report) -> str:
     quantized = (
-        f"- The base was held in {report.quantization.value}: with other weights of it, scores differ a little.\n"
+        f"- The base was quantized to {report.quantization.value}: in another quantization, scores differ a little.\n"
         if report.quantization.value != "none"
         else ""
     )
     accuracy = "token accuracy" if report.majority is None else "accuracy"
     return (
         "## Limits\n\n"
-        f"- It was measured by loss and {accuracy} on rows like those that it was trained on, and by nothing else.\n"
-        "- Whatever the base's own card says of bias, safety and licence holds here, too.\n"
+        f"- It was measured only by loss and {accuracy}, on rows like those it was trained on.\n"
+        "- What the base's own card says about bias, safety and licence applies here too.\n"
         f"{quantized}"
-        "- `manifest.json` has the hash of each file and the proof that these files were put through.\n"
+        "- `manifest.json` has the hash of each file, and the proof: what was measured on these very files.\n"
     )
 
 
@@ -188,13 +188,13 @@ base = AutoModelForCausalLM.from_pretrained("{task.base_name}"{_revision(task)})
 model = PeftModel.from_pretrained(base, "DIR")
 ```
 
-With [vLLM](https://docs.vllm.ai) (whether it takes this adapter is in `manifest.json`, under `proof.vllm`):
+With [vLLM](https://docs.vllm.ai) (`manifest.json` says under `proof.vllm` whether it supports this adapter):
 
 ```bash
 vllm serve {task.base_name} --enable-lora --max-lora-rank {max_lora_rank(recipe.r)} --lora-modules hat=DIR
 ```
 
-With [llama.cpp](https://github.com/ggml-org/llama.cpp), on a GGUF of the base:
+With [llama.cpp](https://github.com/ggml-org/llama.cpp) and a GGUF file of the base:
 
 ```bash
 python convert_lora_to_gguf.py DIR --base BASE_DIR --outfile hat.gguf
@@ -204,8 +204,8 @@ llama-cli -m base.gguf --lora hat.gguf
 
 
 def _exports(task: Task) -> str:
-    """Of those that were asked for, by what uses them; what came of each is not known yet."""
-    usual = {
+    """How to use each requested export. Whether it could be made is not known yet."""
+    commands = {
         ExportName.MERGED: "vllm serve DIR/exports/merged",
         ExportName.MERGED_DEQUANTIZED: "vllm serve DIR/exports/merged_dequantized",
         ExportName.GGUF_ADAPTER: "llama-cli -m base.gguf --lora DIR/exports/gguf_adapter/adapter.gguf",
@@ -213,12 +213,13 @@ def _exports(task: Task) -> str:
     }
     if not task.trainer.exports:
         return ""
-    lines = "\n".join(usual[name] for name in task.trainer.exports)
+    lines = "\n".join(commands[name] for name in task.trainer.exports)
     return f"""## Exports
 
-Further forms of this adapter, each loaded again before it was published. How far it is from the adapter, in loss and
-logits, or why there is none, is in `manifest.json` under `exports`. `merged` has the base's original weights,
-`merged_dequantized` those that were trained against; neither needs this adapter any more.
+Other formats of this adapter. Each was loaded again and compared before it was published. `manifest.json` has the
+difference in loss and logits, or the reason why an export is missing, under `exports`. `merged` adds the adapter to the
+base's original weights, `merged_dequantized` to the quantized weights of the training. Both are full models that do not
+need this adapter.
 
 ```bash
 {lines}
@@ -235,7 +236,7 @@ def _use(task: Task, recipe: Recipe) -> str:
 def _model_usage() -> str:
     return """## Use
 
-`DIR` is the folder of this file. It is a whole model and needs no other:
+`DIR` is the folder of this file. It contains the full model:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -244,7 +245,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 model = AutoModelForCausalLM.from_pretrained("DIR")
 ```
 
-With [vLLM](https://docs.vllm.ai) (whether it takes this model is in `manifest.json`, under `proof.vllm`):
+With [vLLM](https://docs.vllm.ai) (`manifest.json` says under `proof.vllm` whether it supports this model):
 
 ```bash
 vllm serve DIR
@@ -260,12 +261,12 @@ llama-cli -m tuned.gguf
 
 
 def _labels_usage(task: Task) -> str:
-    """With a head of another width in the base's files, if they are a classifier's, they do not load unasked."""
+    """How to use a classifier. If the base's files have a head of another size, transformers must ignore that one."""
     config = json.loads((Path(task.base_dir) / "config.json").read_text(encoding="utf-8"))
-    had_one = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    has_head = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     return f"""## Use
 
-`DIR` is the folder of this file. Its `config.json` names the labels; the head is in the adapter, in fp32. With
+`DIR` is the folder of this file. Its `config.json` names the labels. The adapter contains the head, in fp32. With
 [PEFT](https://huggingface.co/docs/peft):
 
 ```python
@@ -277,7 +278,7 @@ config = AutoConfig.from_pretrained("DIR")
 tokenizer = AutoTokenizer.from_pretrained("DIR")
 tokenizer.pad_token_id = config.pad_token_id
 base = AutoModelForSequenceClassification.from_pretrained(
-    "{task.base_name}"{_revision(task)}, config=config, dtype=torch.float32{", ignore_mismatched_sizes=True" * had_one}
+    "{task.base_name}"{_revision(task)}, config=config, dtype=torch.float32{", ignore_mismatched_sizes=True" * has_head}
 )
 model = PeftModel.from_pretrained(base, "DIR").eval()
 inputs = tokenizer("a text", return_tensors="pt")
@@ -285,17 +286,17 @@ with torch.no_grad():
     print(config.id2label[model(**inputs).logits.argmax().item()])
 ```
 
-vLLM serves no adapter that brings a head (`proof.vllm` in `manifest.json`).
+vLLM cannot serve an adapter with a head (`proof.vllm` in `manifest.json`).
 """
 
 
 def _revision(task: Task) -> str:
-    """Only if it is a commit that hubs know."""
+    """The `revision` argument, if the revision is a commit hash, which model hubs know."""
     return f', revision="{task.base_revision}"' if re.fullmatch("[0-9a-f]{40}", task.base_revision) else ""
 
 
 def _cell(text: str) -> str:
-    """What a dataset says, on one line of a table."""
+    """Text of a dataset, escaped for one cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())
 
 

@@ -1,7 +1,7 @@
-"""A published adapter's files, read as a stranger would: config, tensors, tokenizer.
+"""Check a published adapter's files as a third party would read them: config, tensors, tokenizer.
 
-Owns: what can be said of them without running the model. Each thing that may be wrong has a code of its own. Must only
-read, and must not ask `adapter.py` what it meant to write.
+Owns: all checks that need no model. Each fault has its own error code. Must only read, and must not use `write.py`, or
+both would share its mistakes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from worker.trainer.protocol import Task
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-#: Of the model as a classifier, in the base's own format.
+#: A classifier's model config with its labels, published with the adapter.
 MODEL_CONFIG = "config.json"
 
-#: What LoRA readers have known since the format was young. A newer key makes an older reader refuse the folder.
+#: Keys that every reader of the format knows. Older readers refuse a folder with a newer key.
 KNOWN_KEYS = frozenset(
     {
         "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -35,42 +35,52 @@ KNOWN_KEYS = frozenset(
     }
 )  # fmt: skip
 
+#: Hint for a fault that no user can fix.
+REPORT_IT = "this is a fault of the server: report it with the job's id"
+
 Tensors = dict[str, torch.Tensor]
 
 
 def config(folder: Path, task: Task, labels: Sequence[str] | None) -> dict[str, Any]:
-    """The adapter's config: minimal, and of the base that was trained on. Raises TrainingFailed if it is not.
+    """Read and check the adapter's config. Raises TrainingFailed.
 
-    Of a classification it must say so, and the model's config beside it must name the labels.
+    It may contain known keys only and no local path, and must name the base that was trained. A classifier's must have
+    the task type SEQ_CLS, and config.json beside it must name `labels`.
     """
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise unreadable(CONFIG, error) from error
     if not isinstance(found, dict) or found.get("peft_type") != "LORA" or not isinstance(found.get("r"), int):
-        raise _invalid("it is no LoRA's")
+        raise _invalid("it is not the config of a LoRA")
     if unknown := sorted(found.keys() - KNOWN_KEYS):
         raise _invalid(f"it has keys that older readers refuse: {', '.join(unknown)}")
     if paths := sorted(key for key, value in found.items() if _is_local_path(value)):
-        raise _invalid(f"{', '.join(paths)} holds a path of the machine that trained it")
+        raise _invalid(f"it has a path of the training machine in {', '.join(paths)}")
     type_ = "CAUSAL_LM" if labels is None else "SEQ_CLS"
     if found.get("task_type") != type_ or bool(found.get("modules_to_save")) != (labels is not None):
-        raise _invalid(f"it is no {type_} with {'nothing but LoRAs' if labels is None else 'a head to load'}")
-    if labels is not None and (told := _labels(folder)) != list(labels):
-        raise _invalid(f"{MODEL_CONFIG} beside it names other labels, {told[:3]}, than those trained on")
+        raise _invalid(
+            f"expected task_type {type_} {'without' if labels is None else 'with'} modules_to_save, "
+            f"found {found.get('task_type')!r} and {found.get('modules_to_save')!r}"
+        )
+    if labels is not None and (published := _labels(folder)) != list(labels):
+        raise _invalid(f"{MODEL_CONFIG} names the labels {published[:3]}, which are not those of the training")
     named = found.get("base_model_name_or_path"), found.get("revision")
     if named != (task.base_name, task.base_revision):
         raise TrainingFailed(
-            f"{CONFIG} names the base {named[0]!r} at {named[1]!r}, trained on was {task.base_name!r} at "
+            f"{CONFIG} names the base {named[0]!r} at {named[1]!r}, but the job trained {task.base_name!r} at "
             f"{task.base_revision!r}",
             code="base_mismatch",
-            hint="this is a fault of the server: report it with the job's id",
+            hint=REPORT_IT,
         )
     return found
 
 
 def tensors(folder: Path, *, head: Sequence[str] = ()) -> Tensors:
-    """The adapter's tensors: LoRA's and those of `head`, finite, and of some effect. Raises TrainingFailed."""
+    """Read and check the adapter's tensors. Raises TrainingFailed.
+
+    There must be no others than LoRA's and those of `head`; all must be finite, and some lora_B not zero.
+    """
     try:
         found = load_file(folder / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
@@ -86,24 +96,25 @@ def tensors(folder: Path, *, head: Sequence[str] = ()) -> Tensors:
 
 
 def tokenizer_sha256(folder: Path, encoder: Encoder) -> str:
-    """The fingerprint of the folder's tokenizer, which must be the base's. Raises TrainingFailed if it is not."""
+    """The SHA-256 of the folder's tokenizer. Raises TrainingFailed if it differs from the base's."""
     try:
-        # Not by an Encoder: the base's generation config may name what stops it, and is no part of an adapter.
+        # Not with an Encoder: that needs a stop token, which may be in the base's generation config only, and an
+        # adapter folder has no generation config.
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise unreadable("tokenizer", error) from error
     ours, theirs = _parts(found), _parts(encoder.tokenizer)
     if differing := sorted(part for part in theirs if ours[part] != theirs[part]):
         raise TrainingFailed(
-            f"the published {' and '.join(differing)} differ from the base's: prompts would not be read as in training",
+            f"the published {' and '.join(differing)} differ from the base's: prompts would be encoded differently",
             code="template_mismatch",
-            hint="this is a fault of the server: report it with the job's id",
+            hint=REPORT_IT,
         )
     return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
 
 
 def _labels(folder: Path) -> list[str]:
-    """In the order of the model's outputs."""
+    """The published labels, in the order of the model's outputs."""
     try:
         found = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))["id2label"]
         return [str(found[str(i)]) for i in range(len(found))]
@@ -112,7 +123,7 @@ def _labels(folder: Path) -> list[str]:
 
 
 def unreadable(what: str, cause: Exception) -> TrainingFailed:
-    """Another attempt writes the files anew."""
+    """The error for a file that cannot be read. Retryable: another attempt writes all files again."""
     return TrainingFailed(
         f"the published {what} cannot be read: {cause}",
         code="adapter_unreadable",
@@ -122,8 +133,9 @@ def unreadable(what: str, cause: Exception) -> TrainingFailed:
 
 
 def not_finite(names: list[str], count: int) -> TrainingFailed:
+    """The error for tensors `names` with NaN or infinity, out of `count`."""
     return TrainingFailed(
-        f"{len(names)} of {count} tensors hold NaN or infinity, {names[0]} for one",
+        f"{len(names)} of {count} tensors contain NaN or infinity, such as {names[0]}",
         code="adapter_not_finite",
         param="hyperparameters.learning_rate_multiplier",
         hint="lower learning_rate_multiplier, to a third for instance",
@@ -131,17 +143,19 @@ def not_finite(names: list[str], count: int) -> TrainingFailed:
 
 
 def foreign_keys(names: list[str]) -> TrainingFailed:
+    """The error for tensors `names` that have no counterpart in this base."""
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return TrainingFailed(
-        f"the published weights hold what this base has no place for: {shown}",
+        f"the published weights have tensors that this base does not have: {shown}",
         code="adapter_foreign_keys",
-        hint="this is a fault of the server: report it with the job's id",
+        hint=REPORT_IT,
     )
 
 
 def no_effect(found: str) -> TrainingFailed:
+    """The error for trained weights that do not change the model's output."""
     return TrainingFailed(
-        f"what was trained changes nothing: {found}",
+        f"the trained weights change nothing: {found}",
         code="adapter_no_effect",
         param="hyperparameters.learning_rate_multiplier",
         hint="train for more steps, or raise learning_rate_multiplier",
@@ -150,21 +164,21 @@ def no_effect(found: str) -> TrainingFailed:
 
 def _invalid(found: str) -> TrainingFailed:
     return TrainingFailed(
-        f"the published {CONFIG} is not fit for others: {found}",
+        f"the published {CONFIG} is invalid: {found}",
         code="adapter_config_invalid",
-        hint="this is a fault of the server: report it with the job's id",
+        hint=REPORT_IT,
     )
 
 
 def _is_local_path(value: Any) -> bool:
-    """Absolute, relative by a dot, or there: a public id such as org/name is none of these."""
+    """Whether a value looks like a file path. A public id such as org/name does not."""
     if not isinstance(value, str):
         return False
     return value.startswith(("/", ".", "~", "file:")) or "\\" in value
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides how a conversation becomes tokens. Truncation and padding are of whoever calls it."""
+    """The parts of a tokenizer that determine its output. Truncation and padding are settings of the caller."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     return {
         "tokenizer": backend | {"truncation": None, "padding": None},

@@ -1,7 +1,7 @@
-"""A published whole model's files, read as a stranger would: config and weights, by stock transformers.
+"""Check the files of a published full model as a third party would read them, with stock transformers.
 
-Owns: what must be true of them before they are scored. Each thing that may be wrong has a code of its own. Must only
-read, and must not ask `adapter.py` what it meant to write.
+Owns: the checks of config and weights that come before scoring. Each fault has its own error code. Must only read, and
+must not use `write.py`, or both would share its mistakes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from worker.trainer.system.resource_errors import is_kernel_error, is_out_of_mem
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-#: Where transformers says what a model was once loaded from, which may be a folder of this machine.
+#: Config key in which transformers stores where a model was loaded from, which may be a local folder.
 ORIGIN = "_name_or_path"
 
 
 def check_config(folder: Path, task: Task) -> None:
-    """The base's own config, but for where it came from. Raises TrainingFailed if it is not."""
+    """Raise TrainingFailed unless the published config equals the base's, apart from ORIGIN."""
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -38,20 +38,20 @@ def check_config(folder: Path, task: Task) -> None:
         keys = {*found, *wanted} if isinstance(found, dict) else {*wanted}
         differing = sorted(key for key in keys if not isinstance(found, dict) or found.get(key) != wanted.get(key))
         raise TrainingFailed(
-            f"the published {CONFIG} is not the base's: it differs in {', '.join(differing[:3])}",
+            f"the published {CONFIG} differs from the base's in {', '.join(differing[:3])}",
             code="adapter_config_invalid",
-            hint="this is a fault of the server: report it with the job's id",
+            hint=read.REPORT_IT,
         )
 
 
 def base_config(base_dir: str) -> dict[str, Any]:
-    """What the published config.json must say."""
+    """The expected content of the published config.json."""
     config: dict[str, Any] = json.loads((Path(base_dir) / CONFIG).read_text(encoding="utf-8"))
     return {key: value for key, value in config.items() if key != ORIGIN}
 
 
 def attach_full_model(base: Base, folder: Path) -> FullWeights:
-    """The published weights in place of the base's: all of them, finite, and no others. Raises TrainingFailed."""
+    """Attach the published weights to the base. Raises TrainingFailed if one is missing, unknown or not finite."""
     weights = _load(base, folder)
     if broken := sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())):
         raise read.not_finite(broken, len(weights))
@@ -64,7 +64,7 @@ def attach_full_model(base: Base, folder: Path) -> FullWeights:
 
 
 def _load(base: Base, folder: Path) -> dict[str, torch.Tensor]:
-    """As any user would; then look whether it took all of the file, and nothing but the file."""
+    """Load the weights as a user would, and check that all tensors of the file were used and none was missing."""
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,

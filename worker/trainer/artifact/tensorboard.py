@@ -1,8 +1,8 @@
-"""A run's curves as a TensorBoard event file.
+"""Write a run's metrics as a TensorBoard event file.
 
-Of the format, a page is needed: records of a length, a payload, and a masked CRC-32C of each; the payload is a protobuf
-message, `Event`, of which scalars need four fields. Libraries that write it bring a web server, or an S3 client into a
-process that is to have none, and name the file by host and clock (decision 6).
+The format is simple enough to write by hand. A record is a length, a payload, and a masked CRC-32C of each. The payload
+is a protobuf message, `Event`, of which scalars need four fields. The libraries for it bring a web server, or an S3
+client into a process that must have none, and put host and time into the file's name (decision 6).
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/util/event.proto
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shared.schemas.results import Metrics
 
-#: TensorBoard looks for `tfevents` in any folder below the one it is given, and the Hugging Face hub likewise. The name
-#: says neither host nor time: an attempt that publishes again writes over it.
+#: TensorBoard and the Hugging Face hub search all subfolders for names with `tfevents`. This name has neither host nor
+#: time in it, so that another attempt overwrites the file.
 NAME = "events.out.tfevents.milliner"
 VERSION = "brain.Event:2"
 CASTAGNOLI = 0x82F63B78
@@ -24,10 +24,10 @@ WORD = 0xFFFFFFFF
 
 
 def write(folder: Path, metrics: list[Metrics], *, ended: float) -> None:
-    """One event for each of `metrics`, in order. `ended`: when, in Unix seconds, the last of them was taken.
+    """Write one event for each of `metrics`, in order. `ended` is the time of the last one, in Unix seconds.
 
-    A step's time is counted back from there by the seconds that the optimizer steps took, so that what a run waited
-    between two attempts is no part of its curve.
+    Times are counted back from there by the duration of the optimizer steps, so that pauses between two attempts do not
+    appear in the curve.
     """
     folder.mkdir(parents=True)
     times = list(_seconds(metrics))
@@ -53,8 +53,8 @@ def _summary(scalars: Mapping[str, float]) -> bytes:
     return b"".join(_bytes(1, value) for value in values)
 
 
-# ---------------------------------------------------------------- protobuf's wire format: a key, which is the field's
-# number and how its value is laid out (0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes), and the value
+# ---------------------------------------------------------------- protobuf's wire format: a key and the value. The key
+# combines the field's number and the type of the value (0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes)
 
 
 def _double(field: int, value: float) -> bytes:
@@ -74,7 +74,7 @@ def _bytes(field: int, value: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    """Encode seven bits in a byte, lowest first; the eighth bit is set if more bytes follow."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -92,7 +92,7 @@ def _record(payload: bytes) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """CRC-32C, turned by 15 bits and shifted by a constant, so that a CRC over data with CRCs in it stays one."""
+    """CRC-32C, rotated by 15 bits plus a constant: a plain CRC over data that contains CRCs would be weak."""
     crc = WORD
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8

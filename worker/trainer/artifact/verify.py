@@ -1,8 +1,8 @@
-"""The proof: a published adapter is put on the base by stock PEFT, in a process that trained nothing, and measured.
+"""The proof: load a published adapter on the base with stock PEFT, in a process that trained nothing, and measure it.
 
-Owns: what must be true of the two together before a job may say "succeeded". The base's score and the adapter's must
-come out as the report says, and the two must differ; so must the adapter and the one that it started from. What vLLM
-would refuse is recorded, and fails nothing. Must only read.
+Owns: what must hold before a job may be "succeeded". The scores of base and adapter must equal the report's. The
+adapter's logits must differ from the base's, and from those of the adapter from which training started. Whether vLLM
+can serve the adapter is recorded only. Must only read.
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ from worker.trainer.protocol import Verified, Verify
 
 PACKAGES = ("milliner", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
-#: How far a loss may be off its report, as a share of it (of one nat, where it is less). The same batches on the same
-#: machine give the same bits. This is for a run that began on another: other layouts of the rows give 3e-4 at most in
-#: bf16, and fp32 instead of bf16 gives 1e-3 (decision 11).
+#: Allowed difference between a loss and the report's, relative to the loss (to one nat if that is less). The same
+#: batches on the same machine give equal bits; this is for a run that began on another machine. There, another layout
+#: of the rows changes a loss by at most 3e-4 in bf16, and fp32 instead of bf16 by 1e-3 (decision 11).
 TOLERANCE = 5e-3
-#: LLM.int8() picks its outlier columns over the whole batch, so a row's loss depends on its company: 6e-3.
+#: The same for LLM.int8(), which picks outlier columns over the whole batch: other batches change a loss by 6e-3.
 TOLERANCE_INT8 = 2e-2
 
+#: Logits are compared on so many held-out rows, cut to so many tokens.
 TRIED_ROWS = 2
 TRIED_TOKENS = 256
 
 
 def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], None]) -> Verified:
-    """Raises TrainingFailed with the code of what does not hold first, and Interrupted once `stopping` says so.
+    """Verify a published adapter or model and return the proof.
 
-    The base is loaded for this alone, and is not used again: the one that a job was trained on is what is in doubt.
+    Raises TrainingFailed with the code of the first check that fails, and Interrupted once `stopping` returns True. The
+    base is loaded for this alone, because the copy that training used could be damaged.
     """
     task, recipe, folder = command.task, command.recipe, Path(command.adapter_dir)
     if task.torch_threads > 0:
@@ -71,7 +73,7 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
     if misnamed := set(config.get("modules_to_save") or ()) ^ set(base.head):
         raise read.foreign_keys(sorted(misnamed))
     if recipe.labels is not None:
-        classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
+        classification_head.initialize(base.model, base.uninitialized, seed=recipe.seed, pad=encoder.pad)
     layout, _ = layout_probe.layout_of(recipe, base, rows.train, encoder)
     levels = fallback.levels(layout, base, longest=max(map(len, rows.train)))
     layout = levels[min(command.fallback_level, len(levels) - 1)]
@@ -81,27 +83,28 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
         adapted = read_full_model.attach_full_model(base, folder)
         count, vllm = len(adapted.weights), model_support(architecture)
     else:
-        adapted = _put_on(base, folder, tensors)
+        adapted = _attach_adapter(base, folder, tensors)
         count, vllm = len(tensors), lora_support(config, architecture)
-    tried, origin, trained = rows.heldout[:TRIED_ROWS], None, None
+    tried, start, start_difference = rows.heldout[:TRIED_ROWS], None, None
     difference = _logit_difference(base, adapted, tried, without=adapted.disable_adapter)
     if task.start_from is not None and isinstance(adapted, PeftModel):
-        origin = initial_adapter.load(task.start_from, adapted)
-        trained = _logit_difference(base, adapted, tried, without=partial(initial_adapter.applied, adapted, origin))
-    off, on = (
+        start = initial_adapter.load(task.start_from, adapted)
+        with_start = partial(initial_adapter.applied, adapted, start)
+        start_difference = _logit_difference(base, adapted, tried, without=with_start)
+    base_score, tuned_score = (
         evaluate.score(
-            base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, start=origin, stopping=stopping
+            base, adapted, rows.heldout, recipe, adapter=adapter, layout=layout, start=start, stopping=stopping
         ).mean
         for adapter in (False, True)
     )
     proof = Proof(
-        base=off,
-        tuned=on,
-        base_deviation=abs(off.loss - command.report.base.loss),
-        tuned_deviation=abs(on.loss - command.report.tuned.loss),
+        base=base_score,
+        tuned=tuned_score,
+        base_deviation=abs(base_score.loss - command.report.base.loss),
+        tuned_deviation=abs(tuned_score.loss - command.report.tuned.loss),
         tolerance=TOLERANCE_INT8 if recipe.quantization is Quantization.INT8 else TOLERANCE,
         max_logit_difference=difference,
-        start_logit_difference=trained,
+        start_logit_difference=start_difference,
         tensors=count,
         tokenizer_sha256=fingerprint,
         vllm=vllm,
@@ -111,38 +114,38 @@ def verify(command: Verify, *, stopping: Callable[[], bool], tick: Callable[[], 
 
 
 def check(proof: Proof, report: Report) -> None:
-    """Does what was measured agree with the report? Raises TrainingFailed; `not <=` also catches NaN."""
+    """Raise TrainingFailed if the measurements contradict the report, or if the adapter has no effect."""
     if not math.isfinite(proof.max_logit_difference):
         raise TrainingFailed(
-            f"the published adapter gives logits that are no numbers on {TRIED_ROWS} held-out rows",
+            f"the published adapter gives logits with NaN or infinity on {TRIED_ROWS} held-out rows",
             code="adapter_not_reproducible",
-            hint="the worker's memory or accelerator is faulty: its training ended with numbers",
+            hint="the worker's memory or accelerator is faulty: at the end of training all numbers were finite",
             retryable=True,
         )
     if proof.max_logit_difference == 0:
-        raise read.no_effect(f"logits on {TRIED_ROWS} held-out rows are the base's, bit for bit")
+        raise read.no_effect(f"logits on {TRIED_ROWS} held-out rows equal the base's, bit for bit")
     if proof.start_logit_difference == 0:
         raise read.no_effect(
-            f"logits on {TRIED_ROWS} held-out rows are those of the adapter that it started from, bit for bit"
+            f"logits on {TRIED_ROWS} held-out rows equal those of the adapter that training started from, bit for bit"
         )
     if not _agree(proof.base, report.base, proof.tolerance):
         raise TrainingFailed(
-            f"the base alone does not score as the report says: {_told(proof.base, report.base)}",
+            f"the base alone does not score as reported: {_comparison(proof.base, report.base)}",
             code="base_mismatch",
-            hint="the worker trained on other weights than it holds now, or its memory or accelerator is faulty",
+            hint="the base's files on the worker have changed since training, or its memory or accelerator is faulty",
             retryable=True,
         )
     if not _agree(proof.tuned, report.tuned, proof.tolerance):
         raise TrainingFailed(
-            f"the published adapter does not score as the report says: {_told(proof.tuned, report.tuned)}",
+            f"the published adapter does not score as reported: {_comparison(proof.tuned, report.tuned)}",
             code="adapter_not_reproducible",
             hint="the adapter was damaged when it was saved, or the worker's memory or accelerator is faulty",
             retryable=True,
         )
 
 
-def _put_on(base: Base, folder: Path, tensors: read.Tensors) -> PeftModel:
-    """As any user would; then look whether it took all of the file, and nothing but the file."""
+def _attach_adapter(base: Base, folder: Path, tensors: read.Tensors) -> PeftModel:
+    """Load the adapter as a user would, and check that all tensors of the file were used and none was missing."""
     try:
         adapted = load_adapter(base.model, folder)
     except RuntimeError as error:
@@ -163,7 +166,7 @@ def _put_on(base: Base, folder: Path, tensors: read.Tensors) -> PeftModel:
 def _logit_difference(
     base: Base, adapted: Adapted, rows: Sequence[Row], *, without: Callable[[], AbstractContextManager[None]]
 ) -> float:
-    """The largest between the adapter and the model `without` it, row by row through the model's own forward."""
+    """The largest difference between logits with the adapter and `without` it, by the model's own forward."""
     largest, logits = 0.0, classify.logits if base.head else own_logits
     adapted.eval()
     with torch.no_grad(), base.precision():
@@ -178,15 +181,20 @@ def _logit_difference(
 
 
 def _agree(found: Score, reported: Score, tolerance: float) -> bool:
-    """DPO's loss compares the model with itself and hardly sees the base; the chosen answers' own loss does."""
+    """Whether two scores are equal within the tolerance.
+
+    DPO's loss compares a model with its reference and hardly depends on the base, so the loss of the chosen answers is
+    compared too.
+    """
     pairs = [(found.loss, reported.loss)]
     if found.chosen_loss is not None and reported.chosen_loss is not None:
         pairs.append((found.chosen_loss, reported.chosen_loss))
+    # A comparison with NaN is False, so NaN never agrees.
     return found.tokens == reported.tokens and all(abs(a - b) <= tolerance * max(1.0, b) for a, b in pairs)
 
 
-def _told(found: Score, reported: Score) -> str:
-    return f"{_numbers(found)} over {found.tokens} tokens, reported were {_numbers(reported)} over {reported.tokens}"
+def _comparison(found: Score, reported: Score) -> str:
+    return f"{_numbers(found)} over {found.tokens} tokens, reported {_numbers(reported)} over {reported.tokens}"
 
 
 def _numbers(score: Score) -> str:

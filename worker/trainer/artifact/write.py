@@ -1,9 +1,9 @@
-"""The folder that a finished job hands over: an adapter that any PEFT reader takes, with its tokenizer and its numbers.
+"""Write the folder that a finished job publishes: the adapter, its tokenizer, report, metrics and model card.
 
-Of a base trained whole it is a model that any reader of transformers takes, in the type of the base's own files: of the
-same size, loaded by the same words, and scored before it is written as those who load it will hold it.
+Any PEFT version can load the adapter. After full fine-tuning the folder is a full model instead, which transformers
+loads like the base. Its weights have the type of the base's files, and were scored in that type.
 
-Owns: the published layout. Must not write a local path, nor a key that older readers refuse.
+Owns: the layout of the folder. Must not write a local path, or a config key that older readers refuse.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def write_artifact(
     metrics: list[Metrics],
     head: Sequence[str] = (),
 ) -> None:
-    """Everything of the adapter folder but what the supervisor adds: the manifest and its signature."""
+    """Write all files of the folder, atomically. The supervisor later adds the manifest and its signature."""
     with disk.atomic_folder(folder) as partial:
-        # Keeps the tokenizer the base had, byte for byte in meaning: nothing is trained or resized here.
+        # Training changes nothing in the base's tokenizer.
         encoder.tokenizer.save_pretrained(partial)
         if isinstance(adapted, FullWeights):
             _write_model(partial, adapted, Path(task.base_dir))
@@ -63,9 +63,10 @@ def write_artifact(
 
 
 def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe, *, head: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys that PEFT has had since LoRA was young, and vLLM reads; newer ones break older readers.
+    """The content of adapter_config.json, with keys only that old versions of PEFT and vLLM know.
 
-    `target_modules` is the list that "all-linear" came to: not every reader knows the word.
+    `target_modules` is the list of modules to which "all-linear" was resolved, because some readers do not know that
+    word.
     """
     lora = adapted.peft_config["default"]
     targets = lora.target_modules
@@ -88,14 +89,14 @@ def adapter_config(adapted: PeftModel, task: Task, recipe: Recipe, *, head: Sequ
     }
 
 
-def _write_model(folder: Path, whole: FullWeights, base_dir: Path) -> None:
-    """Weights under the names that transformers saves them by, tied ones once; configs as the base has them."""
-    model = whole.get_base_model()
+def _write_model(folder: Path, weights: FullWeights, base_dir: Path) -> None:
+    """Save the weights with transformers, tied ones once, and copy the base's configs."""
+    model = weights.get_base_model()
     own = model.config, model.generation_config
-    # Saving writes into the one, and refuses some of the others that hubs hold.
+    # save_pretrained changes the config, and refuses some generation configs that published models have.
     model.config, model.generation_config = copy.deepcopy(model.config), GenerationConfig()
     try:
-        with whole.as_published():
+        with weights.as_published():
             model.save_pretrained(folder)
     finally:
         model.config, model.generation_config = own
@@ -103,7 +104,7 @@ def _write_model(folder: Path, whole: FullWeights, base_dir: Path) -> None:
     if (base_dir / GENERATION).is_file():
         shutil.copyfile(base_dir / GENERATION, folder / GENERATION)
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # may be a folder of whoever made the base
+    config.pop("_name_or_path", None)  # may be a folder on the machine of the base's author
     _write_json(folder / "config.json", config)
 
 

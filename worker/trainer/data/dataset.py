@@ -23,11 +23,6 @@ from worker.trainer.data import classification
 from worker.trainer.data.encoding import CannotEncode, Encoder, Row, longest_document
 from worker.trainer.protocol import Task
 
-HELDOUT_SHARE = 0.05
-HELDOUT_MOST = 200
-#: With fewer rows than this, a share of 5 % is less than one row.
-CARVE_FROM_ROWS = 20
-
 HeldoutSource = Literal["validation_file", "training_file_carved", "training_file"]
 
 
@@ -80,7 +75,8 @@ def carve(rows: list[Row], *, seed: int) -> tuple[list[Row], list[Row], HeldoutS
 
     5 % are held out, at most 200. With fewer than CARVE_FROM_ROWS rows, all are both trained on and scored.
     """
-    if len(rows) < CARVE_FROM_ROWS:
+    count = heldout_rows(len(rows))
+    if not count:
         return rows, rows, "training_file"
     chosen = frozenset(random.Random(f"heldout {seed}").sample(range(len(rows)), count))
     train = [row for i, row in enumerate(rows) if i not in chosen]

@@ -1,1 +1,1 @@
-"""Score a model on held-out rows, and compare it with its base."""
+"""Score a model on held-out rows and compare it with its base."""

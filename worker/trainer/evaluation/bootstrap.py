@@ -1,7 +1,7 @@
-"""How sure a difference is, from the rows that it was measured on.
+"""Confidence intervals for the difference of two scores on the same rows.
 
-Owns: the paired bootstrap (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). Pure arithmetic
-on arrays, with a generator of its own.
+Owns: the paired bootstrap (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). It is arithmetic
+on arrays with a random generator of its own. Must not know about models.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
-#: The middle 95 % of the resampled means.
+#: Ends of the interval: the middle 95 % of the resampled means.
 QUANTILES = (0.025, 0.975)
-#: Numbers drawn at once: 8 MB of them, however many rows there are.
+#: Random indices drawn at a time: 8 MB, however many rows there are.
 BLOCK = 2**20
 
 
 def interval(
     sums: npt.NDArray[np.float64], weights: npt.NDArray[np.int64], *, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of `sums.sum() / weights.sum()`, both (rows,), had other rows been drawn.
+    """The 95 % percentile interval of the mean `sums.sum() / weights.sum()`, with both arrays (rows,).
 
-    Rows are drawn with replacement, as many as there are, and each brings its sum and its weight: tokens of a row are
-    not independent of each other, rows are. None for a single row, which can be drawn in one way only.
+    Each resample draws as many rows as there are, with replacement, and takes their sums and weights. Rows are
+    resampled rather than tokens, because tokens of a row are not independent. None for a single row.
     """
     rows = len(sums)
     if rows < 2:

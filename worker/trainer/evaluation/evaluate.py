@@ -1,7 +1,7 @@
-"""A score on rows: forward only, with the adapter on or off.
+"""Score a model on rows, with its adapter or without.
 
-Owns: switching to evaluation and back, and what each row came to, so that two scores can be compared row by row. Must
-leave the model as it was: in train mode, no gradient touched, no random number drawn.
+Owns: switching to eval mode and back, and the loss of each row, so that two scores can be compared row by row. Must
+leave the model as it was: in train mode, with its gradients, and with no random number drawn.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from worker.trainer.model.initial_adapter import InitialAdapter
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """A score, and what it is the mean of: each row's summed loss in `nats` (rows,) and its `weights` (rows,) in
-    that mean, in the order that the rows were given in.
+    """A score with the losses behind it, in the order of the rows that were passed in.
+
+    `nats` (rows,) is each row's summed loss, and `weights` (rows,) its weight in the mean.
     """
 
     mean: Score
@@ -49,33 +50,32 @@ def score(
     start: InitialAdapter | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RowScores:
-    """`rows` as the recipe's method takes them; `start` is the adapter that training began with, if it did with one.
+    """Score `rows` with the loss of the recipe's method, with the adapter or by the base alone.
 
-    Raises Interrupted once `stopping` says so.
+    `start` is the adapter from which training started, if any. Raises Interrupted once `stopping` returns True.
     """
-    tally, place = Tally(), {row.line: i for i, row in enumerate(rows)}
+    tally, index = Tally(), {row.line: i for i, row in enumerate(rows)}
     nats, weights = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.int64)
 
-    def go_on() -> None:
+    def check_stop() -> None:
         if stopping():
             raise Interrupted
 
     def loss_of(batch: Batch) -> Loss:
-        with torch.no_grad(), base.precision():  # which are of each thread
+        with torch.no_grad(), base.precision():  # both apply to the current thread only
             return methods.loss(adapted, batch.to(base.device), layout, recipe, start=start)
 
     with forward_only(base, adapted, adapter=adapter):
-        for loss in threads.run_in_order(loss_of, layout.split(rows), layout.lanes, before=go_on):
+        for loss in threads.run_in_order(loss_of, layout.split(rows), layout.lanes, before=check_stop):
             tally.add(loss)
-            # A batch has its rows in an order of its own.
-            places = [place[line] for line in loss.lines]
-            nats[places], weights[places] = loss.sums.cpu().numpy(), loss.counts
+            indices = [index[line] for line in loss.lines]  # batches are sorted by length
+            nats[indices], weights[indices] = loss.sums.cpu().numpy(), loss.counts
     return RowScores(tally.score(), nats, weights)
 
 
 @contextmanager
 def forward_only(base: Base, adapted: Adapted, *, adapter: bool) -> Iterator[None]:
-    """The model as it answers rather than learns, with its adapter or as the base alone; in train mode afterwards."""
+    """Put the model in eval mode without gradients, with its adapter or as the base alone; train mode afterwards."""
     adapted.eval()
     try:
         with torch.no_grad(), base.precision(), nullcontext() if adapter else adapted.disable_adapter():

@@ -1,6 +1,6 @@
-"""Did it learn anything: base against tuned, how sure that is, and what it took.
+"""The report of a run: base against tuned model, how certain the difference is, and what the run cost.
 
-Owns: what a Report says and the arithmetic behind it. Must not run the model: `evaluate.py` and `samples.py` do.
+Owns: the content of a Report and the arithmetic behind it. Must not run the model: `evaluate.py` and `samples.py` do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from worker.trainer.model.base import Base
 from worker.trainer.model.full_weights import Adapted
 from worker.trainer.system import peak_memory
 
-#: Below this many rows the interval is too narrow: of simulated ones, 82 % held the truth at 5 rows, 90 % at 20.
+#: Below this many rows the interval is too narrow. In simulations it contained the true value in 82 % of the cases with
+#: 5 rows and in 90 % with 20.
 FEW_ROWS = 20
 FP32_BYTES = 4
 
@@ -44,15 +45,17 @@ def make(
     seconds: float,
     fit: MeasuredFit | None = None,
 ) -> Report:
-    """`before` is the base's score, `start` that of the adapter it started from, `after` the tuned model's, all on
-    `rows.heldout`; `seconds` were spent in steps.
+    """Make the report from three scores on `rows.heldout` and from what the run measured.
+
+    `before` is the base's score, `start` that of the adapter from which training started, if any, and `after` that of
+    the tuned model. `seconds` is the time spent in optimizer steps.
     """
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
     base_parameters = total_parameters if recipe.full_finetuning else total_parameters - trainable_parameters
     measured = change(before, after, seed=recipe.seed, source=rows.heldout_source)
     most = labels.majority(rows.train, rows.heldout) if recipe.labels else None
     if most is not None:
-        measured.caveats += _label_caveats(most, after.mean, untrained=bool(base.blank))
+        measured.caveats += _label_caveats(most, after.mean, untrained=bool(base.uninitialized))
     carved = rows.heldout_source == "training_file_carved"
     return Report(
         base=before.mean,
@@ -83,7 +86,7 @@ def make(
 
 
 def change(before: RowScores, after: RowScores, *, seed: int, source: HeldoutSource) -> LossChange:
-    """Row by row, so that what makes a row hard for both falls out of the comparison."""
+    """The change of the mean loss, with its interval. Rows are compared one by one, because some are hard for both."""
     differences = after.nats.astype(np.float64) - before.nats
     interval = bootstrap.interval(differences, after.weights, seed=seed)
     low, high = interval or (None, None)
@@ -99,7 +102,10 @@ def change(before: RowScores, after: RowScores, *, seed: int, source: HeldoutSou
 
 
 def full_finetuning(parameters: int) -> FullFineTuning:
-    """In fp32: a weight, its gradient and AdamW's two moments, as for the adapter's own parameters in `fit.py`."""
+    """The memory of full fine-tuning in fp32: weights, gradients and AdamW's two moments, 16 bytes a parameter.
+
+    The memory model (`shared/estimation/memory_model.py`) uses the same numbers for the parameters of an adapter.
+    """
     return FullFineTuning(
         weights_bytes=FP32_BYTES * parameters,
         gradients_bytes=FP32_BYTES * parameters,
@@ -109,14 +115,14 @@ def full_finetuning(parameters: int) -> FullFineTuning:
 
 
 def held_bytes(adapted: Adapted) -> int:
-    """Of the frozen base: parameters and buffers as they are stored, and what quantization keeps beside them."""
+    """Bytes of the frozen base in memory: parameters, buffers, and the scales and code books of the quantization."""
     stored: list[torch.Tensor] = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
     stored += adapted.buffers()
     return sum(tensor.nbytes for tensor in stored) + sum(_scales(module) for module in adapted.modules())
 
 
 def _scales(module: torch.nn.Module) -> int:
-    """Bytes of a quantized linear's scales and code books, which bitsandbytes keeps outside of its buffers."""
+    """Bytes of a quantized linear's scales and code books, which bitsandbytes does not register as buffers."""
     kept: Iterable[object] = ()
     if isinstance(module, Linear4bit):
         kept = module.weight.quant_state.as_dict().values()
@@ -135,22 +141,22 @@ def _verdict(interval: tuple[float, float] | None) -> Verdict:
 def _caveats(rows: int, source: HeldoutSource) -> list[str]:
     caveats = []
     if source == "training_file":
-        caveats.append("measured on the training rows themselves: it shows what was memorized, not what was learned")
+        caveats.append("measured on the training rows themselves: this shows memorization, not generalization")
     if rows == 1:
-        caveats.append("a single row was held out, which gives no interval; send a validation file")
+        caveats.append("a single row was held out, so there is no interval; add a validation file")
     elif rows < FEW_ROWS:
-        caveats.append(f"only {rows} rows were held out: the interval is narrower than it should be")
+        caveats.append(f"only {rows} rows were held out, so the interval is too narrow; add a validation file")
     return caveats
 
 
 def _label_caveats(most: Majority, tuned: Score, *, untrained: bool) -> list[str]:
     caveats = []
     if untrained:
-        caveats.append("the base's head is untrained, and its score is chance: compare with the majority label instead")
+        caveats.append("the base's head is untrained, so its score is chance: compare with the majority label instead")
     if tuned.token_accuracy <= most.accuracy:
         caveats.append(
-            f"always answering {most.label!r} would be right on {most.accuracy:.1%} of these rows, and the tuned model "
-            f"is on {tuned.token_accuracy:.1%}"
+            f"always predicting {most.label!r} is right on {most.accuracy:.1%} of these rows, the tuned model on "
+            f"{tuned.token_accuracy:.1%}"
         )
     return caveats
 

@@ -1,7 +1,7 @@
-"""What base and tuned model write after the same prompts: held-out rows, continued greedily; or how they label them.
+"""Samples for the report: the base's and the tuned model's greedy answers to the same held-out prompts, or labels.
 
-Owns: which rows, where their prompts end, and a decoding loop that draws no random number and heeds no generation
-config. Must leave the model as it was.
+Owns: which rows are shown, where their prompts end, and a greedy decoding loop that draws no random number and ignores
+the generation config. Must leave the model as it was.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from worker.trainer.model.full_weights import Adapted
 
 ROWS = 4
 NEW_TOKENS = 48
-#: Longer prompts are not continued: a CPU would be busy with them for longer than a reader's patience.
+#: Rows with longer prompts are not chosen: they would take too long on a CPU.
 PROMPT_TOKENS = {"cpu": 1024, "cuda": 8192}
-#: How much of a text row is its prompt, there being none of its own.
+#: Share of a text row that serves as its prompt.
 PREFIX_SHARE = 0.25
-#: Of a prompt its end is shown, and of a reference its beginning.
+#: So much of a prompt's end and of a reference's beginning is shown.
 SHOWN_CHARACTERS = 1000
 T = TypeVar("T")
 
@@ -54,19 +54,19 @@ def compare(
     layout: Layout,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
-    """A few rows, continued by base and by tuned; none, if no row has a prompt that is short enough.
+    """Continue a few rows with the base and with the tuned model. Empty if no row has a short enough prompt.
 
-    Raises Interrupted once `stopping` says so, which is asked before each token, and TypeError: the base keeps no
-    cache that we know.
+    Raises Interrupted once `stopping`, called before each token, returns True. Raises TypeError if the base returns no
+    key-value cache.
     """
     chosen = choose(rows, encoder, longest=min(PROMPT_TOKENS[base.device.type], _context(base.model) - NEW_TOKENS))
     prompts = [one.row.ids[: one.cut].tolist() for one in chosen]
-    # A base that can bear packed rows goes by masks and positions alone, and so bears padding too.
-    together = [prompts] if layout.packing and prompts else [[prompt] for prompt in prompts]
+    # A base for which packing is exact depends on masks and positions only, so left padding is exact too.
+    prompt_batches = [prompts] if layout.packing and prompts else [[prompt] for prompt in prompts]
     plain, tuned = (
         [
             ids
-            for batch in together
+            for batch in prompt_batches
             for ids in continue_greedily(
                 base, adapted, batch, encoder.stops, adapter=adapter, layout=layout, stopping=stopping
             )
@@ -88,7 +88,7 @@ def compare(
 def classified(
     base: Base, adapted: Adapted, rows: Sequence[Encoded], encoder: Encoder, *, labels: Sequence[str]
 ) -> list[Sample]:
-    """A few rows with their labels, and those that base and tuned give them."""
+    """A few rows with their labels and those predicted by base and tuned model."""
     chosen = [row for row in _spread(rows) if isinstance(row, LabelledRow)]
     given: list[list[str]] = []
     for adapter in (False, True):
@@ -109,7 +109,7 @@ def classified(
 
 
 def choose(rows: Sequence[Encoded], encoder: Encoder, *, longest: int) -> list[Prompted]:
-    """At most ROWS rows, their prompts different and of at most `longest` tokens, spread evenly over the file."""
+    """Choose at most ROWS rows, evenly over the file, with different prompts of at most `longest` tokens."""
     fitting: dict[bytes, Prompted] = {}
     for row in rows:
         cut = prompt_length(row, bos=len(encoder.bos))
@@ -119,7 +119,7 @@ def choose(rows: Sequence[Encoded], encoder: Encoder, *, longest: int) -> list[P
 
 
 def prompt_length(row: Encoded, *, bos: int) -> int:
-    """Where the last trained turn begins. A row that is trained from its start has its first quarter for a prompt."""
+    """Tokens before the last trained turn. If a row is trained from its start, its first quarter is the prompt."""
     begin = int(np.flatnonzero(np.diff(row.trained, prepend=False) & row.trained)[-1])
     return begin if begin > bos else begin + max(1, round((len(row) - begin) * PREFIX_SHARE))
 
@@ -134,9 +134,9 @@ def continue_greedily(
     layout: Layout,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
-    """The most likely token after each prompt, and so on: NEW_TOKENS of them, or up to one of `stops`, which is kept.
+    """Continue each prompt with the most likely tokens: NEW_TOKENS of them, or up to and including one of `stops`.
 
-    Shorter prompts are padded on the left and masked, with positions that count from their own first token.
+    Shorter prompts are padded on the left and masked; positions count from a prompt's own first token.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[layout.pad] * (width - len(p)) + list(p) for p in prompts], device=base.device)
@@ -167,24 +167,24 @@ def continue_greedily(
 
 
 def _spread(found: Sequence[T]) -> list[T]:
-    """At most ROWS of them, evenly."""
+    """At most ROWS of the items, evenly spaced."""
     count = min(ROWS, len(found))
     return [found[i * len(found) // count] for i in range(count)]
 
 
 def _last_logits(model: PreTrainedModel, *, chunked: bool, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """fp32 logits (rows, vocabulary) of the last position, and the cache to go on with."""
+    """fp32 logits (rows, vocabulary) of the last position, and the cache for the next one."""
     part = model.get_decoder() if chunked else model
     output = part(**inputs, use_cache=True)
     if (cache := getattr(output, "past_key_values", None)) is None:
-        raise TypeError(f"{type(model).__name__} hands back no cache of keys and values")
+        raise TypeError(f"{type(model).__name__} returns no key-value cache")
     if chunked:
         return head(model)(output.last_hidden_state[:, -1]), cache
     return output.logits[:, -1].float(), cache
 
 
 def _context(model: PreTrainedModel) -> int:
-    """How many tokens the base attends to; where its config does not say, more than any prompt has."""
+    """The base's context length in tokens; practically unlimited if its config names none."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
@@ -194,7 +194,7 @@ def _continuation(encoder: Encoder, ids: list[int]) -> Continuation:
 
 
 def _text(encoder: Encoder, ids: list[int]) -> str:
-    """Without special tokens, and storable: Postgres holds no NUL, which a byte-level vocabulary can write."""
+    """Decode without special tokens, and replace NUL: byte-level vocabularies have it, and Postgres cannot store it."""
     text = str(encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 

@@ -1,1 +1,1 @@
-"""From batches to log-likelihoods: layout, forward pass, chunked head, threads, fallback when memory runs out."""
+"""From batches to log-likelihoods: layout, forward pass, chunked head, CPU threads, fallback when memory runs out."""

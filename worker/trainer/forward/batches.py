@@ -1,10 +1,10 @@
-"""Encoded rows → tensors: packed rows or padded ones.
+"""Turn encoded rows into tensors, packed or padded.
 
-Owns: the arithmetic of positions and targets; which examples share a row is `packing.py`'s. Must not know about models
-or epochs.
+Owns: position ids and targets; `data/packing.py` decides which examples share a row. Must not know about models or
+epochs.
 
-In a packed row the documents are kept apart by `position_ids` that start again at 0 and by the *absence* of an
-attention mask: transformers then builds a block-diagonal mask by itself. With a mask, or with a cache, it would not.
+In a packed row, documents are kept apart by `position_ids` that restart at 0 and by the *absence* of an attention mask:
+only then does transformers build a block-diagonal mask. With a mask, or with a cache, it does not.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from worker.trainer.data.classification import LabelledRow
 from worker.trainer.data.encoding import Encoded, Row
 from worker.trainer.data.packing import micro_batches
 
-#: The target of a position that predicts nothing trained, as in torch's cross entropy.
+#: Target of a position without a loss; the default `ignore_index` of torch's cross entropy.
 IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All (rows, length) int64. `targets[r, t]` is the token that position t predicts, or IGNORED.
+    """The tensors of a micro-batch, all (rows, length) int64.
 
-    `attention_mask` is None for packed rows and required for padded ones. The documents of the batch, row by row, come
-    from the dataset's `lines` and have `lengths` trained tokens each. Rows to be classified have `labels` and, in
-    `type_ids`, the types of their tokens.
+    `targets[r, t]` is the token that position t must predict, or IGNORED. `attention_mask` is None for packed rows and
+    required for padded ones. `lines` (the dataset's line numbers) and `lengths` (trained tokens) have an entry for each
+    document, row by row. For classification, `labels` has each document's label and `type_ids` the token types.
     """
 
     input_ids: torch.Tensor
@@ -54,25 +54,25 @@ class Batch:
 
 
 def trained_tokens(examples: Sequence[Row]) -> int:
-    """Of all their documents."""
+    """The number of trained tokens in all documents of these examples."""
     return sum(example.trained_tokens for example in examples)
 
 
 def batches(
     examples: Sequence[Row], *, packing: bool, micro_batch: int, pad: int, row: int = PACK_LENGTH, lanes: int = 1
 ) -> Iterator[Batch]:
-    """Split examples into micro-batches, as `packing.micro_batches` does.
+    """Split examples into micro-batches with `packing.micro_batches`, and make tensors of each.
 
-    Every trained token appears exactly once; the documents of an example follow each other in one micro-batch.
+    Every trained token is a target exactly once. The documents of an example are neighbours in the same micro-batch.
     """
     for rows in micro_batches(examples, packing=packing, micro_batch=micro_batch, row=row, lanes=lanes):
         yield collate(rows, packing=packing, pad=pad)
 
 
 def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Batch:
-    """Rows of one or more documents → tensors as long as the fullest row.
+    """Make tensors of rows with one or more documents each, as long as the longest row.
 
-    Padding is never a target. In packed rows it is a document of its own, so no mask is needed.
+    Padding is never a target. In packed rows it counts as a document of its own, so that no mask is needed.
     """
     length = max(sum(map(len, row)) for row in rows)
     longest = max(len(example) for row in rows for example in row)
@@ -87,7 +87,7 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
             ids, end = torch.from_numpy(example.ids).long(), start + len(example)
             input_ids[r, start:end] = ids
             trained = torch.from_numpy(example.trained)
-            # The last position of a document predicts nothing: what follows it is another document.
+            # The last position of a document has no target: the next token belongs to another document.
             targets[r, start : end - 1] = torch.where(trained[1:], ids[1:], IGNORED)
             position_ids[r, start:end] = torch.arange(len(example))
             if isinstance(example, LabelledRow):
@@ -95,7 +95,7 @@ def collate(rows: Sequence[Sequence[Encoded]], *, packing: bool, pad: int) -> Ba
             if attention_mask is not None:
                 attention_mask[r, start:end] = 1
             start = end
-        # Padding may be longer than any document, and than the base's context: its positions must not be.
+        # Padding may be longer than the base's context; its position ids must stay within those of real documents.
         position_ids[r, start:] = torch.arange(length - start) % longest
     documents = [example for row in rows for example in row]
     return Batch(

@@ -1,4 +1,4 @@
-"""The fallback levels as layouts of this base; `shared/estimation/fallback.py` defines the levels."""
+"""The fallback levels as layouts for a base. The levels themselves are defined in `shared/estimation/fallback.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from worker.trainer.model.base import Base
 
 
 def levels(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
-    """The layouts from the widest down. `longest` is the longest example in tokens."""
+    """All layouts, from `widest` to the one that needs the least memory. `longest` is the longest example in tokens."""
     found = fallback_levels(
         Level(widest.micro_batch, widest.checkpointing, widest.packing),
         longest=longest,
@@ -29,7 +29,7 @@ def levels(widest: Layout, base: Base, *, longest: int) -> list[Layout]:
 
 
 def difference(wider: Layout, narrower: Layout) -> str:
-    """What a step down changes, as part of an event's message."""
+    """Describe what changes from one level to the next lower one, as part of an event's message."""
     if wider.packing and not narrower.packing:
         return "one example a row, without packing"
     if wider.checkpointing != narrower.checkpointing:

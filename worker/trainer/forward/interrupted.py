@@ -1,7 +1,7 @@
-"""The exception that ends work when a stop is asked for."""
+"""The exception that ends work when a stop is requested."""
 
 from __future__ import annotations
 
 
 class Interrupted(Exception):
-    """A stop was asked for while rows were being scored, continued or trained on."""
+    """A stop was requested while the model was training, scoring or generating."""

@@ -1,4 +1,4 @@
-"""How a base model is fed: rows a micro-batch, packing, threads, checkpointing."""
+"""The layout of a forward pass: size of a micro-batch, packing, threads, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from worker.trainer.forward.batches import Batch, batches
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a base is fed; `selftest.py` finds what it can bear. `chunked`: run the head apart from the backbone.
+    """How examples go through a base. `layout_probe.py` checks which layouts give exact results on it.
 
-    `micro_batch` rows are in memory at a time, packed ones of about `row` tokens, shared out among `lanes` (see
-    `lanes.py`). With `checkpointing` backward computes each layer anew rather than keep its activations.
+    `micro_batch` rows are in memory at a time, divided among `lanes` CPU threads (see `threads.py`; 1 on a GPU). A
+    packed row has about `row` tokens. `pad` is the pad id. `chunked` runs the output head separately from the backbone,
+    a chunk of tokens at a time. `checkpointing` recomputes activations in the backward pass instead of keeping them.
     """
 
     packing: bool
@@ -28,8 +29,8 @@ class Layout:
     checkpointing: bool = False
 
     def split(self, examples: Sequence[Row], turn: int | None = None) -> Iterator[Batch]:
-        """Examples as micro-batches of this layout; only those of a `turn` (from 0), which are in memory together."""
-        cut = batches(
+        """Split examples into micro-batches. With `turn` (from 0), only those that run in parallel in that turn."""
+        found = batches(
             examples,
             packing=self.packing,
             micro_batch=self.micro_batch,
@@ -37,4 +38,4 @@ class Layout:
             row=self.row,
             lanes=self.lanes,
         )
-        return cut if turn is None else islice(cut, turn * self.lanes, (turn + 1) * self.lanes)
+        return found if turn is None else islice(found, turn * self.lanes, (turn + 1) * self.lanes)

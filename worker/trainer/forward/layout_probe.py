@@ -1,7 +1,7 @@
-"""What a base can bear, tried on the job's own rows before a step is spent.
+"""Check on the job's own rows, before training, which shortcuts give exact results on this base.
 
-Owns: the two shortcuts that are exact on known architectures and silently wrong on odd ones: packing, and running the
-head apart from the backbone. Must only read.
+Owns: two shortcuts that are exact on common architectures and silently wrong on unusual ones: packing, and running the
+head separately from the backbone. Must not change the model.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.forward.log_likelihood import backbone, head, own_logits
 from worker.trainer.model.base import Base
 
-#: Relative error of the head's logits, over all tokens.
+#: Allowed relative error of the logits from the separate head, over all tokens.
 TOLERANCE = 0.1
-#: Relative error of each token's logits, packed against solo: what rounding in the compute type comes to, and more. The
-#: worst token of SmolLM2-135M has 4e-6 in fp32, 0.04 in bf16, 0.08 in bf16 on an nf4 base; wrong positions give 0.8.
+#: Allowed relative error of each token's logits, packed against alone: above rounding in the compute type. The worst
+#: token of SmolLM2-135M has 4e-6 in fp32, 0.04 in bf16, 0.08 in bf16 on an nf4 base; wrong positions give 0.8.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-#: LLM.int8() picks its outlier columns over the whole batch, so its logits depend on the company: 0.08 to 0.2.
+#: The same for LLM.int8(), which picks outlier columns over the whole batch: logits depend on the other rows, by 0.08
+#: to 0.2.
 TOLERANCE_INT8 = 0.4
+#: The check runs on so many rows, cut to so many tokens.
 TRIED_ROWS = 4
 TRIED_TOKENS = 256
 
 
 def layout_of(recipe: Recipe, base: Base, rows: Sequence[Row], encoder: Encoder) -> tuple[Layout, list[str]]:
-    """What a run and its proof share, or the one would not find the other's numbers: `layout` for this recipe."""
+    """Call `layout` with the recipe's settings. Training and proof both use it, so that their scores are comparable."""
     return layout(
         base,
         rows,
@@ -54,10 +56,10 @@ def layout(
     lanes: int = 1,
     checkpointing: bool | None = None,
 ) -> tuple[Layout, list[str]]:
-    """The fastest layout that gives the right numbers, and a warning for each shortcut that had to be given up.
+    """Find the fastest layout that gives exact results; return it with a warning for each shortcut that does not.
 
-    A classifier takes none: it reads a row off at one position, and its rows are padded. `checkpointing` is the
-    recipe's; None leaves it to the device: on a CPU memory is plentiful and time is not.
+    A classifier uses neither shortcut: its rows are padded, and its head reads a single position of a row.
+    `checkpointing` comes from the recipe; None means on for a GPU and off for a CPU, where time is scarcer than memory.
     """
     if checkpointing is None:
         checkpointing = defaults.checkpointing(base.device.type)
@@ -73,10 +75,12 @@ def layout(
     with torch.no_grad(), base.precision():
         chunked = _chunked_head_is_exact(base, tried[0])
         if not chunked:
-            warnings.append("this base's head does more than a projection: logits are taken whole, which needs memory")
+            warnings.append(
+                "this base's head does more than a projection: all logits are computed at once, which needs more memory"
+            )
         if packing and not _packing_is_exact(base, tried):
             packing = False
-            warnings.append("packed rows leak into each other with this base's attention: rows are padded instead")
+            warnings.append("this base's attention leaks between documents of a packed row: rows are padded instead")
     base.model.train()
     found = Layout(
         packing=packing,
@@ -94,27 +98,28 @@ def _chunked_head_is_exact(base: Base, row: Encoded) -> bool:
     batch = _batch(base, [row], packing=False)
     try:
         to_logits = head(base.model)
-        ours = to_logits.projection(backbone(base.model, batch)).float()
+        logits = to_logits.projection(backbone(base.model, batch)).float()
     except (AttributeError, TypeError):
         return False
-    to_logits.bend(ours)
-    return _error(ours, own_logits(base.model, batch)) < TOLERANCE
+    to_logits.apply_in_place(logits)
+    return _error(logits, own_logits(base.model, batch)) < TOLERANCE
 
 
 def _packing_is_exact(base: Base, rows: Sequence[Encoded]) -> bool:
-    """Documents after the first must not notice which one that is, and must come out as they do alone.
+    """Check that documents packed behind another one get the same logits as alone.
 
-    The first question is asked of one shape, so that its answer is exact: a leak may be smaller than rounding is.
+    The second check replaces the first document by another of the same length: the logits of the rest must stay the
+    same, bit for bit. It finds leaks that are smaller than rounding, because the shapes are equal.
     """
     first, *others = rows if len(rows) > 1 else [*rows, *rows]
     packed = own_logits(base.model, _batch(base, [first, *others], packing=True))[0, len(first) :]
     alone = torch.cat([own_logits(base.model, _batch(base, [row], packing=False))[0] for row in others])
     if getattr(base.model, "is_loaded_in_8bit", False):
         return _error(packed, alone) < TOLERANCE_INT8
-    stranger = Encoded(first.line, first.ids[::-1] // 2, first.trained)
-    beside = own_logits(base.model, _batch(base, [stranger, *others], packing=True))[0, len(first) :]
+    replaced = Encoded(first.line, first.ids[::-1] // 2, first.trained)
+    again = own_logits(base.model, _batch(base, [replaced, *others], packing=True))[0, len(first) :]
     errors = (packed - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-    return torch.equal(packed, beside) and float(errors.max()) < TOLERANCES[base.compute_dtype]
+    return torch.equal(packed, again) and float(errors.max()) < TOLERANCES[base.compute_dtype]
 
 
 def _batch(base: Base, rows: Sequence[Encoded], *, packing: bool) -> Batch:

@@ -1,14 +1,15 @@
-"""What a model gives to the trained tokens, document by document, without ever holding all logits.
+"""The log-likelihood of each document's trained tokens, computed without ever holding all logits in memory.
 
-Owns: the forward pass and the chunked head. Must not know what a method makes of it (`methods/`).
+Owns: the forward pass and the chunked head. Must not know how a training method uses the result (`methods/`).
 
-Logits are what fills memory (16 bytes × vocabulary a token, 2 MB for Llama 3). The backbone runs alone; the head sees
-only the trained positions, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken at
-once, while its logits exist. A frozen head needs nothing else, and backward computes no logits again. Every chunk is
-worked on in one and the same buffer: memory that comes new from the kernel costs more than what is done in it.
+Logits would take the most memory by far: 16 bytes × vocabulary for each token, 2 MB for Llama 3. So the backbone runs
+first, and the head then runs on the trained positions only, a chunk at a time. While a chunk's logits exist, their
+gradient with respect to the hidden states is computed at once. A frozen head needs no other gradient, and backward need
+not compute logits again. All chunks share one buffer, because getting new memory from the kernel takes longer than the
+arithmetic on it.
 
-A head that learns needs its own gradient too, and in it each document weighs what is known in backward alone. There the
-chunks are checkpointed: their logits are computed again.
+A trainable head needs its own gradient too, in which each document has a weight that is known only in backward. There
+the chunks are checkpointed: backward computes their logits a second time.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from worker.trainer.forward.batches import IGNORED, Batch
 from worker.trainer.forward.layout import Layout
 from worker.trainer.model import fused_lora
 
-#: CHUNK_BYTES where the head learns: each chunk makes a gradient of the whole head, which is added to the others'.
+#: CHUNK_BYTES for a trainable head. Each chunk yields a gradient of the whole head, so there should be few chunks.
 LEARNED_CHUNK_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """Of each document of a batch, over its trained tokens: `nats`, the summed negative log-likelihood (documents,),
-    fp32 and differentiable; and `hits`, how many were argmax (documents,), int64.
+    """Sums over the trained tokens of each document of a batch.
+
+    `nats` (documents,) is the negative log-likelihood, fp32 and differentiable. `hits` (documents,), int64, counts the
+    tokens that were the model's most likely ones.
     """
 
     nats: torch.Tensor
@@ -42,20 +45,23 @@ class LogLikelihood:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """(tokens, hidden) → fp32 logits (tokens, vocabulary): a projection times `scale`, kept by tanh within ±`cap`."""
+    """The output head: hidden states (tokens, hidden) → fp32 logits (tokens, vocabulary).
+
+    A linear projection, times `scale`, then limited to ±`cap` by tanh if there is a cap.
+    """
 
     projection: torch.nn.Linear
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """By autograd."""
+        """Logits, differentiable by autograd."""
         scores: torch.Tensor = self.projection(hidden).float()
         scores = scores if self.scale == 1.0 else scores * self.scale
         return scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
 
-    def bend(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """What the projection gave → logits, in place; what tanh leaves of a gradient, where there is a cap."""
+    def apply_in_place(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """Turn the projection's output into logits, in place. With a cap, return the derivative of the tanh."""
         if self.scale != 1.0:
             scores.mul_(self.scale)
         if self.cap is None:
@@ -65,17 +71,17 @@ class Head:
         return slope
 
     def gradient(self, excess: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Of the hidden states, (tokens, hidden), by that of the scores, which are written over."""
+        """Gradient of the hidden states (tokens, hidden) from that of the scaled scores; overwrites `scores`."""
         return (scores.copy_(excess) @ fused_lora.weight(self.projection).to(scores.dtype)).mul_(self.scale)
 
 
 def log_likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> LogLikelihood:
-    """One forward pass over the batch."""
+    """Run one forward pass over the batch and return each document's log-likelihood."""
     wanted = batch.targets != IGNORED
     states = backbone(model, batch) if layout.chunked else own_logits(model, batch)
     to_logits = head(model) if layout.chunked else None
     lengths = torch.tensor(batch.lengths, device=batch.targets.device)
-    if to_logits is not None and _learns(to_logits.projection):
+    if to_logits is not None and _is_trainable(to_logits.projection):
         return _by_autograd(states[wanted], batch.targets[wanted], lengths, to_logits, vocabulary(model))
     pair: tuple[torch.Tensor, torch.Tensor]
     pair = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
@@ -85,7 +91,7 @@ def log_likelihood(model: PreTrainedModel, batch: Batch, layout: Layout) -> LogL
 
 
 def own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits (rows, length, vocabulary) by the model's own forward: for heads that `head` does not describe."""
+    """Logits (rows, length, vocabulary) from the model's own forward, for heads that `head` cannot describe."""
     logits: torch.Tensor = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -96,7 +102,7 @@ def own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def backbone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Hidden states (rows, length, hidden) before the head."""
+    """Hidden states (rows, length, hidden), which are the head's input."""
     output = model.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -108,7 +114,7 @@ def backbone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The output projection with what its architecture does to logits (Gemma caps them, Cohere and Granite scale)."""
+    """The model's head, with the architecture's changes to logits (Gemma 2 caps, Cohere and Granite scale them)."""
     config = model.config.get_text_config()
     multiplied = float(getattr(config, "logit_scale", None) or 1.0)
     divided = float(getattr(config, "logits_scaling", None) or 1.0)
@@ -120,14 +126,14 @@ def vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _learns(projection: torch.nn.Module) -> bool:
+def _is_trainable(projection: torch.nn.Module) -> bool:
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in projection.parameters())
 
 
 def _by_autograd(
     hidden: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor, head: Head, vocabulary: int
 ) -> LogLikelihood:
-    """As `_ChunkedCrossEntropy`, and differentiable in whatever the head is made of."""
+    """The same as `_ChunkedCrossEntropy`, but differentiable with respect to the head's parameters as well."""
     size = max(1, LEARNED_CHUNK_BYTES // (4 * vocabulary))
     pairs = [
         checkpoint(_cross_entropy, *piece, head, use_reentrant=False, preserve_rng_state=False)
@@ -138,16 +144,16 @@ def _by_autograd(
 
 
 def _cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, hidden) → nats and whether the target was argmax, both (tokens,)."""
+    """(tokens, hidden) → nats and whether the target was the most likely token, both (tokens,)."""
     logits = head(hidden)
     return functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(dim=-1) == targets
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy over (tokens, hidden), summed by document; saves one gradient of the size of the hidden states.
+    """Cross entropy over states (tokens, hidden), summed by document. Saves one gradient of the size of the states.
 
-    `lengths` (documents,) says how many of the tokens, which come in the order of documents, are each one's. With no
-    head, the states are the logits.
+    Tokens come in the order of their documents, and `lengths` (documents,) has the number of tokens of each. Without a
+    head, the states are the logits themselves.
     """
 
     @staticmethod
@@ -162,13 +168,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             here = slice(start, start + size)
             scores = states[here] if head is None else head.projection(states[here])
             logits, wanted = buffer[: len(scores)].copy_(scores), targets[here, None]
-            slope = None if head is None else head.bend(logits)
+            slope = None if head is None else head.apply_in_place(logits)
             hits[here] = logits.argmax(dim=-1) == targets[here]
             likely = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(1, wanted)[:, 0]
             total = logits.exp_().sum(dim=-1)
             nats[here] = total.log() - likely
             if gradient is not None:
-                # Of cross entropy with respect to the logits: what was predicted less what was there.
+                # The gradient of cross entropy with respect to the logits is softmax(logits) - onehot(target).
                 excess = logits.div_(total[:, None])
                 excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
                 if slope is not None:
@@ -190,5 +196,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _by_document(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sums (documents,) of values (tokens,): one thread a document, so that a GPU adds in the same order each time."""
+    """Sum values (tokens,) to (documents,). One thread sums a document, so a GPU always adds in the same order."""
     return torch.segment_reduce(values, "sum", lengths=lengths)

@@ -1,6 +1,7 @@
-"""Training methods, a file each: what a batch means for the gradient.
+"""Training methods, one file each: the loss of a batch.
 
-To add one: a file with `loss`, its branch here, its settings in `shared.schemas.requests`, its defaults in `trainer/recipe.py`.
+To add one, write a file with `loss`, and add its branch here, its settings in `shared/schemas/requests.py` and its
+defaults in `worker/trainer/planning/recipe.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ __all__ = ["Loss", "Tally", "loss", "weight"]
 def loss(
     adapted: Adapted, batch: Batch, layout: Layout, recipe: Recipe, *, start: InitialAdapter | None = None
 ) -> Loss:
-    """Of a batch, by the recipe's method. Callers divide by the `weight` of all examples that share a mean.
+    """Compute the losses of a batch by the recipe's method, not yet divided by anything.
 
-    `start` is the adapter that training began with, if it did with one.
+    The caller divides by `weight` of all examples over which it takes a mean. `start` is the adapter from which
+    training started, if any.
     """
     if recipe.labels is not None:
         return classify.loss(adapted.get_base_model(), batch, recipe.labels)
@@ -34,5 +36,5 @@ def loss(
 
 
 def weight(examples: Sequence[Row], recipe: Recipe) -> int:
-    """What the examples weigh together in a mean: pairs and labels count alike, answers by their trained tokens."""
+    """The denominator of the examples' mean loss: trained tokens for supervised rows, else the number of examples."""
     return trained_tokens(examples) if recipe.method == "supervised" else len(examples)

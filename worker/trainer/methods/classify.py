@@ -1,7 +1,7 @@
-"""Classification: cross entropy of a row's label, from a head over the last token or the first.
+"""Classification: cross entropy of a row's label, from a head on one token of the row.
 
-Rows weigh the same, however long. Where a row is read off is transformers' own, so that whoever loads the classifier
-finds it there: `[CLS]` on encoders, on decoders the last token that is no padding.
+All rows have the same weight, whatever their length. Transformers' own model decides which token the head reads, so
+that whoever loads the classifier gets the same result: `[CLS]` in encoders, the last non-padding token in decoders.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from worker.trainer.methods.loss import Loss
 
 
 def loss(model: PreTrainedModel, batch: Batch, labels: Sequence[str]) -> Loss:
-    """An example is one row; the label that the model finds most likely is the one that it gives."""
+    """The loss of each row. The model's answer is its most likely label."""
     found = logits(model, batch)
-    place = {label: i for i, label in enumerate(labels)}
-    targets = torch.tensor([place[label] for label in batch.labels], device=found.device)
+    index = {label: i for i, label in enumerate(labels)}
+    targets = torch.tensor([index[label] for label in batch.labels], device=found.device)
     predicted = found.detach().argmax(dim=-1)
     ones = (1,) * len(targets)
     return Loss(
@@ -35,7 +35,7 @@ def loss(model: PreTrainedModel, batch: Batch, labels: Sequence[str]) -> Loss:
 
 
 def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """fp32 (rows, labels). Positions are the model's own affair: RoBERTa's begin elsewhere."""
+    """fp32 logits (rows, labels). No position ids are passed, because RoBERTa numbers positions differently."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch.type_ids

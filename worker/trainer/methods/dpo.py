@@ -1,9 +1,9 @@
 """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The reference is what training began with: the same model with the adapter off, or with the adapter that it started as.
-So it costs a forward pass and no model. Both passes are in train mode: LLM.int8() computes otherwise in evaluation. So
-the base must have no dropout of its own (`put_on` sees to that), or the two would differ by chance. Must not know how
-likelihoods are computed.
+The reference is the model before training: the same model with the adapter disabled, or with the adapter from which
+training started. So it costs a forward pass but no second model. Both passes run in train mode, because LLM.int8()
+computes differently in eval mode. The base's own dropout is therefore switched off (`attach` does that); otherwise
+tuned and reference likelihoods would differ at random. Must not know how likelihoods are computed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from worker.trainer.model.initial_adapter import InitialAdapter, applied
 
 
 def loss(adapted: Adapted, batch: Batch, layout: Layout, *, beta: float, start: InitialAdapter | None = None) -> Loss:
-    """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected one)), a gain being in nats over the
-    reference.
+    """-log sigmoid(beta x (gain of the chosen answer - gain of the rejected answer)) of each pair.
 
-    Documents come in pairs, chosen before rejected; each pair weighs the same. Hits are those of the chosen answers.
+    The gain of an answer is its log-likelihood minus its log-likelihood by the reference. Documents come in pairs,
+    chosen before rejected, and all pairs have the same weight. `hits` counts tokens of the chosen answers.
     """
     with torch.no_grad(), adapted.disable_adapter() if start is None else applied(adapted, start):
         reference = log_likelihood(adapted.get_base_model(), batch, layout).nats

@@ -1,4 +1,4 @@
-"""What every method answers of a batch, and how batches add up. Must not hold a method's own arithmetic."""
+"""The result type that all methods share, and how results of batches add up. Must not contain a method's arithmetic."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from worker.trainer.data.labels import macro_f1
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Of each example of the batch, by the dataset's `lines`.
+    """The losses of a batch, one entry for each example; `lines` are their line numbers in the dataset.
 
-    `sums` (examples,) is its loss in nats, differentiable and not yet divided by anything; `counts` is what it weighs
-    in a mean: its trained tokens, or 1. `hits` (examples,) of its `tokens` were argmax. Of preferences alone:
-    `margins` (examples,), their reward margins, and `chosen_nats` (examples,), what the chosen answers cost. Of
-    classification alone: `answers`, the label that each has and the one it was given, by their places.
+    `sums` (examples,) is the loss in nats, differentiable and not yet divided by anything. `counts` is the weight of an
+    example in a mean: its trained tokens, or 1. `hits` (examples,) is how many of its `tokens` were the model's most
+    likely ones.
+
+    DPO only: `margins` (examples,), the reward margins, and `chosen_nats` (examples,), the negative log-likelihood of
+    the chosen answers. Classification only: `answers`, pairs of indices (the row's label, the model's answer).
     """
 
     lines: tuple[int, ...]
@@ -33,7 +35,7 @@ class Loss:
 
 @dataclass(slots=True)
 class Tally:
-    """Losses of several batches, added up."""
+    """Sums over the losses of several batches."""
 
     nats: float = 0.0
     weight: int = 0
@@ -58,7 +60,7 @@ class Tally:
             self.pairs += len(loss.margins)
 
     def score(self) -> Score:
-        """The means."""
+        """The means over everything that was added."""
         return Score(
             loss=self.nats / self.weight,
             token_accuracy=self.hits / self.tokens,

@@ -14,6 +14,6 @@ from worker.trainer.methods.loss import Loss
 
 
 def loss(model: PreTrainedModel, batch: Batch, layout: Layout) -> Loss:
-    """An example is one document, and weighs as much as it has trained tokens."""
+    """The loss of each document, weighted by its number of trained tokens."""
     found = log_likelihood(model, batch, layout)
     return Loss(lines=batch.lines, sums=found.nats, counts=batch.lengths, hits=found.hits, tokens=batch.lengths)

@@ -1,4 +1,4 @@
-"""What is trained, as named tensors: read from a model and put back into it."""
+"""Read the trained weights from a model as named tensors, and load them back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from worker.trainer.model.base import trainable
 from worker.trainer.model.full_weights import Adapted, FullWeights
 
-#: The file of a published adapter, and of a checkpoint.
+#: File name of the trained weights, in a published adapter and in a checkpoint.
 ADAPTER = "adapter_model.safetensors"
 
 Tensors = dict[str, torch.Tensor]
 
 
 def adapter_tensors(adapted: Adapted) -> Tensors:
-    """A copy on the CPU of what is published: the adapter under the keys of the PEFT format, or all weights."""
+    """Copy the weights to publish to the CPU: the adapter under PEFT's keys, or all weights of a full fine-tuning."""
     if isinstance(adapted, FullWeights):
         return {name: tensor.to("cpu") for name, tensor in adapted.published().items()}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -23,17 +23,17 @@ def adapter_tensors(adapted: Adapted) -> Tensors:
 
 
 def set_adapter(adapted: Adapted, tensors: Tensors) -> None:
-    """Raises ValueError unless `tensors` are exactly the adapter's."""
+    """Load trained weights into the model. Raises ValueError if the names differ from the model's own."""
     if isinstance(adapted, FullWeights):
         adapted.set(tensors)
         return
     if (wanted := adapter_tensors(adapted).keys()) != tensors.keys():
-        raise ValueError(f"the adapter's tensors differ: {sorted(wanted ^ tensors.keys())[:4]}")
+        raise ValueError(f"tensor names differ from this adapter's: {sorted(wanted ^ tensors.keys())[:4]}")
     set_peft_model_state_dict(adapted, tensors)
 
 
 def exact_tensors(adapted: Adapted) -> Tensors:
-    """What training goes on from: fp32, and no copy of it where it lies on the CPU."""
+    """The fp32 weights that a resumed run needs, on the CPU. Full weights already on the CPU are not copied."""
     if not isinstance(adapted, FullWeights):
         return adapter_tensors(adapted)
     return {name: weight.detach().to("cpu") for name, weight in trainable(adapted).items()}

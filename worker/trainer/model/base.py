@@ -1,8 +1,8 @@
-"""The frozen base and the adapter on it.
+"""Load the frozen base model, attach trainable weights to it, and detach them.
 
-Owns: loading a base at a quantization, closing bitsandbytes' CPU trap, putting a LoRA on, or weights of its own to be
-trained (`whole.py`), and taking them off.
-Must not run remote code, reach the network, or change a frozen weight: the base may serve the next job.
+Owns: loading at a quantization, attaching a LoRA or full weights (`full_weights.py`), and working around a bug of
+bitsandbytes on CPUs (`disable_avx512_repacking`). Must not run remote code, use the network, or change a frozen weight:
+the next job may use the same base.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from worker.trainer.system.resource_errors import is_kernel_error, is_out_of_mem
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A resident base model. `compute_dtype` is what its matrix products run in; losses and adapters stay fp32.
+    """A loaded base model.
 
-    `stored_dtype` is that of its files. A classifier has a `head`, the paths of its modules, of which the files are
-    without the parameters `blank`.
+    `compute_dtype` is the type of its matrix products; losses and adapters are fp32. `stored_dtype` is the type in its
+    files. For a classifier, `head` holds the paths of its head modules, and `uninitialized` the names of the head
+    parameters for which the files have no usable values.
     """
 
     model: PreTrainedModel
@@ -49,12 +50,12 @@ class Base:
     compute_dtype: torch.dtype
     stored_dtype: torch.dtype = torch.float32
     head: tuple[str, ...] = ()
-    blank: tuple[str, ...] = ()
+    uninitialized: tuple[str, ...] = ()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Autocast for adapters in fp32 on a bf16 base: bf16 adapters would lose small updates."""
-        # Its cache of cast weights is of all threads, and is emptied by whichever leaves first.
+        """Autocast to the compute type. Adapters are fp32 even on a bf16 base: in bf16 small updates would be lost."""
+        # No cache of cast weights: all threads share it, and the first one to leave autocast clears it.
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled, cache_enabled=False):
             yield
@@ -67,20 +68,21 @@ def load_base(
     labels: Sequence[str] | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Base:
-    """Load safetensors as they are or quantized on the fly, computing in bf16 where the machine is fast at it.
+    """Load a base from safetensors and quantize it on the fly. It computes in bf16 where the machine does so fast.
 
-    With `labels` it is a classifier's; what the files are without of its head is yet to be drawn.
-    Raises TrainingFailed if the folder holds no usable model.
+    With `labels` the model is a classifier; call `classification_head.initialize` before using it. Raises
+    TrainingFailed if the folder holds no usable model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype or (torch.bfloat16 if _fast_bfloat16(device) else torch.float32)
     try:
         model, loading = (AutoModelForSequenceClassification if labels else AutoModelForCausalLM).from_pretrained(
             base_dir,
-            # Another classifier's head may have another width, which is drawn anew; any other misfit is refused below.
+            # The files may hold a head with another number of labels; it is initialized anew. Any other tensor with a
+            # wrong shape is an error, raised below.
             **({"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}),
             quantization_config=_quantization_config(
-                quantization, dtype, skipped=classification_head.unquantized(base_dir) if labels else None
+                quantization, dtype, skip_modules=classification_head.unquantized(base_dir) if labels else None
             ),
             dtype=dtype,
             device_map={"": device},
@@ -101,13 +103,13 @@ def load_base(
             param="model",
             hint="choose another base or quantization; `milliner models` lists what is imported",
         ) from error
-    blank = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    head = classification_head.head(model, blank) if labels else ()
-    if labels is not None and classification_head.means_other(model.config, labels):
+    missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    head = classification_head.head(model, missing) if labels else ()
+    if labels is not None and classification_head.labels_differ(model.config, labels):
         outputs = {name for name, parameter in model.named_parameters() if len(parameter) == len(labels)}
-        blank |= {name for name in outputs if classification_head.is_of(name, head)}
-    if absent := sorted(name for name in blank if not classification_head.is_of(name, head)):
-        # transformers fills what is not there with random numbers, and goes on.
+        missing |= {name for name in outputs if classification_head.in_head(name, head)}
+    if absent := sorted(name for name in missing if not classification_head.in_head(name, head)):
+        # transformers only logs a warning, and fills missing tensors with random numbers.
         raise TrainingFailed(
             f"the base model's files lack {len(absent)} of its weights, such as {absent[0]}",
             code="unsupported_base_model",
@@ -116,21 +118,21 @@ def load_base(
         )
     for path in head:
         model.get_submodule(path).float()
-    close_nf4_trap(model)
+    disable_avx512_repacking(model)
     short_attention.use(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if device.type == "cpu" and quantization is not Quantization.NONE:
         release_mapped_files(model)
-    free_memory.free()  # of SmolLM2-135M's matrices as they were, it has kept half a gigabyte
-    return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(blank)))
+    free_memory.free()  # the heap keeps half a gigabyte of SmolLM2-135M's unquantized matrices otherwise
+    return Base(model, device, dtype, _stored_type(base_dir), head, tuple(sorted(missing)))
 
 
-def close_nf4_trap(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on AVX512-BF16 machines.
+def disable_avx512_repacking(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It does so at the first no-grad forward in eval mode, and never undoes it: after one evaluation, training loses the
-    base path's gradients (LoRA gradients 87 % wrong, loss unchanged).
+    It repacks at the first no-grad forward in eval mode and never undoes it. After one evaluation, training then loses
+    the gradients that flow through the base: LoRA gradients are 87 % wrong, while the loss looks the same.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -138,9 +140,10 @@ def close_nf4_trap(model: torch.nn.Module) -> None:
 
 
 def release_mapped_files(model: torch.nn.Module) -> None:
-    """Copy what still lies in the mapped files: one embedding would keep all of them mapped.
+    """Copy every tensor that is still memory-mapped from the files, so that the files are unmapped.
 
-    And the pages of the matrices that are quantized by now would count as ours: 212 MB of SmolLM2-135M's.
+    A single mapped embedding would keep whole files mapped, and their pages count as memory of this process: 212 MB of
+    SmolLM2-135M's matrices, which are quantized by now.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, Params4bit | Int8Params):
@@ -149,10 +152,10 @@ def release_mapped_files(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """What `attach` put on a base, and what `detach` needs to restore it.
+    """The weights that `attach` added to a base, and what `detach` needs to restore it.
 
-    `heads` are the base's own head modules by path, which PEFT wraps; `dropouts` are (module, attribute, rate) of the
-    base's own dropouts that were set to 0.
+    `heads` maps path to the base's own head module, which PEFT wraps. `dropouts` are (module, attribute, rate) of the
+    base's own dropouts that `attach` set to 0.
     """
 
     adapted: Adapted
@@ -161,61 +164,62 @@ class Attachment:
 
 
 def attach(base: Base, recipe: Recipe) -> Attachment:
-    """Put what the recipe trains on the base, in train mode; `detach` undoes it.
+    """Attach the recipe's trainable weights to the base, in train mode; `detach` undoes it.
 
-    A LoRA's weights are drawn from torch's global generator, so seed it first. Raises TrainingFailed, with the base
-    untouched, if the recipe does not fit the base.
+    A LoRA's weights come from torch's global generator: seed it first. Raises TrainingFailed if the recipe does not fit
+    the base, which is then unchanged.
     """
     dropouts = own_dropouts(base.model) if recipe.method == "dpo" else []
     heads = {path: base.model.get_submodule(path) for path in base.head}
-    adapted = _whole(base) if recipe.full_finetuning else _lora(base, recipe)
-    # DPO compares tuned and reference likelihoods: dropout of the base would make them differ by chance.
+    adapted = _full_weights(base) if recipe.full_finetuning else _lora(base, recipe)
+    # DPO compares likelihoods of tuned and reference model; the base's dropout would make them differ at random.
     for module, name, _ in dropouts:
         setattr(module, name, 0.0)
     adapted.train()
     return Attachment(adapted, {} if recipe.full_finetuning else heads, dropouts)
 
 
-def _whole(base: Base) -> FullWeights:
+def _full_weights(base: Base) -> FullWeights:
     if getattr(base.model, "hf_quantizer", None) is not None:
         raise TrainingFailed(
             "the base model's own files are quantized, and quantized weights cannot be trained",
             code="unsupported_base_model",
             param="trainer.full_finetuning",
-            hint="leave it out and train a LoRA, or choose a base whose files are not quantized",
+            hint="remove this setting and train a LoRA, or choose a base whose files are not quantized",
         )
     return FullWeights(base.model, stored=base.stored_dtype)
 
 
 def _lora(base: Base, recipe: Recipe) -> PeftModel:
-    """A fresh LoRA in fp32, its weights drawn from torch's global generator (seed it first)."""
+    """A new LoRA in fp32. A is drawn from torch's global generator; B is zero, so at first the LoRA changes nothing."""
     if not isinstance(recipe.target_modules, str):
         for target in recipe.target_modules:
             _check_target(base.model, target)
     try:
         with warnings.catch_warnings():
-            # peft 0.21 still asks for a name that transformers 5 has renamed.
+            # peft 0.21 uses an attribute that transformers 5 has renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = get_peft_model(base.model, lora_config(base, recipe), autocast_adapter_dtype=True)
     except ValueError as error:
         raise _invalid_lora(f"the adapter does not fit the base: {error}") from error
     assert isinstance(model, PeftModel)
     if base.device.type == "cpu":
-        # Measured there. On a GPU unpacking is fast, memory dear, and PEFT's own forward what fit.py describes.
+        # Only measured on CPUs. On a GPU dequantizing is fast and memory is scarce, and the memory model
+        # (shared/estimation/memory_model.py) describes PEFT's own forward.
         fused_lora.fuse(model)
     return model
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A published adapter, put on as any user would."""
+    """Load a published adapter with stock PEFT, as a user would."""
     with warnings.catch_warnings():
-        # peft 0.21 still asks for a name that transformers 5 has renamed.
+        # peft 0.21 uses an attribute that transformers 5 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, folder)
 
 
 def detach(attached: Attachment) -> None:
-    """Leave the base exactly as it was before `attach`."""
+    """Restore the base to exactly what it was before `attach`."""
     keep_activations(attached.adapted, kept=True)
     base = attached.adapted.unload()
     for path, module in attached.heads.items():
@@ -225,7 +229,7 @@ def detach(attached: Attachment) -> None:
 
 
 def keep_activations(adapted: PeftModel, *, kept: bool) -> None:
-    """From forward to backward, as a base does when it is loaded; or compute each layer's anew (checkpointing)."""
+    """Keep activations for the backward pass (the default), or recompute them there (gradient checkpointing)."""
     model = adapted.get_base_model()
     if kept:
         model.activation_checkpointing_disable()
@@ -234,7 +238,8 @@ def keep_activations(adapted: PeftModel, *, kept: bool) -> None:
 
 
 def lora_config(base: Base, recipe: Recipe) -> LoraConfig:
-    targets = _beside_head(base, recipe.target_modules) if base.head else recipe.target_modules
+    """PEFT's configuration for the recipe's LoRA on this base."""
+    targets = _targets_without_head(base, recipe.target_modules) if base.head else recipe.target_modules
     return LoraConfig(
         task_type="SEQ_CLS" if base.head else "CAUSAL_LM",
         r=recipe.r,
@@ -249,30 +254,30 @@ def lora_config(base: Base, recipe: Recipe) -> LoraConfig:
 
 
 def trainable(adapted: Adapted) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name, in the model's order: the order of the optimizer."""
+    """The trainable parameters by name, in the model's order."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
-def _beside_head(base: Base, targets: str | list[str]) -> list[str]:
-    """Paths of the linear modules that are targets and not the head's: RoBERTa calls one of those `dense`, too.
+def _targets_without_head(base: Base, targets: str | list[str]) -> list[str]:
+    """Full paths of the linear modules that match `targets` and are not part of the classification head.
 
-    PEFT would name all of them by that last word, and leave the head out as it knows best; this leaves nothing to it.
+    The last part of a name is not enough: RoBERTa has a `dense` in its backbone and one in its head.
     """
     names = None if isinstance(targets, str) else targets
     found = [
         path
         for path, module in base.model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and not classification_head.is_of(f"{path}.", base.head)
+        and not classification_head.in_head(f"{path}.", base.head)
         and (names is None or any(f".{path}".endswith(f".{name}") for name in names))
     ]
     if not found:
-        raise _invalid_lora(f"target_modules: {targets!r} names nothing but the head, which is trained in full")
+        raise _invalid_lora(f"target_modules: {targets!r} matches only the head, which is trained in full anyway")
     return found
 
 
 def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, float]]:
-    """Where the base itself draws random numbers in training: (module, attribute, rate). Of no adapter that is on."""
+    """The base's dropouts, as (module, attribute, rate). Call it before an adapter with dropout is attached."""
     return [
         (module, name, rate)
         for module in model.modules()
@@ -282,25 +287,27 @@ def own_dropouts(model: PreTrainedModel) -> list[tuple[torch.nn.Module, str, flo
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """Does the base keep its weights as (in, out), as GPT-2 does? Quantized they are ordinary linears, and remember it.
+    """Whether the base stores weights as (in, out), as GPT-2 does (`fan_in_fan_out` in PEFT).
 
-    An adapter says so even if it was trained on those: whoever loads it may not quantize.
+    Quantized, its modules become ordinary linear modules that keep the original class in `source_cls`. The adapter's
+    config must be true for the unquantized base too, because whoever loads the adapter may not quantize.
     """
     return any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in model.modules())
 
 
 def _check_target(model: PreTrainedModel, target: str) -> None:
-    """PEFT passes over a name that matches nothing, and takes the head and the embeddings, which the loss does not.
+    """Refuse a target that matches no module, or the head or an embedding, or a module that is not linear.
 
-    The chunked loss runs the head frozen, and an adapter on tied or embedding weights would carry the whole matrix.
+    PEFT ignores a name without a match, and accepts head and embeddings. But the chunked loss needs a frozen head, and
+    an adapter on embeddings or tied weights would have to contain the whole matrix.
     """
     found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
     if not found:
-        raise _invalid_lora(f"target_modules: {target!r} names no module of this base")
+        raise _invalid_lora(f"target_modules: {target!r} matches no module of this base")
     if any(module in (model.get_input_embeddings(), model.get_output_embeddings()) for module in found):
         raise _invalid_lora(f"target_modules: {target!r} is the base's head or embedding, which stays frozen")
     if not all(isinstance(module, torch.nn.Linear | Conv1D) for module in found):
-        raise _invalid_lora(f"target_modules: {target!r} is no linear module")
+        raise _invalid_lora(f"target_modules: {target!r} is not a linear module")
 
 
 def _invalid_lora(message: str) -> TrainingFailed:
@@ -319,28 +326,28 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 
 def _stored_type(base_dir: str) -> torch.dtype:
-    """By the config; one that says nothing is of fp32."""
+    """The type in the base's files, by its config; fp32 if the config names none."""
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
     return config.dtype or torch.float32
 
 
 def _is_quantized(base_dir: str) -> bool:
-    """Does the base come quantized (HQQ, compressed-tensors), and so perhaps need a library that no worker has?"""
+    """Whether the files are already quantized (HQQ, compressed-tensors): that may need a library no worker has."""
     return "quantization_config" in json.loads((Path(base_dir) / "config.json").read_text(encoding="utf-8"))
 
 
 def _quantization_config(
-    quantization: Quantization, dtype: torch.dtype, *, skipped: list[str] | None
+    quantization: Quantization, dtype: torch.dtype, *, skip_modules: list[str] | None
 ) -> BitsAndBytesConfig | None:
-    """`skipped` are left as they are; None leaves what to skip to transformers: the output projection."""
+    """`skip_modules` are not quantized; with None transformers skips the output projection."""
     if quantization is Quantization.NF4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skipped,
+            llm_int8_skip_modules=skip_modules,
         )
     if quantization is Quantization.INT8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
     return None

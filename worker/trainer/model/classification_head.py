@@ -1,7 +1,7 @@
-"""The head that makes a classifier of a base: which modules it is, and what its weights are before training.
+"""The classification head of a base: which modules form it, and its initial weights.
 
-Owns: telling the head from the backbone, and drawing what a base's files do not hold of it. A head is in fp32, never
-quantized, bears no LoRA, is trained in full and published whole. Must not load a weight.
+Owns: telling head from backbone, and initializing head parameters that the base's files lack. A head is fp32, never
+quantized, has no LoRA, is trained in full and is published with the adapter. Must not load weights from files.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-#: Between backbone and labels, BERT has a pooler, which masked language models are saved without.
+#: BERT has a pooler between backbone and classifier. Masked language models are saved without it.
 POOLER = "pooler"
-#: Of a head whose base names none in its config.
+#: Standard deviation of initial weights, if the base's config names none.
 INITIALIZER_RANGE = 0.02
 
 
 def head(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
-    """Paths of the modules that a classifier has beyond its backbone, and of the pooler that the files are without."""
+    """Paths of the head modules: all outside the backbone, and the pooler if its parameters are in `missing`."""
     beyond = [
         name
         for name, child in model.named_children()
@@ -30,7 +30,7 @@ def head(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
 
 
 def unquantized(base_dir: str) -> list[str]:
-    """What quantization passes over: the head, as regular expressions on paths."""
+    """Regular expressions for the paths of the head modules, which are not quantized."""
     config = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -38,9 +38,9 @@ def unquantized(base_dir: str) -> list[str]:
 
 
 def config(base_dir: str, labels: Sequence[str], *, pad: int) -> PreTrainedConfig:
-    """The base's config as a classifier's: which label each output is, and what rows are padded with.
+    """The base's config as that of a classifier, with the label of each output and the pad id.
 
-    It is published beside the adapter, whose own config knows neither.
+    It is published with the adapter, because PEFT's adapter config has no field for either.
     """
     found = AutoConfig.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
     found.id2label = dict(enumerate(labels))
@@ -50,25 +50,25 @@ def config(base_dir: str, labels: Sequence[str], *, pad: int) -> PreTrainedConfi
     return found
 
 
-def means_other(config: PreTrainedConfig, labels: Sequence[str]) -> bool:
-    """Do the base's files name the outputs of their head, and other than `labels`, or in another order?
+def labels_differ(config: PreTrainedConfig, labels: Sequence[str]) -> bool:
+    """Whether the base's files name labels for their head that differ from `labels`, also in order.
 
-    Such an output would begin as the answer to another question.
+    Such a head was trained for other labels, so its output weights are not kept.
     """
     named = [config.id2label.get(i) for i in range(len(labels))]
     return named != [f"LABEL_{i}" for i in range(len(labels))] and named != list(labels)
 
 
-def is_of(name: str, head: Iterable[str]) -> bool:
-    """Is this parameter the head's?"""
+def in_head(name: str, head: Iterable[str]) -> bool:
+    """Whether the parameter `name` belongs to one of the modules `head`."""
     return any(name.startswith(f"{module}.") for module in head)
 
 
-def draw(model: PreTrainedModel, names: Iterable[str], *, seed: int, pad: int) -> None:
-    """Give the parameters `names` the first weights that `seed` draws: matrices normal, norms one, biases zero.
+def initialize(model: PreTrainedModel, names: Iterable[str], *, seed: int, pad: int) -> None:
+    """Set the parameters `names` to initial values from `seed`: matrices normal, norms one, biases zero.
 
-    The same in training and in the proof, and in every job on a resident base. `pad` is what rows will be padded with:
-    a decoder answers at the last token that is none.
+    A generator of its own makes them the same in training, in the proof, and in every job on this base. `pad` is the
+    pad id: a decoder classifies at the last token that is not padding.
     """
     model.config.get_text_config().pad_token_id = pad
     deviation = float(getattr(model.config.get_text_config(), "initializer_range", None) or INITIALIZER_RANGE)

@@ -1,11 +1,11 @@
-"""The base trained whole: fp32 weights in the places of its own, which are kept.
+"""Full fine-tuning: fp32 copies of all weights take the places of the base's own, which are kept.
 
-Owns: which of the two the model holds at a time. It answers to what the rest of the trainer asks of an adapter, so that
-"off" is the base, as ever. Must not change a weight of the base: it may serve the next job.
+Owns: which of the two sets the model currently uses. The class has the methods of a PeftModel that the trainer uses, so
+that "adapter disabled" means the base here too. Must not change a weight of the base: the next job may use it.
 
-The trained weights are in fp32, because a step is often smaller than what bf16 can tell apart; products run in the
-compute type, by autocast. In evaluation they are rounded to the type of the published files, and then to that in which
-the base is held: a score is of what a reader of those files gets, and of base and tuned in the same arithmetic.
+Trained weights are fp32, because an update is often smaller than the precision of bf16; autocast runs the products in
+the compute type. For evaluation the weights are rounded to the type of the published files and then to the type in which
+the base is loaded. So a score holds for whoever loads the files, and base and tuned model use the same arithmetic.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class FullWeights:
-    """A base, and the weights that are trained in its stead. Tied ones are one, under the first of their names.
+    """A base and its trained weights. Tied weights are a single parameter, under the first of their names.
 
-    Parameters change places, and no data: nothing is written to the base's own, and autograd and autocast know them
-    apart. `stored` is the type of the base's files.
+    Switching replaces Parameter objects in the modules and copies no data into the base's own, so autograd and autocast
+    never confuse the two. `stored` is the type of the base's files.
     """
 
     def __init__(self, model: PreTrainedModel, *, stored: torch.dtype) -> None:
@@ -40,7 +40,7 @@ class FullWeights:
             for module in model.modules()
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         ]
-        self._held: Tensors = self.originals
+        self._in_use: Tensors = self.originals
         self.train()
 
     @property
@@ -48,20 +48,20 @@ class FullWeights:
         return bool(self._model.training)
 
     def get_base_model(self) -> PreTrainedModel:
-        """The model, holding what it does at the moment."""
+        """The model, with the weights that are in use at the moment."""
         return self._model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trained, in all), which is the same."""
+        """(trainable, total): the same number twice."""
         count = sum(weight.numel() for weight in self.weights.values())
         return count, count
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """What is trained, in the model's order."""
+        """The trained weights, in the model's order."""
         return iter(self.weights.items())
 
     def parameters(self) -> Iterator[Parameter]:
-        """All that are held: what is trained, and the base's own, frozen."""
+        """All parameters in memory: the trained ones, then the base's own, frozen."""
         yield from self.weights.values()
         yield from self.originals.values()
 
@@ -73,55 +73,55 @@ class FullWeights:
 
     def train(self) -> None:
         self._model.train()
-        self._hold(self.weights)
+        self._use(self.weights)
 
     def eval(self) -> None:
-        self._hold({n: w.to(self.originals[n].dtype) for n, w in self.published().items()})
+        self._use({n: w.to(self.originals[n].dtype) for n, w in self.published().items()})
         self._model.eval()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base as it was; in train mode in fp32, so that what DPO compares differs by what was learned alone."""
-        held = self._held
-        self._hold({n: w.float() for n, w in self.originals.items()} if self.training else self.originals)
+        """Use the base's own weights; in train mode as fp32, so that DPO's reference differs by training alone."""
+        before = self._in_use
+        self._use({n: w.float() for n, w in self.originals.items()} if self.training else self.originals)
         try:
             yield
         finally:
-            self._hold(held)
+            self._use(before)
 
     def unload(self) -> PreTrainedModel:
-        """The base, its own weights back in their places for good."""
-        self._hold(self.originals)
+        """Restore the base's own weights for good and return the base."""
+        self._use(self.originals)
         return self._model
 
     def published(self) -> dict[str, torch.Tensor]:
-        """A copy of what is trained, in the type of the base's files."""
+        """Copy the trained weights in the type of the base's files."""
         return {name: weight.detach().to(self._stored, copy=True) for name, weight in self.weights.items()}
 
     @contextmanager
     def as_published(self) -> Iterator[PreTrainedModel]:
-        """The model with what is trained, in the type of the base's files."""
-        held = self._held
-        self._hold(self.published())
+        """Yield the model with the trained weights in the type of the base's files."""
+        before = self._in_use
+        self._use(self.published())
         try:
             yield self._model
         finally:
-            self._hold(held)
+            self._use(before)
 
     @torch.no_grad()
     def set(self, tensors: Tensors) -> None:
-        """Take these for what is trained. Raises ValueError unless they are exactly its names."""
+        """Overwrite the trained weights. Raises ValueError unless `tensors` has exactly their names."""
         if differing := sorted(self.weights.keys() ^ tensors.keys()):
-            raise ValueError(f"the weights differ: {differing[:4]}")
+            raise ValueError(f"tensor names differ from this model's: {differing[:4]}")
         for name, weight in self.weights.items():
             weight.copy_(tensors[name])
 
-    def _hold(self, tensors: Tensors) -> None:
+    def _use(self, tensors: Tensors) -> None:
         parameters = {n: t if isinstance(t, Parameter) else Parameter(t, False) for n, t in tensors.items()}
         for module, attribute, name in self._places:
             setattr(module, attribute, parameters[name])
-        self._held = parameters
+        self._in_use = parameters
 
 
-#: A base with what is trained of it: a LoRA, or all of its weights. Off, it is the base.
+#: A base with trainable weights attached: a LoRA, or all of its weights. `disable_adapter` gives the base alone.
 Adapted = PeftModel | FullWeights

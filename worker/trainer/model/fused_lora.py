@@ -1,7 +1,7 @@
-"""A linear layer with a LoRA on it, as one step of autograd.
+"""A faster LoRA forward and backward for CPUs. CPU only: on a GPU PEFT's own forward runs, so you can skip this file.
 
-Owns: the arithmetic of `y = x Wᵀ + s (x Aᵀ) Bᵀ` and of its gradients, and how long a dequantized W lives. Must not
-change W. PEFT's own forward is the same mathematics in a dozen kernels, most of which only copy activations.
+Owns: `y = x Wᵀ + s (x Aᵀ) Bᵀ` and its gradients as a single autograd function, and how long a dequantized W is kept.
+Must not change W. PEFT's own forward computes the same with a dozen kernels, most of which only copy activations.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch.nn import functional
 from shared.estimation.defaults import RESIDENT_BYTES
 from worker.trainer.model.full_weights import Adapted
 
+#: PEFT's name for an adapter that was given none.
 ADAPTER = "default"
 
 
 def fuse(adapted: PeftModel) -> None:
-    """Give every adapter that is a plain LoRA on a plain matrix the faster forward.
+    """Replace the forward of every plain LoRA layer until the adapter is detached.
 
-    It goes when the adapter is taken off, the dequantized matrices with it. The rest keeps PEFT's: DoRA, dropout,
-    LLM.int8(), Conv1D.
+    The first layers also keep their matrix dequantized, up to RESIDENT_BYTES in total. Layers with DoRA, dropout,
+    LLM.int8() or Conv1D keep PEFT's forward.
     """
     room = RESIDENT_BYTES
     for module in adapted.modules():
@@ -40,16 +41,16 @@ def fuse(adapted: PeftModel) -> None:
 
 
 def drop_resident_weights(adapted: Adapted) -> None:
-    """Keep no matrix dequantized any longer: memory is short, and the result the same to the bit."""
+    """Free the dequantized matrices, for when memory is short. Results stay the same, bit for bit."""
     for module in adapted.modules():
         if isinstance(module, LoraLayer) and "forward" in vars(module):
             module.forward = partial(forward, module, None)
 
 
 def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """In place of `module.forward`: (…, in) → (…, out).
+    """Replacement of `module.forward`: (…, in) → (…, out).
 
-    What is scored rather than learned goes PEFT's own way, so that whoever loads the adapter finds the same bits.
+    In evaluation PEFT's own forward runs, so that whoever loads the adapter with PEFT gets the same bits.
     """
     if module.disable_adapters or module.merged or not module.training:
         plain: torch.Tensor = type(module).forward(module, x)
@@ -62,7 +63,7 @@ def forward(module: Any, resident: torch.Tensor | None, x: torch.Tensor) -> torc
 
 
 def weight(base: torch.nn.Linear) -> torch.Tensor:
-    """(out, in) in the type that products run in; for a 4-bit matrix the values that bitsandbytes computes with."""
+    """W (out, in) in the compute type. A 4-bit matrix is dequantized to the values that bitsandbytes computes with."""
     if isinstance(base, Linear4bit):
         unpacked: torch.Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
         return unpacked.to(base.compute_dtype or unpacked.dtype)
@@ -70,7 +71,7 @@ def weight(base: torch.nn.Linear) -> torch.Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Keeps x and x Aᵀ for backward, and takes W anew there."""
+    """Saves x and x Aᵀ for backward; W is dequantized again there unless it is resident."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes no keywords)

@@ -1,7 +1,8 @@
-"""The adapter of another job, where training goes on from it: what the run begins as, and what it is measured against.
+"""The adapter of another job from which training starts: the run begins with it and is compared with it.
 
-Owns: reading it, and wearing it for a moment in place of what has been trained since. It costs its own bytes and no
-second set of modules: parameters point to other memory and back, so that a reference is the same model, to the bit.
+Owns: loading it, and applying it for a moment in place of the adapter in training. For that, the same parameters point
+to other memory and back. So it costs its own bytes but no second set of modules, and a reference model is the same
+model, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from safetensors.torch import load_file
 
 from worker.trainer.model import adapter_weights
 
-#: By the names of the model's parameters, and where those are.
+#: Tensors by the names of the model's adapter parameters, on the same devices as these.
 InitialAdapter = dict[str, torch.Tensor]
 
 
 def load(folder: str, adapted: PeftModel) -> InitialAdapter:
-    """The adapter in this folder, fitted to `adapted`, which is left as it was.
+    """Read the adapter in `folder` in the form of `adapted`'s parameters, leaving `adapted` unchanged.
 
-    Raises ValueError unless the two have the same tensors.
+    Raises ValueError unless both have tensors of the same names.
     """
     own = adapter_weights.adapter_tensors(adapted)
     adapter_weights.set_adapter(adapted, load_file(Path(folder) / adapter_weights.ADAPTER))
@@ -34,7 +35,7 @@ def load(folder: str, adapted: PeftModel) -> InitialAdapter:
 
 
 def apply(adapted: PeftModel, start: InitialAdapter) -> None:
-    """Let the adapter be a copy of it."""
+    """Copy `start` into the adapter's parameters."""
     with torch.no_grad():
         for name, parameter in _parameters(adapted).items():
             parameter.copy_(start[name])
@@ -42,22 +43,22 @@ def apply(adapted: PeftModel, start: InitialAdapter) -> None:
 
 @contextmanager
 def applied(adapted: PeftModel, start: InitialAdapter) -> Iterator[None]:
-    """The model with `start` for its adapter, also where that is off just now, and without the adapter's dropout.
+    """Use `start` as the model's adapter inside the block, enabled and without adapter dropout; no gradients.
 
-    For what needs no gradient. In train mode the rest stays so: LLM.int8() computes otherwise in evaluation.
+    The rest of the model keeps its mode, because LLM.int8() computes differently in train and eval mode.
     """
     layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    was_off = layers[0].disable_adapters
+    was_disabled = layers[0].disable_adapters
     own = {name: parameter.data for name, parameter in _parameters(adapted).items()}
     _point(adapted, start)
     for layer in layers:
         layer.lora_dropout.eval()
-    if was_off:
+    if was_disabled:
         adapted.base_model.enable_adapter_layers()
     try:
         yield
     finally:
-        if was_off:
+        if was_disabled:
             adapted.base_model.disable_adapter_layers()
         for layer in layers:
             layer.lora_dropout.train(layer.training)
@@ -65,12 +66,12 @@ def applied(adapted: PeftModel, start: InitialAdapter) -> Iterator[None]:
 
 
 def _parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The adapter's, whether they are being trained or only read."""
+    """The adapter's parameters, trainable or not."""
     return {name: parameter for name, parameter in adapted.named_parameters() if ".lora_" in name}
 
 
 def _point(adapted: PeftModel, tensors: InitialAdapter) -> None:
-    """Autocast keeps casts by parameter, and would go on with those of the other memory."""
-    torch.clear_autocast_cache()
+    """Let the adapter's parameters point to `tensors`."""
+    torch.clear_autocast_cache()  # it holds casts by parameter, here of the memory they pointed to before
     for name, parameter in _parameters(adapted).items():
         parameter.data = tensors[name]

@@ -1,10 +1,12 @@
-"""Attention over short rows on a CPU, as a few products of matrices.
+"""Faster attention over short rows on a CPU. CPU only: a GPU uses torch's fused kernel, so you can skip this file.
 
-Owns: the one case in which torch's fused kernel is slow. Must not change what is attended to: transformers masks.
+Owns: the one case in which torch's fused kernel is slow on a CPU. Must not change which tokens attend to which:
+transformers builds the mask.
 
-The fused kernel takes a row in blocks of 32 queries, whose products are too small for a CPU's bf16 units. Rows of
-`LONGEST` tokens and fewer, which packing makes, are done whole. Backward computes the weights again, as that kernel
-does, so that none are kept. Scores are rounded to the compute type, as in transformers' "eager" attention.
+The fused kernel processes a row in blocks of 32 queries, and products of that size are too small for a CPU's bf16
+units. Here, rows of up to LONGEST tokens, such as packing makes, are one product each. Backward recomputes the
+attention weights, as the fused kernel does, so that none are stored. Scores are rounded to the compute type, as in
+transformers' "eager" attention.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "short_rows"
-#: Tokens of a row. In thread time, forward and backward: at 128 a quarter of the fused kernel's, at 512 more than it.
+#: Longest row in tokens. Thread time, forward and backward: a quarter of the fused kernel's at 128 tokens, more than
+#: the fused kernel's at 512.
 LONGEST = 320
-#: What projections that make keys, alone or with queries and values, are called.
+#: Names of projections that compute keys, alone or together with queries and values.
 KEYS = frozenset({"k_proj", "key", "c_attn", "qkv_proj", "query_key_value"})
 
 
 def use(model: PreTrainedModel) -> None:
-    """Where the model would take torch's fused kernel on a CPU, take this one for short rows.
+    """Register this attention for a model on a CPU that would use torch's fused kernel.
 
-    Not on bases with biases in their keys, such as Qwen 2: they may make scores so large that rounding shows.
+    Models with biases in their keys, such as Qwen 2, are left alone: their scores can be so large that rounding them to
+    bf16 changes the result.
     """
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not _are_keys_biased(model):
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
@@ -52,12 +56,14 @@ def attend(  # noqa: PLR0917 (transformers' signature)
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (rows, heads, length, width), key and value (rows, groups, length, width) → (rows, length, heads, width).
+    """Attend: query (rows, heads, length, width), key and value (rows, groups, length, width) → (rows, length, heads,
+    width).
 
-    `attention_mask` is True where a query sees a key, (rows, 1, length, length), or None: each sees those before it.
+    `attention_mask` (rows, 1, length, length) is True where a query attends to a key; None means causal. Cases that
+    this function does not cover go to torch's fused kernel.
     """
     if torch.is_autocast_enabled(query.device.type):
-        # As the fused kernel does: rotated in fp32, queries and keys may have another type than values.
+        # The fused kernel casts too: rotary embeddings leave queries and keys in fp32 while values are in bf16.
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     length = query.shape[2]
     if attention_mask is None and _is_causal(module, options):
@@ -84,7 +90,7 @@ def _is_causal(module: torch.nn.Module, options: dict[str, Any]) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """The queries that share a key head are one matrix: nothing is repeated for them."""
+    """Queries that share a key head form one matrix, so that keys and values need not be repeated."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes no keywords)
@@ -113,7 +119,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Softmax over the keys that are not `hidden`. A query that sees none gets the mean, which nobody looks at."""
+    """Softmax over the keys that are not `hidden`. A query without any gets equal weights; its output is not used."""
     scores = torch.bmm(q * scaling, k.transpose(1, 2))
     rows, length = hidden.shape[0], k.shape[1]
     by_row = scores.view(rows if rows > 1 else 1, -1, length, length)

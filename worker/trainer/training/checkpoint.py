@@ -1,7 +1,7 @@
-"""A folder that holds all of a run: adapter, optimizer, random numbers, counters.
+"""A checkpoint: a folder with adapter, optimizer state, random generators and counters.
 
-Owns: making a run bitwise resumable. Tensors go to safetensors and
-the rest to JSON: a checkpoint travels through a bucket, and loading one must never run code, so nothing is pickled.
+Owns: making a run resumable bit for bit. Tensors are stored as safetensors and everything else as JSON. Nothing is
+pickled: checkpoints travel through a bucket, and loading one must never run code.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ OPTIMIZER = "optimizer.safetensors"
 BASE = "base.safetensors"
 STATE = "state.json"
 
-#: What base.safetensors calls the losses of each held-out row.
+#: Tensors of base.safetensors, with the fields of RunState that they hold.
 NATS = {"nats": "base_nats", "start": "start_nats"}
 
 
 class RunState(BaseModel):
-    """What a run has come to. `seconds` is time spent in optimizer steps, over all attempts.
+    """The progress of a run. `seconds` is the time spent in optimizer steps, over all attempts.
 
-    `fallback_level` is the rung of `ladder.py` that the run has come down to, `lanes` how many it began with.
-    `base_nats` are each held-out row's loss by the base, which fp32 holds; with many rows they are too long for JSON.
-    `start` and `start_nats` are the same of the adapter that the run began with.
+    `base` is the base's held-out score, and `base_nats` its loss on each held-out row; these are stored as an fp32
+    tensor, because JSON would be large. `start` and `start_nats` are the same for the adapter from which training
+    started. `fallback_level` is the index of the layout in use (`forward/fallback.py`), and `lanes` the number of CPU
+    threads at the start of the run (`forward/threads.py`).
     """
 
     recipe: Recipe
@@ -58,7 +59,7 @@ class RunState(BaseModel):
 
 
 class RandomState(BaseModel):
-    """Python's and NumPy's generators; torch's are tensors and lie beside the optimizer."""
+    """Python's and NumPy's generators. Torch's are tensors and are stored with the optimizer."""
 
     python: list[Any]
     numpy_key: list[int]
@@ -66,14 +67,14 @@ class RandomState(BaseModel):
 
 
 class Stored(BaseModel):
-    """state.json."""
+    """The content of state.json."""
 
     run: RunState
     random: RandomState
 
 
 def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: RunState, best: Tensors | None) -> Path:
-    """Write the folder; after this returns it is on the disk, whole. An older one of the same step is replaced."""
+    """Write a checkpoint to `folder`, atomically and synced to disk. An existing folder is replaced."""
     with disk.atomic_folder(folder) as partial:
         save_file(exact_tensors(adapted), partial / ADAPTER)
         save_file(_optimizer_tensors(adapted, optimizer) | torch_random(), partial / OPTIMIZER)
@@ -81,8 +82,8 @@ def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: 
             save_file(best, partial / BEST)
         save_file({name: torch.tensor(getattr(run, field)) for name, field in NATS.items()}, partial / BASE)
         write_metrics(partial / METRICS, run.metrics)
-        lean = run.model_copy(update={"metrics": [], "base_nats": [], "start_nats": []})
-        stored = Stored(run=lean, random=_random_state())
+        without_lists = run.model_copy(update={"metrics": [], "base_nats": [], "start_nats": []})
+        stored = Stored(run=without_lists, random=_random_state())
         (partial / STATE).write_text(stored.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
@@ -90,15 +91,17 @@ def save(folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, run: 
 def load(
     folder: Path, adapted: Adapted, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> tuple[RunState, Tensors | None]:
-    """Put the run back into `adapted`, `optimizer` and every random generator.
+    """Restore `adapted`, `optimizer` and every random generator; return the run's state and its best adapter.
 
-    Raises ValueError for a checkpoint of another recipe.
+    Raises ValueError if the checkpoint was made with another recipe.
     """
     stored = Stored.model_validate_json((folder / STATE).read_text(encoding="utf-8"))
     if stored.run.recipe != recipe:
-        raise ValueError(f"the checkpoint {folder.name} was made by another recipe; it cannot be gone on from")
+        raise ValueError(
+            f"the checkpoint {folder.name} was made with another recipe; it cannot be resumed with this one"
+        )
     stored.run.metrics = read_metrics(folder / METRICS)
-    if (base := folder / BASE).is_file():  # older checkpoints have none, and the base is scored again
+    if (base := folder / BASE).is_file():  # older checkpoints have no such file; the base is then scored again
         for name, tensor in load_file(base).items():
             setattr(stored.run, NATS[name], tensor.tolist())
     set_adapter(adapted, load_file(folder / ADAPTER))
@@ -110,7 +113,7 @@ def load(
 
 
 def latest(run: RunState) -> Metrics:
-    """What is known at this step, the step's own line and its evaluation in one."""
+    """The metrics of the current step: its training metrics merged with its evaluation, if there was one."""
     merged = Metrics(step=run.step, total_steps=run.recipe.total_steps)
     for metrics in run.metrics[-2:]:
         if metrics.step == run.step:
@@ -119,7 +122,7 @@ def latest(run: RunState) -> Metrics:
 
 
 def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's state, flattened: `optimizer.<field>.<parameter>`."""
+    """AdamW's state as flat tensors named `optimizer.<field>.<parameter>`."""
     return {
         f"optimizer.{field}.{name}": tensor.detach().to("cpu").contiguous()
         for name, parameter in trainable(adapted).items()
@@ -128,9 +131,9 @@ def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> Te
 
 
 def _restore_optimizer(adapted: Adapted, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Through `load_state_dict`, which knows where each kind of AdamW keeps its step counter.
+    """Restore AdamW with `load_state_dict`, which puts the step counter on the right device for each kind of AdamW.
 
-    It counts parameters group by group, and a group need not have them in the model's order.
+    It numbers parameters group by group, and a group may have them in another order than the model.
     """
     names = {parameter: name for name, parameter in trainable(adapted).items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,14 +1,25 @@
-"""Train an adapter, from top to bottom: rows, base, adapter, loop, score, artifact.
+"""Train an adapter, from start to end: rows, base, adapter, loop, score, artifact. Read this file first.
 
-This is the file to read first. QLoRA keeps the base frozen, quantized to 4 bits, and trains a small low-rank update
-beside each linear layer (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314). The loop is the
-ordinary one: score the base, then repeat "gradient of a batch, AdamW step", with a checkpoint and an evaluation now
-and then, and at the end score the result and write the artifact.
+LoRA (Hu et al. 2021, arXiv:2106.09685) keeps the base model frozen. Beside each linear layer y = W x it trains two
+small matrices, A (r, in) and B (out, r), so that the layer computes y = W x + (alpha / r) B A x. B starts at zero:
+before the first step the model is exactly the base. QLoRA (Dettmers et al. 2023, arXiv:2305.14314) also stores W in
+4 bits and dequantizes it whenever it is used. Gradients flow through W to earlier layers, but only A and B, in fp32,
+have gradients of their own and AdamW state. That is why training needs so little memory.
 
-Owns: the order of these parts. Must not know about pipes or processes: it is given `emit` and `stopping`.
+The loop itself is ordinary:
+
+1. Score the base on held-out rows.
+2. For each step: compute the gradient of the next batch (`training/step.py`) and let AdamW update A and B. At
+   intervals, score the adapter on the held-out rows and write a checkpoint.
+3. Score the final adapter on the same rows, and write it with a report that compares both scores.
+
+The loss of supervised training is the mean cross entropy of the trained tokens (`methods/sft.py`): those of the answers,
+or all tokens of a plain text.
+
+Owns: the order of these parts. Must not know about pipes or processes: the caller passes `emit` and `stopping`.
 
 A resumed run ends with the same adapter, bit for bit, as one that was never stopped (on a CPU; on CUDA as far as its
-kernels are deterministic): the order of examples is a function of seed and epoch, and the checkpoint holds the rest.
+kernels are deterministic). The order of examples is a function of seed and epoch, and the checkpoint holds the rest.
 """
 
 from __future__ import annotations
@@ -47,7 +58,8 @@ from worker.trainer.training.step import optimizer_step
 
 LoadBase = Callable[[], Base]
 
-#: Seconds between checkpoints at most, however slow the steps: this much work is lost when a machine dies.
+#: Longest time between two checkpoints, in seconds, and so the most work that is lost when a machine dies. A step that
+#: takes longer than this is always finished first.
 SAVE_SECONDS = 300.0
 
 
@@ -59,31 +71,31 @@ def train(
     stopping: Callable[[], bool],
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the job to its end and emit `done`, or `stopped` with a checkpoint if a stop is requested.
+    """Run the job to its end and emit `done`; or, if a stop is requested, save a checkpoint and emit `stopped`.
 
-    Raises TrainingFailed for what the user must fix. `tick` is called with each row that is read, `stopping` before
-    each micro-batch.
+    Raises TrainingFailed for an error that the user must fix. `tick` is called for each row that is read, `stopping`
+    before each micro-batch.
     """
     task, recipe, job = command.task, command.recipe, command.job
     if task.torch_threads > 0:
         torch.set_num_threads(task.torch_threads)
 
-    # Rows: read, encode with the base's tokenizer, cut to the recipe's length, hold some out.
+    # Rows: read, encode with the base's tokenizer, cut to the recipe's length, and hold some out for scoring.
     emit(PhaseEntered(job=job, phase=Phase.TOKENIZING))
     encoder = Encoder(task.base_dir)
     rows = split(dataset.load(task, encoder, tick=tick), recipe.max_length, seed=recipe.seed)
 
-    # Base: frozen and quantized. It may be resident from the job before.
+    # Base: frozen and quantized. If the previous job used the same base, it is still in memory.
     emit(PhaseEntered(job=job, phase=Phase.LOADING))
     peak_memory.begin()
     base = load_base()
     if recipe.labels is not None:
-        classification_head.draw(base.model, base.blank, seed=recipe.seed, pad=encoder.pad)
+        classification_head.initialize(base.model, base.uninitialized, seed=recipe.seed, pad=encoder.pad)
     layout, warnings = layout_probe.layout_of(recipe, base, rows.train, encoder)
     for warning in warnings:
         log(emit, job, warning, "warn")
 
-    # Adapter: its weights are drawn from torch's generator, so the seed comes first.
+    # Adapter: A is drawn from torch's global generator, so set the seeds first.
     random.seed(recipe.seed)
     np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -110,7 +122,7 @@ def _begin(
     emit: Emit,
     stopping: Callable[[], bool],
 ) -> Run:
-    """The run as it is before its next optimizer step: step 0, or the step of the checkpoint."""
+    """Build the state of the run: at step 0, or at the step of the checkpoint to resume from."""
     recipe, task = command.recipe, command.task
     adamw = optimizer.make(adapted, recipe)
     start = initial_adapter.load(task.start_from, adapted) if task.start_from is not None else None
@@ -119,7 +131,9 @@ def _begin(
     state, best = RunState(recipe=recipe), None
     if command.resume_from is not None:
         state, best = checkpoint.load(Path(command.resume_from), adapted, adamw, recipe)
-        layout = replace(layout, lanes=state.lanes)  # another number of cores would split a step into other sums
+        # Keep the number of threads, even if this machine has more or fewer cores: it decides how a step is split into
+        # micro-batches, and so how sums are rounded.
+        layout = replace(layout, lanes=state.lanes)
     state.lanes = layout.lanes
     levels = fallback.levels(layout, base, longest=max(map(len, rows.train)))
     state.fallback_level = min(max(state.fallback_level, command.fallback_level), len(levels) - 1)
@@ -155,10 +169,10 @@ def _begin(
 
 
 def _loop(run: Run) -> RowScores:
-    """Train to the end and return the score of what is kept. Raises Interrupted if a stop is requested."""
+    """Train to the end and return the score of the final adapter. Raises Interrupted if a stop is requested."""
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
     score_before_training(run)
-    free_memory.free()  # rows of other shapes left gaps in the heap, to which training would add its own
+    free_memory.free()  # scoring leaves gaps in the heap, and training needs blocks of other sizes
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.TRAINING))
     memory_trial.try_heaviest_rows(run)
     while True:
@@ -168,12 +182,12 @@ def _loop(run: Run) -> RowScores:
         trained = is_trained(run)
         overdue = time.monotonic() - run.save_tried_at >= SAVE_SECONDS
         if trained or overdue or run.state.step % run.recipe.save_every == 0:
-            _save(run)  # after the last step too: whatever interrupts the rest then costs no step
+            _save(run)  # after the last step too, so that a crash while scoring or writing repeats no step
         if trained:
             break
         optimizer_step(run)
     run.emit(PhaseEntered(job=run.command.job, phase=Phase.EVALUATING))
-    free_memory.free()  # activations that the heap of a CPU has kept would add to what comes now
+    free_memory.free()  # or the heap of a CPU would keep memory of activations while scoring needs its own
     return final_score(run)
 
 
@@ -196,9 +210,9 @@ def _finish(run: Run, encoder: Encoder, tuned: RowScores) -> None:
 
 
 def _save(run: Run) -> None:
-    """Write a checkpoint of this step, unless there is one or nothing was trained since.
+    """Write a checkpoint, unless the latest one is of this very step.
 
-    A full disk costs the checkpoint, not the run: the last good one counts until the next is due.
+    On a full disk training continues without this checkpoint; the previous one remains until the next is due.
     """
     if run.state.step == run.saved_step:
         return
@@ -210,7 +224,7 @@ def _save(run: Run) -> None:
         if not is_disk_full(error):
             raise
         if not run.disk_is_full:
-            run.log(f"no checkpoint at step {run.state.step}, the last good one is kept: {error}", "warn")
+            run.log(f"no checkpoint at step {run.state.step}, the previous one is kept: {error}", "warn")
         run.disk_is_full = True
         return
     run.saved_step, run.disk_is_full = run.state.step, False

@@ -1,6 +1,7 @@
-"""What a run takes of its device's memory: the device itself, the peak so far, and what fit.py computes for it.
+"""Peak memory of a run, predicted and measured, for the report.
 
-Owns: measuring. The kernel's account of this process on a CPU, torch's and the driver's on a GPU. Must not decide.
+Owns: bringing both together. The prediction comes from `shared/estimation/memory_model.py`, the measurement from the
+kernel on a CPU, and from torch and the driver on a GPU. Must not decide anything.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from worker.trainer.system.peak_memory import peak
 
 @dataclass(slots=True)
 class MemoryAccount:
-    """Of one attempt. `base` is None where fit.py does not know the architecture: then nothing is predicted.
+    """The memory of one attempt.
 
-    `from_step` is where the attempt began; `rehearsed_bytes` the peak after the heaviest micro-batch was tried.
+    `base` is None if the memory model does not know the architecture; then nothing is predicted. `weighings` are
+    earlier measurements on devices of this kind and name. `from_step` is the step at which the attempt began,
+    `rehearsed_bytes` the peak after the trial of the heaviest micro-batch.
     """
 
     device: Device
@@ -41,15 +44,16 @@ class MemoryAccount:
 
 
 def open_account(base: Base, task: Task, recipe: Recipe, *, from_step: int) -> MemoryAccount:
+    """Start the account of an attempt that begins at `from_step`."""
     device = describe(base.device, memory_bytes=task.device_memory_bytes)
-    same = (known.weighings for known in task.devices if (known.kind, known.name) == (device.kind, device.name))
-    return MemoryAccount(device, known_architecture(task.base_dir, recipe), next(same, []), from_step)
+    weighings = (known.weighings for known in task.devices if (known.kind, known.name) == (device.kind, device.name))
+    return MemoryAccount(device, known_architecture(task.base_dir, recipe), next(weighings, []), from_step)
 
 
 def measured(
     account: MemoryAccount, on: torch.device, examples: Sequence[Row], recipe: Recipe, layout: Layout
 ) -> MeasuredFit | None:
-    """Predicted and measured, for the layout that the run ended with. None where nothing can be predicted."""
+    """Predicted and measured peak memory for the layout at the end of the run. None if nothing can be predicted."""
     if account.base is None:
         return None
     found = heaviest(

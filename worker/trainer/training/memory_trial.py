@@ -1,7 +1,7 @@
-"""Try the heaviest micro-batch before step 1: memory that is short is short now, not after hours.
+"""Try the heaviest micro-batch before step 1, so that a run short of memory finds out at once and not after hours.
 
-Owns: whether a trial is worth its time, and leaving no trace of it. A trial also allocates what later steps have and
-the first one lacks: gradients and AdamW's moments.
+Owns: whether a trial is worth its time, and leaving no trace of it. The trial also allocates the gradients and AdamW
+moments that exist in later steps but not in the first.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from worker.trainer.training.memory_account import MemoryAccount
 from worker.trainer.training.run import Run, with_fallback
 from worker.trainer.training.step import accumulate
 
-#: In fewer steps than these a trial would cost a twentieth of the run, and the heaviest rows come soon anyway.
+#: With fewer steps left, a trial would take more than a twentieth of the time, and the heaviest rows come soon anyway.
 FEWEST_STEPS = 20
-#: fp32 tensors that AdamW keeps of each parameter.
+#: fp32 tensors that AdamW keeps for each parameter.
 MOMENTS = 2
 
 
 def try_heaviest_rows(run: Run) -> None:
     """Run the heaviest micro-batch of the run forward and backward, if that is worth its time.
 
-    Raises Interrupted if a stop is requested, and what the lowest fallback level raised.
+    If memory runs out, the run goes down its fallback levels. Raises Interrupted if a stop is requested, and the error
+    of the lowest level.
     """
     rows, recipe = run.rows.train, run.recipe
     if heaviest(rows, recipe, run.layout, step=run.state.step) is None:
@@ -56,7 +57,7 @@ def try_heaviest_rows(run: Run) -> None:
 
 
 def heaviest(rows: Sequence[Row], recipe: Recipe, layout: Layout, *, step: int) -> Heaviest | None:
-    """The heaviest micro-batch from `step` on; None for a short run, or if it is part of that very step."""
+    """The heaviest micro-batch from `step` on. None if few steps are left, or if `step` itself contains it."""
     if recipe.total_steps - step < FEWEST_STEPS:
         return None
     found = packing.heaviest(
@@ -67,10 +68,10 @@ def heaviest(rows: Sequence[Row], recipe: Recipe, layout: Layout, *, step: int) 
 
 @contextmanager
 def as_after_steps(adapted: PeftModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Give every parameter a gradient, and allocate as much memory as the optimizer's moments will take."""
+    """Give every parameter a gradient, and hold as much memory as the optimizer's moments will take."""
     held = []
     for parameter in trainable(adapted).values():
-        parameter.grad = torch.ones_like(parameter)  # written to: a CPU gives no pages for memory that is not
+        parameter.grad = torch.ones_like(parameter)  # ones, not empty: Linux assigns pages only once they are written
         if not optimizer.state.get(parameter):
             held += [torch.ones_like(parameter) for _ in range(MOMENTS)]
     yield
@@ -82,6 +83,6 @@ def described(tried: Heaviest | None, account: MemoryAccount) -> str:
     assert account.rehearsed_bytes is not None
     peak = f"peak memory so far {account.rehearsed_bytes / 1e9:.2f} GB"
     if tried is None:
-        return f"the longest rows come first anyway; {peak}"
+        return f"the longest rows are in the first step anyway; {peak}"
     shape = f"{tried.rows} x {tried.length:,} tokens of step {tried.step + 1}"
     return f"tried the longest rows: {shape}; {peak}"

@@ -1,8 +1,8 @@
-"""AdamW over what is trained, and the rate that each learns at.
+"""AdamW for the trainable parameters, and their learning rates.
 
-Owns: which parameters share a rate. With LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the B matrices learn at a multiple
-of A's, because in a wide model no single rate lets both of them learn efficiently. Must not know about steps: the
-schedule is `recipe.py`'s.
+Owns: which parameters share a learning rate. With LoRA+ (Hayou et al. 2024, arXiv:2402.12354) the rate of the B
+matrices is a multiple of that of A, because in a wide model both cannot learn efficiently at the same rate. Must not
+know about steps: the schedule is in `planning/recipe.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from shared.schemas.results import Recipe
 from worker.trainer.model.base import trainable
 from worker.trainer.model.full_weights import Adapted
 
-#: A group's own key: what the schedule's rate is multiplied by.
+#: Key in a parameter group: the factor on the schedule's rate.
 RATIO = "lr_ratio"
 
 
 def make(adapted: Adapted, recipe: Recipe) -> torch.optim.Optimizer:
-    """With one group of parameters, or two."""
+    """Make AdamW with one group of parameters, or with LoRA+ two."""
     parameters, ratio = trainable(adapted), recipe.loraplus_lr_ratio
     groups = [{"params": list(parameters.values()), RATIO: 1.0}]
     if ratio is not None:
@@ -29,6 +29,6 @@ def make(adapted: Adapted, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """For the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[RATIO]

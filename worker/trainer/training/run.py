@@ -1,7 +1,7 @@
-"""The state of one run, and the two things that every part of it does: report, and fall back when memory runs out.
+"""The state of one run, and what every part of it needs: reporting, and falling back when memory runs out.
 
-Owns: what lives as long as the training loop. Must not know about pipes or processes: it is given `emit` and
-`stopping`.
+Owns: everything that lives as long as the training loop. Must not know about pipes or processes: it gets `emit` and
+`stopping` from the caller.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ T = TypeVar("T")
 class Run:
     """One run of the training loop.
 
-    `levels` are the layouts from the widest down; `state.fallback_level` is the index of the one in use. `best` is the
-    adapter with the lowest held-out loss, kept only for early stopping. `save_tried_at` is in seconds on the monotonic
-    clock. `latest` is the last held-out score and its step; it is not stored, so a resumed run scores again.
+    `levels` are the layouts from the widest down; `state.fallback_level` is the index of the one in use. `start` is the
+    adapter from which training started, if any. `best` is the adapter with the lowest held-out loss, kept only for
+    early stopping. `saved_step` is the step of the latest checkpoint, and `save_tried_at` the time of the latest
+    attempt to write one, in seconds on the monotonic clock. `latest` is the last held-out score with its step;
+    checkpoints do not contain it, so a resumed run scores again.
     """
 
     command: Train
@@ -73,7 +75,7 @@ class Run:
         log(self.emit, self.command.job, message, level)
 
     def record(self, metrics: Metrics) -> None:
-        """Keep the metrics for the checkpoint, and report them."""
+        """Report metrics, and keep them for the checkpoint."""
         self.state.metrics.append(metrics)
         self.emit(Measured(job=self.command.job, metrics=metrics))
 
@@ -89,10 +91,10 @@ def log(emit: Emit, job: str, message: str, level: str = "info") -> None:
 
 
 def with_fallback(run: Run, act: Callable[[], T], *, when: str) -> T:
-    """Call `act`; while it runs out of memory, go one fallback level down and call it again.
+    """Call `act`; each time it runs out of memory, go one fallback level down and call it again.
 
-    Raises what `act` raised on the lowest level, and every error that is not about memory. `when` completes the
-    sentence "out of memory …" in the job's events.
+    An error of another kind, or on the lowest level, is raised. `when` completes the sentence "out of memory …" in the
+    job's events.
     """
     while True:
         try:
@@ -101,7 +103,7 @@ def with_fallback(run: Run, act: Callable[[], T], *, when: str) -> T:
             if not is_out_of_memory(error) or run.layout is run.levels[-1]:
                 raise
             traceback.print_exc()
-        free_memory.free()  # outside of `except`: the traceback holds activations
+        free_memory.free()  # after `except`: until then the traceback keeps activations alive
         wider = run.layout
         run.state.fallback_level += 1
         fused_lora.drop_resident_weights(run.adapted)

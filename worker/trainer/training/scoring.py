@@ -1,4 +1,7 @@
-"""Held-out scores during a run: the base before training, the adapter at each evaluation, early stopping."""
+"""Scores on the held-out rows: the base before training, the adapter at each evaluation, early stopping.
+
+Owns: when to score and which adapter is kept. Must not compute scores itself: `evaluation/evaluate.py` does.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from worker.trainer.training.step import diverged
 
 
 def score_before_training(run: Run) -> None:
-    """Score the base, and the adapter that training starts from, unless the checkpoint has these scores.
+    """Score the base, and the adapter from which training starts, unless the checkpoint has these scores.
 
-    A run that only has its end left to do scores them again: the proof may have found a wrong score in the checkpoint.
+    A run whose steps are all done scores them again, because its previous attempt may have failed the proof due to a
+    wrong score in the checkpoint.
     """
     state, rows = run.state, len(run.rows.heldout)
     if state.base is None or len(state.base_nats) != rows or is_trained(run):
         scored = score(run, adapter=False)
         state.base, state.base_nats = scored.mean, scored.nats.tolist()
-        untrained = " (chance: its head is untrained)" if run.base.blank else ""
+        untrained = " (its head is untrained, so this is chance)" if run.base.uninitialized else ""
         run.log(f"the base alone: loss {state.base.loss:.4f} on {rows} held-out rows{untrained}")
     if run.start is not None and (state.start is None or len(state.start_nats) != rows or is_trained(run)):
         with initial_adapter.applied(run.adapted, run.start):
@@ -32,7 +36,7 @@ def score_before_training(run: Run) -> None:
 
 
 def evaluate_step(run: Run) -> None:
-    """Score the adapter as it is now and report it; with early stopping, keep a copy of the best one."""
+    """Score the current adapter and report the result; with early stopping, keep a copy of the best adapter so far."""
     state = run.state
     scored = score(run, adapter=True)
     mean, run.latest = scored.mean, (state.step, scored)
@@ -60,7 +64,7 @@ def evaluate_step(run: Run) -> None:
 
 
 def final_score(run: Run) -> RowScores:
-    """Put the best adapter in place, if that is not the last one, and return its score."""
+    """Return the score of the adapter to publish. With early stopping, the best adapter is loaded first."""
     if run.best is not None and run.state.best_step != run.state.step:
         adapter_weights.set_adapter(run.adapted, run.best)
         run.latest = None
@@ -94,15 +98,15 @@ def score(run: Run, *, adapter: bool) -> RowScores:
     if adapter:
         raise diverged(f"after step {run.state.step}: loss {scored.mean.loss} on the held-out rows")
     raise TrainingFailed(
-        f"the base model itself has loss {scored.mean.loss} on the held-out rows: nothing can be learned from it",
+        f"the base model itself has loss {scored.mean.loss} on the held-out rows, so it cannot be trained",
         code="unsupported_base_model",
         param="model",
-        hint="choose another base or quantization; a NaN or an overflow comes from its weights",
+        hint="choose another base or quantization: this base's weights cause a NaN or an overflow",
     )
 
 
 def is_trained(run: Run) -> bool:
-    """Whether the last step is done, or early stopping ends the run here."""
+    """Whether training is over: the last step is done, or early stopping applies."""
     return run.state.step >= run.recipe.total_steps or _stops_early(run)
 
 

@@ -1,7 +1,8 @@
-"""One optimizer step: forward and backward over its micro-batches, clipping, AdamW.
+"""One optimizer step: forward and backward over its micro-batches, gradient clipping, AdamW.
 
-Owns: the gradient of a step. It does not depend on how the step is split into micro-batches: every micro-batch is
-divided by the trained tokens of the whole step.
+Owns: the gradient of a step. The loss sum of every micro-batch is divided by the weight of the whole step, which is its
+number of trained tokens (of pairs in DPO, of rows in classification). So the gradient does not depend on how the step
+is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from worker.trainer.training.run import Run, with_fallback
 def optimizer_step(run: Run) -> None:
     """Train on the next `batch_size` examples and report the step's metrics.
 
-    Raises TrainingFailed if the loss or the gradient is not finite, and Interrupted if a stop is requested; then
-    nothing has changed.
+    Raises TrainingFailed if the loss or the gradient is not finite, and Interrupted if a stop is requested. In both
+    cases no weight has changed.
     """
     recipe, state = run.recipe, run.state
     started = time.perf_counter()
@@ -47,7 +48,7 @@ def optimizer_step(run: Run) -> None:
     state.step += 1
     state.trained_tokens += tokens
     state.seconds += seconds
-    # Early stopping chooses among scored steps, so with it the last step is scored too.
+    # Early stopping keeps the best of the scored steps, so the last step must be scored too.
     last = recipe.early_stopping is not None and state.step == recipe.total_steps
     state.evaluation_due = recipe.eval_every is not None and (state.step % recipe.eval_every == 0 or last)
     run.record(
@@ -67,10 +68,10 @@ def optimizer_step(run: Run) -> None:
 
 
 def accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Tally:
-    """Add up the gradient of the examples' mean loss, one micro-batch after the other.
+    """Add the gradient of the examples' mean loss to the parameters' `.grad`, one micro-batch after the other.
 
-    `turn` limits it to the micro-batches that are in memory together at that turn (from 0). On any error, Interrupted
-    included, the gradients are cleared and the random generators are as before.
+    `turn` (from 0) selects only the micro-batches that are in memory at the same time then. After any error, including
+    Interrupted, gradients are cleared and random generators are restored.
     """
     layout, weight, tally = run.layout, methods.weight(examples, run.recipe), Tally()
     parameters = list(trainable(run.adapted).values())
@@ -82,14 +83,14 @@ def accumulate(run: Run, examples: list[Row], *, turn: int | None = None) -> Tal
 
     random_before = random_state.torch_random()
     try:
-        # Added in the order of the micro-batches, whichever ended first: a sum of rounded numbers depends on its order.
+        # Threads may finish in any order, but rounded sums depend on the order of addition: add in that of the batches.
         batches = layout.split(examples, turn)
         for loss, found in threads.run_in_order(gradients, batches, layout.lanes, before=run.check_stop):
             for parameter, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             tally.add(loss)
-            del loss, found, gradient  # otherwise they would live until the next micro-batch is done
+            del loss, found, gradient  # free this memory before the next micro-batch runs, not after it
     except Exception:
         run.optimizer.zero_grad()
         random_state.set_torch_random(random_before)

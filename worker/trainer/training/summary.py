@@ -1,6 +1,6 @@
-"""What a run is about to do and what came of it: the decisions it reports, and its report.
+"""Describe a run: its settings as events at the start, and its report at the end.
 
-Must not decide anything: it describes numbers that others chose or measured.
+Must not decide anything: it only describes numbers that other modules chose or measured.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from worker.trainer.training.run import Run
 
 
 def decisions(recipe: Recipe, rows: Split, base: Base, adapted: Adapted, layout: Layout) -> list[str]:
-    """Every number that "auto" was resolved to, one sentence an event."""
+    """Every setting of the run, with the numbers that "auto" was resolved to; one message for each event."""
     trainable, total = adapted.get_nb_trainable_parameters()
     plus = "" if recipe.loraplus_lr_ratio is None else f" ({recipe.loraplus_lr_ratio:g} times that for B)"
     shape = f"LoRA r={recipe.r} alpha={recipe.alpha:g} on {recipe.target_modules}"
     what = "all weights" if recipe.full_finetuning else shape
     labels = recipe.labels or []
-    head = f"{len(labels)} labels, from {', '.join(base.head)}: trained in full; such rows are never packed"
+    head = f"{len(labels)} labels; the head ({', '.join(base.head)}) is trained in full; rows are never packed"
     return [
-        f"{len(rows.train)} rows train, {len(rows.heldout)} are held out ({rows.heldout_source}); "
+        f"{len(rows.train)} training rows, {len(rows.heldout)} held-out rows ({rows.heldout_source}); "
         f"{recipe.total_steps} steps of {recipe.batch_size} examples over {recipe.n_epochs} epochs",
-        f"{what}: {trainable:,} of {total:,} parameters; "
-        f"rate {recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
+        f"training {what}: {trainable:,} of {total:,} parameters; "
+        f"learning rate {recipe.learning_rate:.2e}{plus}, {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
         f"base in {recipe.quantization.value} on {base.device.type}, computing in "
         f"{str(base.compute_dtype).removeprefix('torch.')}; {_micro_batches(recipe, layout)}",
         *([head] if labels else []),
@@ -45,7 +45,7 @@ def decisions(recipe: Recipe, rows: Split, base: Base, adapted: Adapted, layout:
 
 
 def report(run: Run, encoder: Encoder, tuned: RowScores) -> Report:
-    """The report of a finished run: base against tuned, samples, cost and memory."""
+    """Make the report of a finished run: base against tuned model, samples, cost and memory."""
     state = run.state
     assert state.base is not None
     start = None
@@ -70,12 +70,12 @@ def report(run: Run, encoder: Encoder, tuned: RowScores) -> Report:
     run.log(f"held-out loss {found.base.loss:.4f} → {found.tuned.loss:.4f}: {found.change.verdict.value}")
     if found.start is not None and found.start_change is not None:
         verdict = found.start_change.verdict.value
-        run.log(f"from {found.start.loss:.4f} of the adapter that training started from: {verdict}")
+        run.log(f"held-out loss of the adapter that training started from: {found.start.loss:.4f}: {verdict}")
     return found
 
 
 def _samples(run: Run, encoder: Encoder) -> list[Sample]:
-    """Samples of base and tuned; none, with a warning, if writing them fails: the run is trained and scored by now."""
+    """Samples by base and tuned model. If that fails there are none, and a warning: training and scores are done."""
     try:
         answers = [row.documents[0] for row in run.rows.heldout]
         if run.recipe.labels is not None:

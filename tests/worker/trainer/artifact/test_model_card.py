@@ -1,4 +1,4 @@
-"""The model card says what was measured, in the words that model hubs read, and nothing of the machine."""
+"""The model card has the measurements, and metadata that model hubs can read, and nothing about the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lines(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> list[st
     return Path(done.path, "README.md").read_text().splitlines()
 
 
-def test_a_card_has_what_hubs_read_and_what_was_measured(lines: list[str], tmp_path: Path) -> None:
+def test_a_card_has_metadata_for_hubs_and_the_measurements(lines: list[str], tmp_path: Path) -> None:
     text = "\n".join(lines)
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["base_model"], front["library_name"], front["license"]) == ("acme/tiny", "peft", "apache-2.0")
@@ -36,7 +36,7 @@ def test_a_card_has_what_hubs_read_and_what_was_measured(lines: list[str], tmp_p
     assert str(tmp_path) not in text
 
 
-def test_a_card_without_a_licence_and_with_other_data_says_so(
+def test_a_card_omits_a_missing_licence_and_depends_on_the_data(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     first = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
@@ -58,7 +58,7 @@ def test_a_long_curve_stays_one_line() -> None:
     assert len(model_card.sparkline([float(i) for i in range(10_000)])) <= model_card.POINTS
 
 
-def test_the_table_of_evaluations_ends_with_the_last(
+def test_the_table_of_evaluations_ends_with_the_last_evaluation(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
@@ -73,7 +73,7 @@ def test_the_table_of_evaluations_ends_with_the_last(
     assert shown[-1] == "| 99 | 2.0000 |"
 
 
-def test_a_card_tells_how_to_use_what_else_was_asked_for(
+def test_a_card_shows_how_to_use_the_requested_exports(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1, "exports": ["merged", "gguf_merged"]})

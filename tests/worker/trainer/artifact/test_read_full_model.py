@@ -1,4 +1,4 @@
-"""The proof of a base trained whole, through the real child: a sound model stands it, a planted fault has its code."""
+"""The proof of a full model in a real child: a sound model passes, and each planted fault fails with its own code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def child() -> Iterator[Child]:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory) -> Verify:
-    """What the supervisor sends for a model that is as it should be, by the type of the base's files."""
+    """The command that the supervisor sends for a sound model, for each type of the base's files."""
     work, base = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("base")
     AutoModelForCausalLM.from_pretrained(llama, dtype=request.param).save_pretrained(base)
     AutoTokenizer.from_pretrained(llama).save_pretrained(base)
@@ -47,7 +47,7 @@ def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.T
     return Verify(job="j", task=task, recipe=recipe, adapter_dir=done.path, report=done.report)
 
 
-def test_a_sound_model_stands_and_reproduces_to_the_bit(child: Child, sound: Verify) -> None:
+def test_a_sound_model_passes_and_reproduces_its_scores_exactly(child: Child, sound: Verify) -> None:
     child.send(sound)
     proof = child.until(Verified).proof
     assert (proof.base_deviation, proof.tuned_deviation) == (0, 0)
@@ -116,6 +116,6 @@ def test_a_planted_fault_fails_with_its_own_code(child: Child, sound: Verify, tm
     assert event.hint
 
 
-def test_what_vllm_may_not_run_is_told() -> None:
+def test_an_architecture_unknown_to_vllm_is_reported() -> None:
     assert model_support("LlamaForCausalLM").servable
     assert "implement OddForCausalLM" in model_support("OddForCausalLM").reasons[0]

@@ -1,4 +1,4 @@
-"""The event file, read back by the schema and the checksum of a library that writes them too (tensorboardX)."""
+"""The event file can be read with the schema and checksums of another implementation, tensorboardX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = [
 ]
 
 
-def test_every_number_comes_back_under_a_group(tmp_path: Path) -> None:
+def test_every_metric_is_read_back_with_its_group(tmp_path: Path) -> None:
     tensorboard.write(tmp_path / "runs" / "j", STEPS, ended=1000.0)
     first, *events = read(tmp_path / "runs" / "j" / tensorboard.NAME)
     assert first.file_version == "brain.Event:2"
@@ -34,23 +34,23 @@ def test_every_number_comes_back_under_a_group(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_time_is_that_of_optimizer_steps_counted_back_from_the_end(tmp_path: Path) -> None:
+def test_times_are_counted_back_from_the_end_by_the_time_of_optimizer_steps(tmp_path: Path) -> None:
     tensorboard.write(tmp_path / "r", STEPS, ended=1000.0)
     assert [event.wall_time for event in read(tmp_path / "r" / tensorboard.NAME)] == [996.0, 998.0, 998.0, 1000.0]
 
 
-def test_a_run_that_measured_nothing_has_an_empty_file(tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_a_file_without_scalars(tmp_path: Path) -> None:
     tensorboard.write(tmp_path / "r", [], ended=1000.0)
     assert [event.file_version for event in read(tmp_path / "r" / tensorboard.NAME)] == ["brain.Event:2"]
 
 
 def read(path: Path) -> Iterator[Event]:
-    """Every record, its checksums compared."""
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        header, (length, crc) = data[at : at + 8], struct.unpack_from("<QI", data, at)
+    """Read every record and check its checksums."""
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+        header, (length, crc) = data[offset : offset + 8], struct.unpack_from("<QI", data, offset)
         assert crc == masked_crc32c(header)
-        payload = data[at + 12 : at + 12 + length]
-        assert struct.unpack_from("<I", data, at + 12 + length) == (masked_crc32c(payload),)
-        at += 16 + length
+        payload = data[offset + 12 : offset + 12 + length]
+        assert struct.unpack_from("<I", data, offset + 12 + length) == (masked_crc32c(payload),)
+        offset += 16 + length
         yield Event.FromString(payload)

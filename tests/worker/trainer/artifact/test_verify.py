@@ -1,4 +1,4 @@
-"""The proof, through the real child: a sound adapter stands it, and each planted fault fails with a code of its own."""
+"""The proof in a real child: a sound adapter passes, and each planted fault fails with its own code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def child() -> Iterator[Child]:
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory) -> Verify:
-    """What the supervisor sends for an adapter that is as it should be."""
+    """The command that the supervisor sends for a sound adapter."""
     work = tmp_path_factory.mktemp("work")
     rows = work / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in quotes(60)))
@@ -54,7 +54,7 @@ def sound(request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.T
 SCORES = ("base", "tuned")
 
 
-def test_a_sound_adapter_stands_and_reproduces_to_the_bit(child: Child, sound: Verify) -> None:
+def test_a_sound_adapter_passes_and_reproduces_its_scores_exactly(child: Child, sound: Verify) -> None:
     child.send(sound)
     verified = child.until(Verified)
     proof = verified.proof
@@ -100,7 +100,7 @@ def foreign_tokenizer(folder: Path) -> None:
     path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true', 1))
 
 
-def loud(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def scaled(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: 3 * tensor for name, tensor in found.items()}
 
 
@@ -108,7 +108,7 @@ def zeroed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor * 0 if ".lora_B" in name else tensor for name, tensor in found.items()}
 
 
-def faint(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def tiny(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor * 0 + 1e-30 if ".lora_B" in name else tensor for name, tensor in found.items()}
 
 
@@ -123,14 +123,14 @@ def first(found: dict[str, torch.Tensor]) -> str:
 
 FAULTS: dict[str, tuple[str, bool, Callable[[Path], object]]] = {
     "zeroed B": ("adapter_no_effect", False, tensors(zeroed)),
-    "B that rounding swallows": ("adapter_no_effect", False, tensors(faint)),
+    "B lost in rounding": ("adapter_no_effect", False, tensors(tiny)),
     "a NaN": ("adapter_not_finite", False, tensors(with_nan)),
-    "other weights": ("adapter_not_reproducible", True, tensors(loud)),
+    "other weights": ("adapter_not_reproducible", True, tensors(scaled)),
     "an embedding": (
         "adapter_foreign_keys", False,
         tensors(lambda found: found | {"base_model.model.model.embed_tokens.weight": torch.zeros(2, 2)}),
     ),
-    "a module that the base has not": (
+    "a module that the base does not have": (
         "adapter_foreign_keys", False,
         tensors(lambda found: found | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}),
     ),
@@ -165,8 +165,8 @@ def test_a_planted_fault_fails_with_its_own_code(child: Child, sound: Verify, tm
 
 
 @pytest.mark.parametrize("sound", ["none"], indirect=True)
-def test_another_base_on_the_disk_is_noticed(child: Child, sound: Verify, tmp_path: Path) -> None:
-    """The same shapes and tokenizer, other weights."""
+def test_another_base_on_disk_is_detected(child: Child, sound: Verify, tmp_path: Path) -> None:
+    """It has the same shapes and tokenizer, but other weights."""
     tiny_llama(tmp_path, seed=1)
     task = sound.task.model_copy(update={"base_dir": str(tmp_path)})
     assert_fails(child, sound.model_copy(update={"task": task}), "base_mismatch", True)
@@ -175,12 +175,10 @@ def test_another_base_on_the_disk_is_noticed(child: Child, sound: Verify, tmp_pa
 @pytest.mark.parametrize(("score", "code"), [("base", "base_mismatch"), ("tuned", "adapter_not_reproducible")])
 @pytest.mark.parametrize("field", ["loss", "tokens"])
 @pytest.mark.parametrize("sound", ["none"], indirect=True)
-def test_a_report_that_says_something_else_is_noticed(
-    child: Child, sound: Verify, score: str, code: str, field: str
-) -> None:
-    true = getattr(sound.report, score)
-    false = true.model_copy(update={field: getattr(true, field) * 2})
-    assert_fails(child, sound.model_copy(update={"report": sound.report.model_copy(update={score: false})}), code, True)
+def test_a_report_with_other_scores_is_detected(child: Child, sound: Verify, score: str, code: str, field: str) -> None:
+    right = getattr(sound.report, score)
+    wrong = right.model_copy(update={field: getattr(right, field) * 2})
+    assert_fails(child, sound.model_copy(update={"report": sound.report.model_copy(update={score: wrong})}), code, True)
 
 
 def assert_fails(child: Child, command: Verify, code: str, retryable: bool) -> None:
@@ -194,19 +192,19 @@ def assert_fails(child: Child, command: Verify, code: str, retryable: bool) -> N
 # ---------------------------------------------------------------- without a child
 
 
-def test_a_loss_that_is_no_number_agrees_with_nothing(sound: Verify) -> None:
+def test_a_nan_loss_never_agrees_with_the_report(sound: Verify) -> None:
     nan = sound.report.tuned.model_copy(update={"loss": float("nan")})
     proof = Proof(
         base=sound.report.base, tuned=nan, base_deviation=0, tuned_deviation=0, tolerance=1, max_logit_difference=1,
         tensors=1, tokenizer_sha256="", vllm=lora_support({"r": 1}, "LlamaForCausalLM"),
     )  # fmt: skip
-    with pytest.raises(TrainingFailed, match="does not score as the report says: loss nan"):
+    with pytest.raises(TrainingFailed, match="does not score as reported: loss nan"):
         verify.check(proof, sound.report)
     verify.check(proof.model_copy(update={"tuned": sound.report.tuned}), sound.report)
 
 
 @pytest.mark.parametrize(
-    ("config", "architecture", "rank", "said"),
+    ("config", "architecture", "rank", "reason"),
     [
         ({"r": 16}, "LlamaForCausalLM", 16, None),
         ({"r": 17}, "LlamaForCausalLM", 32, None),
@@ -217,39 +215,39 @@ def test_a_loss_that_is_no_number_agrees_with_nothing(sound: Verify) -> None:
         ({"r": 8}, "GPT2LMHeadModel", 8, "no LoRA on GPT2LMHeadModel"),
     ],
 )
-def test_what_vllm_would_refuse_is_told(
-    config: dict[str, Any], architecture: str, rank: int | None, said: str | None
+def test_adapters_that_vllm_cannot_serve_are_reported_with_a_reason(
+    config: dict[str, Any], architecture: str, rank: int | None, reason: str | None
 ) -> None:
     found = lora_support(config, architecture)
-    assert (found.servable, found.max_lora_rank) == (said is None, rank)
-    assert len(found.reasons) == (said is not None)
-    assert said is None or said in found.reasons[0]
+    assert (found.servable, found.max_lora_rank) == (reason is None, rank)
+    assert len(found.reasons) == (reason is not None)
+    assert reason is None or reason in found.reasons[0]
 
 
-def test_preferences_are_held_to_their_chosen_answers(sound: Verify, child: Child) -> None:
-    """Their own loss is log 2 on any base, and hardly less where little was learned."""
+def test_dpo_compares_the_loss_of_the_chosen_answers_too(sound: Verify, child: Child) -> None:
+    """DPO's own loss is log 2 on any base, and little less after a short training."""
     child.send(sound)
     proof = child.until(Verified).proof
     pairs = {"reward_accuracy": 0.5, "reward_margin": 0.0}
-    told = sound.report.model_copy(
+    report = sound.report.model_copy(
         update={name: getattr(sound.report, name).model_copy(update=pairs | {"chosen_loss": 4.0}) for name in SCORES}
     )
     for name, code in zip(SCORES, ("base_mismatch", "adapter_not_reproducible"), strict=True):
-        found = {other: getattr(told, other) for other in SCORES}
+        found = {other: getattr(report, other) for other in SCORES}
         found[name] = found[name].model_copy(update={"chosen_loss": 4.1})
         with pytest.raises(TrainingFailed) as failed:
-            verify.check(proof.model_copy(update=found), told)
+            verify.check(proof.model_copy(update=found), report)
         assert failed.value.code == code
 
 
-def test_a_base_whose_stop_is_told_elsewhere_has_a_fingerprint(llama: str, tmp_path: Path) -> None:
-    """In its generation config, which no adapter carries."""
+def test_a_tokenizer_without_a_stop_token_has_a_fingerprint(llama: str, tmp_path: Path) -> None:
+    """The stop token may be in the base's generation config only, and an adapter folder has none."""
     base, folder = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(llama, base)
-    stopless = AutoTokenizer.from_pretrained(base)
-    stopless.eos_token = None
-    stopless.save_pretrained(base)
-    stopless.save_pretrained(folder)
+    without_stop = AutoTokenizer.from_pretrained(base)
+    without_stop.eos_token = None
+    without_stop.save_pretrained(base)
+    without_stop.save_pretrained(folder)
     encoder = Encoder(str(base))
     assert encoder.tokenizer.eos_token_id is None
     assert read.tokenizer_sha256(folder, encoder)

@@ -1,4 +1,4 @@
-"""A report's numbers are those of plain arithmetic, row against row; its verdict says no more than they do."""
+"""A report's numbers equal plain arithmetic on the rows, and its verdict follows from its interval."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from worker.trainer.training import checkpoint
 
 
 def scores(nats: list[float], tokens: int = 10) -> RowScores:
-    """Rows of as many tokens each."""
+    """Scores of rows with `tokens` tokens each."""
     weights = np.full(len(nats), tokens)
     mean = Score(loss=float(sum(nats)) / int(weights.sum()), token_accuracy=0.5, tokens=int(weights.sum()))
     return RowScores(mean, np.array(nats, np.float32), weights)
@@ -41,8 +41,8 @@ NOISE = np.random.default_rng(0).normal(30.0, 8.0, 40)
 @pytest.mark.parametrize(
     ("gain", "verdict"), [(-1.0, Verdict.BETTER), (0.0, Verdict.SAME), (0.02, Verdict.SAME), (1.0, Verdict.WORSE)]
 )
-def test_verdict_is_what_the_interval_excludes(gain: float, verdict: Verdict) -> None:
-    """Rows differ by 8 nats among each other and by 0.5 between the models: pairing sees a difference of 1."""
+def test_verdict_follows_from_the_interval(gain: float, verdict: Verdict) -> None:
+    """Losses of rows vary by 8 nats, and their changes by 0.5 only: a paired interval detects a change of 1."""
     moved = NOISE + gain + (np.random.default_rng(1).normal(0, 0.5, 40) if gain else 0)
     change = report.change(scores(NOISE.tolist()), scores(moved.tolist()), seed=7, source="validation_file")
     assert (change.verdict, change.rows, change.resamples, change.caveats) == (verdict, 40, 2000, [])
@@ -53,7 +53,7 @@ def test_verdict_is_what_the_interval_excludes(gain: float, verdict: Verdict) ->
 
 
 @pytest.mark.parametrize(
-    ("rows", "source", "said"),
+    ("rows", "source", "expected"),
     [
         (40, "validation_file", []),
         (5, "training_file_carved", ["only 5 rows"]),
@@ -61,15 +61,15 @@ def test_verdict_is_what_the_interval_excludes(gain: float, verdict: Verdict) ->
         (1, "validation_file", ["a single row"]),
     ],
 )
-def test_caveats_say_what_the_interval_does_not_know(rows: int, source: HeldoutSource, said: list[str]) -> None:
+def test_caveats_name_the_limits_of_the_interval(rows: int, source: HeldoutSource, expected: list[str]) -> None:
     before, after = scores(NOISE[:rows].tolist()), scores((NOISE[:rows] - 1).tolist())
     change = report.change(before, after, seed=7, source=source)
-    assert [caveat[: len(words)] for caveat, words in zip(change.caveats, said, strict=True)] == said
+    assert [caveat[: len(words)] for caveat, words in zip(change.caveats, expected, strict=True)] == expected
     assert change.verdict is (Verdict.UNKNOWN if rows == 1 else Verdict.BETTER)
     assert (change.low is None) == (rows == 1)
 
 
-def test_perplexity_is_always_a_number() -> None:
+def test_perplexity_is_always_finite() -> None:
     assert Score(loss=2.0, token_accuracy=0, tokens=1).perplexity == math.exp(2)
     worst = Score(loss=1e6, token_accuracy=0, tokens=1)
     assert math.isfinite(json.loads(worst.model_dump_json())["perplexity"])
@@ -77,10 +77,10 @@ def test_perplexity_is_always_a_number() -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_are_scored_in_their_own_order(
+def test_scores_are_in_the_order_of_the_rows(
     llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder, packing: bool
 ) -> None:
-    """Each as it is scored alone, whatever batch it went with."""
+    """Each row has the loss that it has alone, whatever batch it was in."""
     task = make_task(write_rows(quotes(11)))
     rows = dataset.load(task, encoder).train[::-1]
     base = load_base(llama, task.quantization, compute_dtype=torch.float32)
@@ -96,7 +96,7 @@ def test_rows_are_scored_in_their_own_order(
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
-def test_sizes_are_those_of_what_is_held(
+def test_reported_sizes_equal_those_in_memory(
     llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, quantization: Quantization
 ) -> None:
     task = make_task(write_rows(quotes(24)), quantization=quantization, trainer={"max_steps": 1})
@@ -105,14 +105,14 @@ def test_sizes_are_those_of_what_is_held(
     frozen = found.total_parameters - found.trainable_parameters
     assert frozen == base.total
     element = 2 if found.compute_dtype == "bfloat16" else 4
-    # What the arithmetic leaves out are 64 bytes of rotary frequencies.
+    # The memory model does not count 64 bytes of rotary frequencies.
     assert found.base_bytes == pytest.approx(memory_model.weights(base, quantization, element_bytes=element), abs=64)
     assert found.base_fp32_bytes == found.full_finetuning.weights_bytes == 4 * frozen
     full = found.full_finetuning
     assert full.total_bytes == full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * frozen
     assert found.adapter_bytes == 4 * found.trainable_parameters
     assert found.adapter_bytes < (tmp_path / "adapter" / adapter_weights.ADAPTER).stat().st_size
-    # Told in milliseconds, of which a step on so small a base takes few.
+    # The report rounds to milliseconds, and a step on such a small base takes only a few.
     assert found.trained_tokens / found.tokens_per_second == pytest.approx(found.train_seconds, abs=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_report_json_is_the_report(make_task: MakeTask, write_rows: WriteRows, t
     assert found.change.caveats[0].startswith("measured on the training rows")
 
 
-def test_checkpoint_of_before_there_were_row_scores_is_gone_on_from(
+def test_checkpoint_without_row_scores_can_be_resumed(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(60)), trainer={"max_steps": 2, "save_every": 1})

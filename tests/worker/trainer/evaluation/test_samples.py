@@ -1,4 +1,4 @@
-"""Prompts end where the answer begins, greedy means what transformers means by it, and nothing is left behind."""
+"""Prompts end where the answer begins, greedy decoding equals transformers', and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def encode(make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> Any:
     return encode
 
 
-def worn(folder: str, recipe: Any, quantization: Quantization = Quantization.NONE) -> tuple[Base, PeftModel]:
-    """A base in fp32, where equal means equal, and an adapter on it that does something."""
+def with_adapter(folder: str, recipe: Any, quantization: Quantization = Quantization.NONE) -> tuple[Base, PeftModel]:
+    """A base in fp32, so that results can be compared exactly, with an adapter that has an effect."""
     base = load_base(folder, quantization, compute_dtype=torch.float32)
     torch.manual_seed(3)
     adapted = attach(base, recipe).adapted
@@ -81,13 +81,13 @@ def test_prompt_is_what_comes_before_the_last_answer(
     assert encoded.trained[cut]
 
 
-def test_a_text_of_a_tokenizer_with_bos_is_asked_with_it() -> None:
+def test_the_prompt_of_a_text_includes_the_bos_token() -> None:
     row = Encoded(1, np.arange(9, dtype=np.int32), np.array([False] + [True] * 8))
     assert samples.prompt_length(row, bos=1) == 3
     assert samples.prompt_length(row, bos=0) == 1
 
 
-def test_rows_are_spread_over_the_file_with_different_prompts_that_are_not_long(encode: Any, encoder: Encoder) -> None:
+def test_chosen_rows_are_spread_over_the_file_and_have_different_short_prompts(encode: Any, encoder: Encoder) -> None:
     rows = [{"prompt": f"{i // 2}{'long' * 40 * (i == 0)} =", "completion": " x"} for i in range(24)]
     chosen = samples.choose(encode(rows), encoder, longest=20)
     assert [one.row.line for one in chosen] == [2, 7, 13, 19]
@@ -97,7 +97,7 @@ def test_rows_are_spread_over_the_file_with_different_prompts_that_are_not_long(
 @pytest.mark.parametrize("folder", ["llama", "gpt2"])
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("adapter", [True, False])
-def test_greedy_is_what_transformers_calls_greedy(
+def test_greedy_decoding_equals_that_of_transformers(
     request: pytest.FixtureRequest,
     make_task: MakeTask,
     write_rows: WriteRows,
@@ -106,8 +106,8 @@ def test_greedy_is_what_transformers_calls_greedy(
     chunked: bool,
     adapter: bool,
 ) -> None:
-    """Prompts of different lengths together, each as by stock `generate` alone."""
-    base, adapted = worn(request.getfixturevalue(folder), recipe_of(make_task(write_rows(quotes(3)))))
+    """Prompts of different lengths in one batch give what stock `generate` gives for each alone."""
+    base, adapted = with_adapter(request.getfixturevalue(folder), recipe_of(make_task(write_rows(quotes(3)))))
     prompts = [encoder.tokenizer(text).input_ids for text in ("hat", 'Quote by N3: "hat hat', "the milliner is felt")]
     layout = Layout(packing=True, chunked=chunked, micro_batch=1, pad=2)
     found = samples.continue_greedily(base, adapted, prompts, encoder.stops, adapter=adapter, layout=layout)
@@ -115,17 +115,17 @@ def test_greedy_is_what_transformers_calls_greedy(
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=[2], pad_token_id=2)
     for prompt, ids in zip(prompts, found, strict=True):
         with torch.no_grad(), evaluate.forward_only(base, adapted, adapter=adapter):
-            told = base.model.generate(
+            wanted = base.model.generate(
                 input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=config
             )
-        assert ids == told[0, len(prompt) :].tolist()
+        assert ids == wanted[0, len(prompt) :].tolist()
 
 
 def test_stop_token_ends_a_sample_and_is_not_shown(
     llama: str, encode: Any, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder
 ) -> None:
-    """Whatever the base writes third is made a stop token."""
-    base, adapted = worn(llama, recipe_of(make_task(write_rows(quotes(3)))))
+    """The third token that the base generates is made a stop token."""
+    base, adapted = with_adapter(llama, recipe_of(make_task(write_rows(quotes(3)))))
     rows = encode(quotes(1))
     (free,) = samples.compare(base, adapted, rows, encoder, layout=LAYOUT)
     assert (free.base.ended, free.line) == (False, 1)
@@ -152,8 +152,10 @@ def test_gradients_after_samples_equal_those_before(
     quantization: Quantization,
     packing: bool,
 ) -> None:
-    """Nothing is repacked, cached, drawn or switched; and the same samples come twice."""
-    base, adapted = worn(request.getfixturevalue(folder), recipe_of(make_task(write_rows(quotes(8)))), quantization)
+    """No weight is repacked, nothing cached, no random number drawn, and no mode changed. Samples are deterministic."""
+    base, adapted = with_adapter(
+        request.getfixturevalue(folder), recipe_of(make_task(write_rows(quotes(8)))), quantization
+    )
     rows = encode([{"prompt": f"{'hat ' * i}{i} +", "completion": " felt"} for i in range(8)])
     layout = Layout(packing=packing, chunked=True, micro_batch=4, pad=2)
 
@@ -177,10 +179,10 @@ def test_gradients_after_samples_equal_those_before(
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_what_postgres_cannot_hold_is_replaced_and_long_texts_are_shortened(
+def test_nul_is_replaced_and_long_texts_are_shortened(
     llama: str, make_task: MakeTask, write_rows: WriteRows, encode: Any, encoder: Encoder
 ) -> None:
-    base, adapted = worn(llama, recipe_of(make_task(write_rows(quotes(3)))))
+    base, adapted = with_adapter(llama, recipe_of(make_task(write_rows(quotes(3)))))
     long = "hat on the head " * 10
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "SHOWN_CHARACTERS", 20)
@@ -191,10 +193,10 @@ def test_what_postgres_cannot_hold_is_replaced_and_long_texts_are_shortened(
     assert sample.reference == "\N{REPLACEMENT CHARACTER}" + long[:19] + "…"
 
 
-def test_stop_is_obeyed_between_two_tokens(
+def test_a_stop_ends_generation_between_two_tokens(
     llama: str, make_task: MakeTask, write_rows: WriteRows, encode: Any, encoder: Encoder
 ) -> None:
-    base, adapted = worn(llama, recipe_of(make_task(write_rows(quotes(3)))))
+    base, adapted = with_adapter(llama, recipe_of(make_task(write_rows(quotes(3)))))
     asked = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
         samples.compare(base, adapted, encode(quotes(4)), encoder, layout=LAYOUT, stopping=lambda: next(asked))
@@ -202,7 +204,7 @@ def test_stop_is_obeyed_between_two_tokens(
     assert adapted.training
 
 
-def test_run_stopped_at_its_samples_goes_on_to_the_same_adapter_and_report(
+def test_run_stopped_during_its_samples_resumes_to_the_same_adapter_and_report(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(write_rows(quotes(24)), trainer={"max_steps": 3, "save_every": 1})
@@ -223,7 +225,7 @@ def test_run_stopped_at_its_samples_goes_on_to_the_same_adapter_and_report(
 @pytest.mark.parametrize(
     ("error", "reason"), [(MemoryError(), "out of memory"), (TypeError("no cache here"), "TypeError: no cache here")]
 )
-def test_samples_that_fail_cost_themselves_and_not_the_job(
+def test_failing_samples_do_not_fail_the_job(
     make_task: MakeTask,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -237,11 +239,11 @@ def test_samples_that_fail_cost_themselves_and_not_the_job(
     monkeypatch.setattr(samples, "_last_logits", fail)
     observer = run(make_task(write_rows(quotes(4)), trainer={"max_steps": 1}), tmp_path)
     assert observer.of(Done)[0].report.samples == []
-    (said,) = [notice.message for notice in observer.of(Notice) if notice.level == "warn"]
-    assert said.startswith(f"no samples in the report: {reason}")
+    (warning,) = [notice.message for notice in observer.of(Notice) if notice.level == "warn"]
+    assert warning.startswith(f"no samples in the report: {reason}")
 
 
-def test_base_that_has_learned_writes_the_reference(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_tuned_model_generates_the_reference(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
     task = make_task(
         write_rows([{"prompt": "the hat", "completion": " is felt"}]), hyperparameters={"n_epochs": 50, "batch_size": 1}
     )

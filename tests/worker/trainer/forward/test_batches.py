@@ -1,4 +1,4 @@
-"""Packing moves examples about and changes nothing else."""
+"""Batches contain every trained token exactly once, packed or padded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_trained_token_is_a_target_once(sizes: list[int], packing: bool, m
     assert all(int(b.position_ids.max()) < max(sizes) for b in found)
 
 
-def test_packed_row_restarts_positions_and_predicts_nothing_across_a_seam() -> None:
+def test_packed_row_restarts_positions_and_has_no_target_across_documents() -> None:
     one = Encoded(1, np.array([5, 6, 7], dtype=np.int32), np.array([True, True, True]))
     two = Encoded(2, np.array([8, 9], dtype=np.int32), np.array([False, True]))
     batch = collate([[one, two], [two]], packing=True, pad=3)

@@ -1,4 +1,4 @@
-"""Memory that runs out costs speed and changes nothing else. It really runs out in the last test."""
+"""Running out of memory makes a run slower and changes nothing else. In the last test memory really runs out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDEST = Layout(packing=True, chunked=True, micro_batch=5, pad=2)
 
 @pytest.fixture
 def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
-    """Four rows a micro-batch, eight of them a step, with random numbers drawn in each."""
+    """Steps of eight rows in micro-batches of four, which draw random numbers."""
     return make_task(
         write_rows(quotes(24)),
         hyperparameters={"n_epochs": 2, "batch_size": 8},
@@ -43,15 +43,15 @@ def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
     )
 
 
-def test_rungs_halve_then_keep_no_activations_and_then_unpack_what_is_short(llama: str) -> None:
+def test_levels_halve_the_micro_batch_then_checkpoint_and_then_stop_packing(llama: str) -> None:
     base = load_base(llama, Quantization.NONE)
     narrow = [replace(WIDEST, micro_batch=rows) for rows in (5, 2, 1)]
-    anew = replace(WIDEST, micro_batch=1, checkpointing=True)
-    unpacked = replace(anew, packing=False)
-    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH) == [*narrow, anew]
-    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, anew, unpacked]
-    assert fallback.levels(anew, base, longest=PACK_LENGTH - 1) == [anew, unpacked]
-    assert fallback.levels(replace(anew, packing=False), base, longest=9) == [unpacked]
+    checkpointing = replace(WIDEST, micro_batch=1, checkpointing=True)
+    unpacked = replace(checkpointing, packing=False)
+    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH) == [*narrow, checkpointing]
+    assert fallback.levels(WIDEST, base, longest=PACK_LENGTH - 1) == [*narrow, checkpointing, unpacked]
+    assert fallback.levels(checkpointing, base, longest=PACK_LENGTH - 1) == [checkpointing, unpacked]
+    assert fallback.levels(replace(checkpointing, packing=False), base, longest=9) == [unpacked]
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
@@ -76,22 +76,22 @@ def test_the_plan_of_a_job_counts_the_levels_of_its_run(
     assert plan.fallback_levels == len(fallback.levels(layout, base, longest=max(map(len, rows))))
 
 
-def test_narrower_run_comes_to_the_same_but_for_rounding(
+def test_lower_levels_give_the_same_result_up_to_rounding(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 and without dropout, where the same is the same."""
+    """In fp32 and without dropout, so that results can be compared."""
     monkeypatch.setattr(base_module, "_fast_bfloat16", lambda device: False)
     runs = [run(task, tmp_path / str(n), fallback_level=n, dropout=0.0, learning_rate=1e-4) for n in (0, 1, 2)]
-    whole, *narrower = [load_file(tmp_path / str(n) / "adapter" / adapter_weights.ADAPTER) for n in (0, 1, 2)]
+    widest, *narrower = [load_file(tmp_path / str(n) / "adapter" / adapter_weights.ADAPTER) for n in (0, 1, 2)]
     assert len({adapter_bytes(tmp_path / str(n)) for n in (0, 1, 2)}) == 3
     for tensors in narrower:
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-6)
+            torch.testing.assert_close(tensor, widest[name], rtol=1e-3, atol=2e-6)
     losses = [[e.metrics.train_loss or e.metrics.valid_loss for e in found.of(Measured)] for found in runs]
     assert all(found == pytest.approx(losses[0], rel=1e-4) for found in losses)
 
 
-def test_resumed_narrow_run_ends_with_the_same_bytes(task: Task, tmp_path: Path) -> None:
+def test_run_resumed_on_a_lower_level_ends_with_the_same_bytes(task: Task, tmp_path: Path) -> None:
     run(task, tmp_path / "whole", fallback_level=1)
     saved = run(task, tmp_path / "first", fallback_level=1, stop_at=3).of(CheckpointSaved)[-1]
     second = run(task, tmp_path / "second", resume_from=saved.path)
@@ -100,31 +100,32 @@ def test_resumed_narrow_run_ends_with_the_same_bytes(task: Task, tmp_path: Path)
 
 
 def test_failed_step_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory ends in the second micro-batch of step 4: gradients are there by then, and random numbers drawn."""
+    """Memory runs out in the second micro-batch of step 4, after gradients were added and random numbers drawn."""
     saved = run(task, tmp_path / "first", stop_at=3).of(CheckpointSaved)[-1]
-    run(task, tmp_path / "told", resume_from=saved.path, fallback_level=1)
+    run(task, tmp_path / "expected", resume_from=saved.path, fallback_level=1)
     failing: Failing = Failing(monkeypatch, lambda batch: failing.calls == 2 and len(batch.input_ids) == 4)
     observer = run(task, tmp_path / "found", resume_from=saved.path)
     assert warnings_of(observer) == [
         "out of memory at step 4: micro-batch 4 → 2; the result is the same up to rounding"
     ]
-    assert adapter_bytes(tmp_path / "found") == adapter_bytes(tmp_path / "told")
+    assert adapter_bytes(tmp_path / "found") == adapter_bytes(tmp_path / "expected")
 
 
-def test_last_resort_is_one_example_without_packing(
+def test_lowest_level_is_one_example_without_packing(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Failing(monkeypatch, lambda batch: torch.is_grad_enabled() and batch.attention_mask is None)
     observer = run(task, tmp_path, packing=True, micro_batch=2)
     assert [message.partition(",")[0] for message in warnings_of(observer)] == [
         "out of memory at step 1: micro-batch 2 → 1; the result is the same up to rounding",
-        "out of memory at step 1: activations are recomputed in the backward pass; the result is the same up to rounding",
+        "out of memory at step 1: activations are recomputed in the backward pass; "
+        "the result is the same up to rounding",
         "out of memory at step 1: one example a row",
     ]
     assert observer.of(Done)
 
 
-def test_evaluation_goes_down_too(
+def test_evaluation_falls_back_too(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(write_rows(quotes(8)), trainer={"max_steps": 1, "packing": False, "micro_batch": 4})
@@ -136,7 +137,7 @@ def test_evaluation_goes_down_too(
     assert observer.of(Done)
 
 
-def test_lowest_rung_that_fails_fails_the_run_and_leaves_the_base_clean(
+def test_run_fails_on_the_lowest_level_and_leaves_the_base_unchanged(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(task.base_dir, task.quantization)
@@ -149,7 +150,7 @@ def test_lowest_rung_that_fails_fails_the_run_and_leaves_the_base_clean(
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_memory_of_older_checkpoints_and_higher_counts_is_in_bounds(task: Task, tmp_path: Path) -> None:
+def test_missing_or_too_high_fallback_levels_are_limited_to_valid_ones(task: Task, tmp_path: Path) -> None:
     saved = run(task, tmp_path / "first", stop_at=2).of(CheckpointSaved)[-1]
     state = Path(saved.path, checkpoint.STATE)
     stored = json.loads(state.read_text())
@@ -159,13 +160,13 @@ def test_memory_of_older_checkpoints_and_higher_counts_is_in_bounds(task: Task, 
     assert run(task, tmp_path / "third", resume_from=saved.path, fallback_level=99).of(Done)
 
 
-def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
+def test_child_with_limited_memory_continues_with_smaller_micro_batches(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    """Eight rows of the wide base take over 600 MB, one row a tenth of that; 350 are given.
+    """With the wide base, eight rows take over 600 MB, one row a tenth of that; the limit is 350 MB.
 
-    What one row needs is warmed up first, so that the limit counts activations and not libraries. In fp32 everywhere,
-    by the setting of oneDNN: in bf16 it may be oneDNN that meets the limit first, which no process survives.
+    A run with one row comes first, so that the limit counts activations and not libraries. The setting of oneDNN makes
+    everything fp32: in bf16 oneDNN itself may reach the limit first, which no process survives.
     """
     task = make_task(
         write_rows([{"text": f"{i} " + "0123456789" * 22} for i in range(8)]),
@@ -177,29 +178,29 @@ def test_child_whose_memory_is_limited_trains_on_in_smaller_pieces(
     with Child(ONEDNN_MAX_CPU_ISA="AVX2") as child:
 
         def train(name: str, **changes: Any) -> list[str]:
-            """Its warnings, once it is done."""
+            """Train to the end and return the warnings."""
             recipe = recipe_of(task, **changes)
             child.send(Train(job=name, task=task, recipe=recipe, work_dir=str(tmp_path / name)))
-            said = []
+            warnings = []
             while not isinstance(event := child.next(), Done):
                 assert not isinstance(event, Failed), event
                 if isinstance(event, Notice) and event.level == "warn":
-                    said.append(event.message)
-            return said
+                    warnings.append(event.message)
+            return warnings
 
         assert train("small", micro_batch=1, total_steps=1) == []
         limit_data(child.process.pid, megabytes=350)
-        said = train("limited", micro_batch=8)
+        warnings = train("limited", micro_batch=8)
         limit_data(child.process.pid, megabytes=None)
-        assert train("free", micro_batch=8) == []
-    assert said
-    assert all(message.startswith("out of memory ") for message in said)
+        assert train("unlimited", micro_batch=8) == []
+    assert warnings
+    assert all(message.startswith("out of memory ") for message in warnings)
     for name in ("train_loss", "grad_norm"):
-        limited, free = (
+        limited, unlimited = (
             [
                 getattr(line, name)
                 for line in metrics_file.read_metrics(tmp_path / job / "adapter" / metrics_file.METRICS)
             ]
-            for job in ("limited", "free")
+            for job in ("limited", "unlimited")
         )
-        assert limited == pytest.approx(free, rel=0.02)
+        assert limited == pytest.approx(unlimited, rel=0.02)

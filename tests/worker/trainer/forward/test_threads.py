@@ -1,4 +1,4 @@
-"""Micro-batches side by side come to what they come to one after the other."""
+"""Micro-batches in parallel threads give the same results as one after the other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def two_cores() -> Iterator[None]:
 
 @pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.NF4])
 @pytest.mark.usefixtures("two_cores")
-def test_each_micro_batch_has_the_gradient_that_it_has_alone(
+def test_each_micro_batch_has_the_same_gradient_as_alone(
     quantization: Quantization, make_task: MakeTask, write_rows: WriteRows, llama: str
 ) -> None:
     task = make_task(write_rows(quotes(40)), quantization=quantization)
@@ -55,12 +55,12 @@ def test_each_micro_batch_has_the_gradient_that_it_has_alone(
     assert len(batches) > 4
     alone = [gradients(batch) for batch in batches]
     for _ in range(3):
-        together = list(threads.run_in_order(gradients, batches, 2, before=lambda: None))
-        for found, wanted in zip(together, alone, strict=True):
+        parallel = list(threads.run_in_order(gradients, batches, 2, before=lambda: None))
+        for found, wanted in zip(parallel, alone, strict=True):
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
-def test_run_in_lanes_is_the_same_each_time_and_resumes_bit_for_bit(
+def test_a_run_with_threads_is_deterministic_and_resumes_bit_for_bit(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, two_cores: None
 ) -> None:
     task = make_task(write_rows(quotes(60)), torch_threads=2, hyperparameters={"n_epochs": 2, "batch_size": 16})
@@ -73,8 +73,8 @@ def test_run_in_lanes_is_the_same_each_time_and_resumes_bit_for_bit(
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
-    rounds: list[None] = []
+def test_an_error_is_raised_after_its_whole_group_has_ended() -> None:
+    groups: list[None] = []
     ended: list[int] = []
 
     def act(batch: Any) -> int:
@@ -85,12 +85,12 @@ def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
         return int(batch)
 
     slow = threading.Event()
-    found = threads.run_in_order(act, iter([0, 1, 2, 3, 4, 5]), 2, before=lambda: rounds.append(None))  # type: ignore[arg-type]  # any batch will do
+    found = threads.run_in_order(act, iter([0, 1, 2, 3, 4, 5]), 2, before=lambda: groups.append(None))  # type: ignore[arg-type]  # any batch will do
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(MemoryError):
         next(found)
     assert sorted(ended) == [0, 1, 3]
-    assert len(rounds) == 2
+    assert len(groups) == 2
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -113,7 +113,7 @@ def test_error_of_one_is_raised_when_its_round_has_ended() -> None:
         ),
     ],
 )
-def test_lanes_only_where_they_share_nothing_that_changes(
+def test_threads_are_used_only_if_they_share_no_changing_state(
     method: Any,
     changes: dict[str, Any],
     config: dict[str, Any],
@@ -124,11 +124,11 @@ def test_lanes_only_where_they_share_nothing_that_changes(
 ) -> None:
     tiny_base(tmp_path / "base", **({"model_type": "llama"} | config))
     pair = {"input": {"messages": [{"role": "user", "content": "hat"}]}}
-    said = {"role": "assistant", "content": "felt"}
+    answer = {"role": "assistant", "content": "felt"}
     rows = (
         quotes(4)
         if method == "supervised"
-        else [pair | {"preferred_output": [said], "non_preferred_output": [said | {"content": "no"}]}] * 4
+        else [pair | {"preferred_output": [answer], "non_preferred_output": [answer | {"content": "no"}]}] * 4
     )
     recipe = recipe_of(make_task(write_rows(rows), method=method)).model_copy(update=changes)
     base = load_base(str(tmp_path / "base"), Quantization.NONE)

@@ -1,4 +1,4 @@
-"""Classifiers of each kind of base: they overfit, resume bit for bit, stand their proof, and stock peft loads them."""
+"""Classifiers on each kind of base overfit, resume bit for bit and pass the proof, and stock PEFT loads them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from worker.trainer.model.base import attach, detach, load_base, trainable
 from worker.trainer.planning.prepare import prepare
 from worker.trainer.protocol import CheckpointSaved, Done, Notice, Task, Verify
 
-#: model_type → the modules that are trained in full.
+#: model_type → the head modules, which are trained in full.
 ENCODERS = {"bert": ["bert.pooler", "classifier"], "roberta": ["classifier"], "deberta-v2": ["classifier", "pooler"]}
 HEADS = ENCODERS | {"llama": ["score"], "gpt2": ["score"]}
-#: What makes each unlike a tiny BERT.
+#: model_type → settings that differ from those of a tiny BERT.
 KINDS: dict[str, dict[str, Any]] = {
     "roberta": {"type_vocab_size": 1},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
@@ -43,7 +43,7 @@ MakeBase = Callable[[str], str]
 
 
 def hats(count: int) -> Rows:
-    """Pairs whose second text tells the label, and whose lengths differ."""
+    """Text pairs of different lengths. The second text determines the label."""
     kinds = ("felt", "wool", "straw")
     return [
         {"text": f"hat {i} " * (1 + i % 3), "text_pair": f"it is {kinds[i % 3]}", "label": kinds[i % 3]}
@@ -72,13 +72,13 @@ def classification(task: MakeTask, rows: str, base: str, **fields: Any) -> Task:
     return task(rows, method="classification", base_dir=base, **fields)
 
 
-# ---------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------- complete runs
 
 
-# peft 0.21 still asks for a name that transformers 5 has renamed.
+# peft 0.21 uses an attribute that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_classifier_is_trained_resumed_proven_and_loaded(
+def test_a_classifier_is_trained_resumed_verified_and_loaded(
     kind: str, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     base, rows = make_base(kind), hats(6)
@@ -98,13 +98,13 @@ def test_a_classifier_is_trained_resumed_proven_and_loaded(
         (rows[sample.line - 1]["label"],) * 2 for sample in found.samples
     ]
     assert any("its score is chance" in caveat for caveat in found.change.caveats)
-    assert any("trained in full; such rows are never packed" in notice.message for notice in observed.of(Notice))
+    assert any("is trained in full; rows are never packed" in notice.message for notice in observed.of(Notice))
 
     saved = run(task, tmp_path / "first", stop_at=9, **options).of(CheckpointSaved)[-1].path
     run(task, tmp_path / "second", resume_from=saved, **options)
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
-    proof = verify(proven(task, done, **options), stopping=lambda: False, tick=lambda: None).proof
+    proof = verify(verify_command(task, done, **options), stopping=lambda: False, tick=lambda: None).proof
     assert (proof.base_deviation, proof.tuned_deviation) == (0, 0)
     assert proof.vllm.reasons
     folder = tmp_path / "whole" / "adapter"
@@ -119,11 +119,11 @@ def test_a_classifier_is_trained_resumed_proven_and_loaded(
 
 
 def base_head(base: str) -> list[str]:
-    """Parameters of a classifier that the base's files are without."""
-    return list(load_base(base, Quantization.NONE, labels=list("012")).blank)
+    """The parameters of the head that the base's files lack."""
+    return list(load_base(base, Quantization.NONE, labels=list("012")).uninitialized)
 
 
-def proven(task: Task, done: Done, **changes: Any) -> Verify:
+def verify_command(task: Task, done: Done, **changes: Any) -> Verify:
     return Verify(
         job="j", task=task, recipe=recipe_of(task, **changes), adapter_dir=done.path, report=done.report,
         fallback_level=done.fallback_level,
@@ -131,7 +131,7 @@ def proven(task: Task, done: Done, **changes: Any) -> Verify:
 
 
 def by_the_card(folder: Path, base: str, rows: Rows) -> list[str]:
-    """The model card's own words, run; then every row, asked as a user would."""
+    """Run the code of the model card, then classify every row with it."""
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert "always “felt”" in card
@@ -141,23 +141,23 @@ def by_the_card(folder: Path, base: str, rows: Rows) -> list[str]:
     exec(code.replace('"acme/tiny"', repr(base)), names)
     with torch.no_grad():
         return [
-            names["config"].id2label[int(names["model"](**asked(names["tokenizer"], row)).logits.argmax())]
+            names["config"].id2label[int(names["model"](**inputs(names["tokenizer"], row)).logits.argmax())]
             for row in rows
         ]
 
 
-def asked(tokenizer: Any, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+def inputs(tokenizer: Any, row: dict[str, Any]) -> dict[str, torch.Tensor]:
     return dict(tokenizer(row["text"], row["text_pair"], return_tensors="pt"))
 
 
-# ---------------------------------------------------------------- what goes in
+# ---------------------------------------------------------------- input
 
 
 @pytest.mark.parametrize("row", [hats(3)[2], {"text": "a hat, a hat, a hat", "label": "x"}], ids=["pair", "single"])
-def test_a_row_is_what_the_tokenizer_makes_of_it(
+def test_a_row_is_encoded_as_by_the_tokenizer(
     bert: str, make_task: MakeTask, write_rows: WriteRows, row: dict[str, Any]
 ) -> None:
-    """Whole, and cut to any length that the template leaves room in."""
+    """In full, and cut to any length that leaves room for text."""
     encoder = Encoder(bert)
     (whole,) = dataset.load(classification(make_task, write_rows([row]), bert), encoder).train
     texts = [row[key] for key in ("text", "text_pair") if key in row]
@@ -169,7 +169,7 @@ def test_a_row_is_what_the_tokenizer_makes_of_it(
         assert (cut.label, cut.learnable) == (row["label"], True)
 
 
-def test_a_text_of_which_nothing_is_left_is_named(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_the_error_names_a_text_without_tokens(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     folder = shutil.copytree(bert, Path(write_rows([])).parent / "stripped")
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": STRIP}))
@@ -179,15 +179,14 @@ def test_a_text_of_which_nothing_is_left_is_named(bert: str, make_task: MakeTask
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_rows_score_the_same_alone_and_padded(
+def test_rows_have_the_same_loss_alone_padded_and_by_transformers(
     kind: str, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows
 ) -> None:
-    """And as transformers' own loss says, on inputs of the tokenizer's."""
     base_dir, rows = make_base(kind), hats(6)
     task = classification(make_task, write_rows(rows), base_dir)
     encoder, recipe = Encoder(base_dir), recipe_of(task)
     base = load_base(base_dir, Quantization.NONE, labels=list("012"), compute_dtype=torch.float32)
-    classification_head.draw(base.model, base.blank, seed=1, pad=encoder.pad)
+    classification_head.initialize(base.model, base.uninitialized, seed=1, pad=encoder.pad)
     adapted = attach(base, recipe).adapted
     encoded = dataset.load(task, encoder).train
     found = [
@@ -203,7 +202,7 @@ def test_rows_score_the_same_alone_and_padded(
     with torch.no_grad():
         for row, nats in zip(rows, found[0].nats, strict=True):
             label = torch.tensor([labels.index(row["label"])])
-            theirs = adapted(**asked(encoder.tokenizer, row), labels=label).loss
+            theirs = adapted(**inputs(encoder.tokenizer, row), labels=label).loss
             assert float(theirs) == pytest.approx(float(nats), rel=1e-4)
 
 
@@ -211,7 +210,7 @@ def test_rows_score_the_same_alone_and_padded(
 def test_a_row_may_be_as_long_as_the_base_has_positions(
     kind: str, context: int, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows
 ) -> None:
-    """RoBERTa's begin after its padding's."""
+    """RoBERTa's positions start after its padding index, so it has fewer than its config says."""
     rows = [{"text": "a hat " * 200, "label": label} for label in (0, 1)]
     task = classification(make_task, write_rows(rows), make_base(kind))
     encoder, recipe = Encoder(task.base_dir), recipe_of(task)
@@ -228,7 +227,7 @@ def test_a_row_may_be_as_long_as_the_base_has_positions(
 
 @pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])
 @pytest.mark.parametrize("quantization", list(Quantization))
-def test_a_head_is_fp32_and_bears_no_lora(
+def test_a_head_is_fp32_and_has_no_lora(
     kind: str, quantization: Quantization, make_base: MakeBase, make_task: MakeTask, write_rows: WriteRows
 ) -> None:
     task = classification(make_task, write_rows(hats(6)), make_base(kind), lora={"target_modules": ["dense"]})
@@ -238,7 +237,7 @@ def test_a_head_is_fp32_and_bears_no_lora(
     adapted = attached.adapted
     trained = trainable(adapted)
     heads = {name: parameter for name, parameter in trained.items() if ".modules_to_save." in name}
-    assert len(heads) == len(base.blank)
+    assert len(heads) == len(base.uninitialized)
     assert all(type(parameter) is torch.nn.Parameter for parameter in heads.values())
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert all(".encoder.layer." in name for name in trained.keys() - heads.keys())
@@ -254,36 +253,36 @@ def test_a_head_is_fp32_and_bears_no_lora(
 def test_a_lora_on_the_head_alone_is_refused(bert: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     task = classification(make_task, write_rows(hats(6)), bert, lora={"target_modules": ["classifier"]})
     base = load_base(bert, Quantization.NONE, labels=list("012"))
-    with pytest.raises(TrainingFailed, match="nothing but the head, which is trained in full") as failed:
+    with pytest.raises(TrainingFailed, match="only the head, which is trained in full") as failed:
         attach(base, recipe_of(task))
     assert (failed.value.code, failed.value.param) == ("invalid_lora", "lora.target_modules")
 
 
-def test_first_weights_follow_from_the_seed_alone(bert: str) -> None:
+def test_initial_weights_depend_on_the_seed_only(bert: str) -> None:
     base = load_base(bert, Quantization.NONE, labels=list("0123"))
     drawn = []
     for seed in (1, 2, 1):
-        classification_head.draw(base.model, base.blank, seed=seed, pad=0)
+        classification_head.initialize(base.model, base.uninitialized, seed=seed, pad=0)
         drawn.append(base.model.classifier.weight.detach().clone())
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     assert base.model.classifier.bias.abs().sum() == 0
 
 
-def test_a_head_that_the_files_hold_is_kept_if_it_is_as_wide(bert: str, tmp_path: Path) -> None:
+def test_a_head_in_the_files_is_kept_if_it_has_as_many_labels(bert: str, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(tmp_path)
     same, wider = (load_base(str(tmp_path), Quantization.NONE, labels=list(labels)) for labels in ("abc", "abcd"))
-    assert same.blank == ()
-    assert wider.blank == ("classifier.bias", "classifier.weight")
+    assert same.uninitialized == ()
+    assert wider.uninitialized == ("classifier.bias", "classifier.weight")
     assert same.head == wider.head == ("classifier",)
 
 
 @pytest.mark.parametrize(("names", "kept"), [("abc", True), ("bac", False), ("xyz", False)])
-def test_a_head_is_kept_only_if_its_outputs_mean_the_same(names: str, kept: bool, bert: str, tmp_path: Path) -> None:
-    told = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    AutoModelForSequenceClassification.from_pretrained(bert, **told).save_pretrained(tmp_path)
+def test_a_head_is_kept_only_if_its_labels_are_the_same(names: str, kept: bool, bert: str, tmp_path: Path) -> None:
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    AutoModelForSequenceClassification.from_pretrained(bert, **labels).save_pretrained(tmp_path)
     found = load_base(str(tmp_path), Quantization.NONE, labels=["a", "b", "c"])
-    assert found.blank == (() if kept else ("classifier.bias", "classifier.weight"))
+    assert found.uninitialized == (() if kept else ("classifier.bias", "classifier.weight"))
 
 
 def test_a_base_that_lacks_more_than_its_head_is_refused(bert: str, tmp_path: Path) -> None:
@@ -297,7 +296,7 @@ def test_a_base_that_lacks_more_than_its_head_is_refused(bert: str, tmp_path: Pa
     assert failed.value.code == "unsupported_base_model"
 
 
-# ---------------------------------------------------------------- what goes out
+# ---------------------------------------------------------------- the published files
 
 
 def other_labels(folder: Path) -> None:
@@ -337,9 +336,9 @@ FAULTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-# peft 0.21 still asks for a name that transformers 5 has renamed.
+# peft 0.21 uses an attribute that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_planted_faults_of_a_classifier_are_noticed(
+def test_each_planted_fault_of_a_classifier_fails_with_its_own_code(
     bert: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = classification(make_task, write_rows(hats(6)), bert, trainer={"max_steps": 6})
@@ -347,7 +346,7 @@ def test_planted_faults_of_a_classifier_are_noticed(
     for code, plant in FAULTS.items():
         folder = shutil.copytree(done.path, tmp_path / plant.__name__)
         plant(folder)
-        command = proven(task, done).model_copy(update={"adapter_dir": str(folder)})
+        command = verify_command(task, done).model_copy(update={"adapter_dir": str(folder)})
         with pytest.raises(TrainingFailed) as failed:
             verify(command, stopping=lambda: False, tick=lambda: None)
         assert failed.value.code == code.strip(), failed.value.message

@@ -1,4 +1,4 @@
-"""DPO is the paper's formula, whatever the layout, and a whole run of it learns which answer is preferred."""
+"""DPO's loss equals the paper's formula in every layout, and a complete run learns which answer is preferred."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def layout(**changes: Any) -> Layout:
     return Layout(**{"packing": True, "chunked": True, "micro_batch": 8, "pad": 2} | changes)
 
 
-def hatted(base: Base, recipe: Recipe) -> Any:
-    """With an adapter that does something."""
+def with_adapter(base: Base, recipe: Recipe) -> Any:
+    """The base with an adapter that has an effect."""
     torch.manual_seed(0)
     adapted = attach(base, recipe).adapted
     for name, parameter in trainable(adapted).items():
@@ -59,14 +59,14 @@ def hatted(base: Base, recipe: Recipe) -> Any:
 
 
 def log_probability(adapted: Any, document: Encoded) -> torch.Tensor:
-    """Of the trained tokens of one document, by the model's own logits."""
+    """The log-probability of a document's trained tokens, by the model's own logits."""
     ids = torch.from_numpy(document.ids).long()[None]
     each = functional.cross_entropy(adapted(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
     return -each[torch.from_numpy(document.trained[1:])].sum()
 
 
-def test_loss_and_gradient_are_those_of_the_paper_in_every_layout(base: Base, rows: list[Row], recipe: Recipe) -> None:
-    adapted = hatted(base, recipe)
+def test_loss_and_gradient_equal_the_papers_in_every_layout(base: Base, rows: list[Row], recipe: Recipe) -> None:
+    adapted = with_adapter(base, recipe)
     parameters = list(trainable(adapted).values())
     wanted, margins = torch.zeros(()), []
     for row in rows:
@@ -98,9 +98,9 @@ def test_loss_and_gradient_are_those_of_the_paper_in_every_layout(base: Base, ro
 def test_a_gradient_reaches_the_adapter_in_the_compute_type(
     llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
 ) -> None:
-    """A reference pass under autocast must not leave casts behind that cut the gradient off."""
+    """The reference pass under autocast must not leave casts in a cache, which would have no gradient."""
     base = load_base(llama, quantization)
-    adapted = hatted(base, recipe)
+    adapted = with_adapter(base, recipe)
     with base.precision():
         [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
         loss = methods.loss(adapted, batch, layout(), recipe)
@@ -111,10 +111,10 @@ def test_a_gradient_reaches_the_adapter_in_the_compute_type(
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
-def test_an_adapter_that_does_nothing_yet_is_the_reference(
+def test_a_new_adapter_equals_the_reference(
     llama: str, rows: list[Row], recipe: Recipe, quantization: Quantization
 ) -> None:
-    """To the bit, although training has a forward of its own."""
+    """Bit for bit, although training uses a forward of its own."""
     base = load_base(llama, quantization)
     adapted = attach(base, recipe).adapted
     tally = methods.Tally()
@@ -126,8 +126,10 @@ def test_an_adapter_that_does_nothing_yet_is_the_reference(
     assert (score.reward_accuracy, score.reward_margin) == (0.5, 0.0)
 
 
-def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: Recipe, tmp_path: Path) -> None:
-    """Or the reference, which is the same model, would be another one by chance."""
+def test_a_bases_own_dropout_is_off_during_training_and_restored(
+    rows: list[Row], recipe: Recipe, tmp_path: Path
+) -> None:
+    """Otherwise the reference, which is the same model, would differ at random."""
     tiny_base(tmp_path, "gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     base = load_base(str(tmp_path), Quantization.NONE)
     adapted = attach(base, recipe).adapted
@@ -143,7 +145,7 @@ def test_a_bases_own_dropout_is_silent_and_comes_back(rows: list[Row], recipe: R
 def test_pairs_longer_than_the_context_are_padded_within_it(
     make_task: MakeTask, write_rows: WriteRows, encoder: Encoder, tmp_path: Path
 ) -> None:
-    """A packed row of two documents may be; GPT-2 looks each position up in a table, the padding's too."""
+    """A packed row of two documents may be longer. GPT-2 looks up every position in a table, even of padding."""
     tiny_base(tmp_path, "gpt2")
     long = {"prompt": "a ", "chosen": "b" * 200, "rejected": "c" * 190}
     task = make_task(write_rows([long, *preferences(5)]), method="dpo", base_dir=str(tmp_path))
@@ -154,21 +156,21 @@ def test_pairs_longer_than_the_context_are_padded_within_it(
     assert methods.loss(adapted, batch, layout(), recipe).sums.isfinite().all()
 
 
-def test_a_pair_that_the_cut_makes_equal_teaches_nothing(encoder: Encoder, rows: list[Row]) -> None:
+def test_a_pair_of_equal_answers_is_not_learnable(encoder: Encoder, rows: list[Row]) -> None:
     pair = rows[1]
     assert isinstance(pair, Pair)
     assert pair.learnable
     assert not Pair(pair.chosen, pair.chosen).learnable
 
 
-def test_pairs_stay_together_and_every_document_is_there_once(rows: list[Row]) -> None:
+def test_pairs_stay_together_and_every_document_appears_once(rows: list[Row]) -> None:
     for packing, micro_batch in itertools.product((True, False), (1, 2, 9)):
         found = list(batches(rows, packing=packing, micro_batch=micro_batch, pad=2))
         assert sorted(line for batch in found for line in batch.lines[0::2]) == [row.line for row in rows]
         assert all(batch.lines[0::2] == batch.lines[1::2] for batch in found)
 
 
-def test_packing_is_tried_on_documents(base: Base, rows: list[Row]) -> None:
+def test_the_layout_probe_accepts_pairs(base: Base, rows: list[Row]) -> None:
     assert layout_probe.layout(base, rows, packing=True, micro_batch=1, pad=2)[0].packing
 
 

@@ -1,4 +1,4 @@
-"""The chunked loss is the ordinary loss; packing and micro-batches leave the gradient as it is."""
+"""The chunked loss equals the ordinary loss, and packing and micro-batches do not change the gradient."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from worker.trainer.model.base import Base, attach, load_base, trainable
 
 @pytest.fixture(params=["llama", "gpt2"])
 def base(request: pytest.FixtureRequest) -> Base:
-    """In fp32, where equal means equal."""
+    """A base in fp32, so that results can be compared exactly."""
     folder: str = request.getfixturevalue(request.param)
     return load_base(folder, Quantization.NONE, compute_dtype=torch.float32)
 
@@ -66,7 +66,7 @@ def gradients(base: Base, examples: list[Encoded], found: Layout) -> tuple[float
 def test_loss_and_gradient_do_not_depend_on_the_layout(
     base: Base, examples: list[Encoded], make_task: MakeTask, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Micro-batches of 1, 3 or all, packed or padded, the head in chunks of five tokens or whole."""
+    """Micro-batches of 1, 3 or all examples, packed or padded, with the head in chunks of five tokens or in one."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
     adapted = attach(base, recipe_of(make_task(write_rows(quotes(9))))).adapted
     for name, parameter in trainable(adapted).items():
@@ -83,7 +83,7 @@ def test_loss_and_gradient_do_not_depend_on_the_layout(
             torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-6)
 
 
-def test_loss_and_accuracy_are_those_of_torch(base: Base, examples: list[Encoded]) -> None:
+def test_loss_and_accuracy_equal_torchs(base: Base, examples: list[Encoded]) -> None:
     batch = collate([[e] for e in examples], packing=False, pad=2)
     base.model.eval()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_loss_and_accuracy_are_those_of_torch(base: Base, examples: list[Encoded
 
 
 def test_each_document_keeps_its_own_likelihood(base: Base, examples: list[Encoded]) -> None:
-    """Whichever documents it shares a row with, and wherever a chunk of the head ends."""
+    """Whichever documents share its row, and wherever a chunk of the head ends."""
     wanted = {line: pair for e in examples for line, *pair in by_line(base, [e], layout(packing=False))}
     assert sorted(wanted) == [e.line for e in examples]
     for packing in (True, False):
@@ -115,7 +115,7 @@ def by_line(base: Base, examples: list[Encoded], found: Layout) -> list[tuple[in
     return list(zip(batch.lines, each.nats.tolist(), each.hits.tolist(), strict=True))
 
 
-def test_packed_is_solo(base: Base, examples: list[Encoded]) -> None:
+def test_packing_is_exact_on_common_bases(base: Base, examples: list[Encoded]) -> None:
     found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     assert (found.packing, found.chunked, warnings) == (True, True, [])
 
@@ -150,7 +150,7 @@ LFM2 = Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
 def test_even_a_small_leak_is_found(
     examples: list[Encoded], config: PreTrainedConfig, exact: bool, dtype: torch.dtype
 ) -> None:
-    """ALiBi and convolutions pay no heed to positions that start again; fresh weights make that hard to see."""
+    """ALiBi and convolutions ignore that positions restart. With untrained weights the leak is small."""
     torch.manual_seed(0)
     odd = Base(AutoModelForCausalLM.from_config(config, dtype=dtype), torch.device("cpu"), dtype)
     odd.model.config.use_cache = False
@@ -158,8 +158,8 @@ def test_even_a_small_leak_is_found(
         assert layout_probe.layout(odd, rows, packing=True, micro_batch=1, pad=2)[0].packing == exact
 
 
-def test_leaking_attention_is_found_and_packing_given_up(base: Base, examples: list[Encoded]) -> None:
-    """With a cache, transformers builds no block mask: the real way in which packing goes wrong."""
+def test_packing_is_disabled_if_attention_leaks(base: Base, examples: list[Encoded]) -> None:
+    """With a cache, transformers builds no block-diagonal mask. That is the usual cause of leaks."""
 
     def with_cache(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return args, kwargs | {"use_cache": True}
@@ -172,7 +172,7 @@ def test_leaking_attention_is_found_and_packing_given_up(base: Base, examples: l
 
 
 def odd_heads() -> list[PreTrainedModel]:
-    """Heads that do more to logits than project."""
+    """Models that scale or cap their logits."""
     torch.manual_seed(0)
     return [
         Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=1.0)),
@@ -181,17 +181,16 @@ def odd_heads() -> list[PreTrainedModel]:
 
 
 @pytest.mark.parametrize("odd", odd_heads(), ids=lambda m: type(m).__name__)
-def test_capped_and_scaled_heads_are_followed(odd: PreTrainedModel, examples: list[Encoded]) -> None:
+def test_capped_and_scaled_heads_can_be_chunked(odd: PreTrainedModel, examples: list[Encoded]) -> None:
     base = Base(odd, torch.device("cpu"), torch.float32)
     found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     assert (found.chunked, warnings) == (True, [])
 
 
 @pytest.mark.parametrize("odd", odd_heads(), ids=lambda m: type(m).__name__)
-def test_gradients_go_through_capped_and_scaled_heads(
+def test_chunked_gradients_of_capped_and_scaled_heads_equal_autograds(
     odd: PreTrainedModel, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of five tokens, by hand, against the whole model, by autograd."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * 4 * 320)
     base = Base(odd, torch.device("cpu"), torch.float32)
     odd.get_input_embeddings().requires_grad_(requires_grad=False)
@@ -203,9 +202,9 @@ def test_gradients_go_through_capped_and_scaled_heads(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-6)
 
 
-def test_unknown_head_falls_back_to_the_models_own(base: Base, examples: list[Encoded]) -> None:
+def test_an_unknown_head_uses_the_models_own_logits(base: Base, examples: list[Encoded]) -> None:
     handle = base.model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits**3))
     found, warnings = layout_probe.layout(base, examples, packing=True, micro_batch=1, pad=2)
     handle.remove()
     assert not found.chunked
-    assert "logits are taken whole" in warnings[0]
+    assert "all logits are computed at once" in warnings[0]

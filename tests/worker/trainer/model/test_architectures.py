@@ -1,4 +1,4 @@
-"""Each kind of base that people train: it overfits, resumes bit for bit, and stock peft loads what it leaves."""
+"""Every supported kind of base overfits and resumes bit for bit, and stock PEFT loads its adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import tiny_base
 from tests.worker.trainer.conftest import MakeTask, WriteRows, adapter_bytes, quotes, run
 from worker.trainer.protocol import CheckpointSaved, Done
 
-#: model_type → what makes it unlike a tiny Llama.
+#: model_type → settings that differ from those of a tiny Llama.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-# peft 0.21 still asks for a name that transformers 5 has renamed.
+# peft 0.21 uses an attribute that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_of_this_kind_is_trained_resumed_and_loaded(

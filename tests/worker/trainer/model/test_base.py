@@ -1,4 +1,4 @@
-"""The frozen base stays what it was, whatever is put on it and however it is scored."""
+"""The frozen base stays unchanged, whatever is attached to it and however it is scored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUT = Layout(packing=True, chunked=True, micro_batch=4, pad=2)
     ("quantization", "kind"),
     [(Quantization.NF4, Linear4bit), (Quantization.INT8, Linear8bitLt), (Quantization.NONE, None)],
 )
-def test_base_is_held_as_asked(
+def test_base_is_loaded_in_the_requested_quantization(
     request: pytest.FixtureRequest, folder: str, quantization: Quantization, kind: type | None
 ) -> None:
     base = load_base(request.getfixturevalue(folder), quantization)
@@ -57,7 +57,7 @@ def test_gradients_after_an_evaluation_equal_those_before(
     write_rows: WriteRows,
     encoder: Encoder,
 ) -> None:
-    """The CPU NF4 trap: bitsandbytes repacks weights at the first evaluation and loses the base path's gradients."""
+    """On CPUs bitsandbytes repacks NF4 weights at the first evaluation, which loses the gradients through the base."""
     task = make_task(write_rows(quotes(8)))
     rows = dataset.load(task, encoder).train
     base = load_base(request.getfixturevalue(folder), quantization)
@@ -91,7 +91,7 @@ def test_adapter_is_fp32_on_every_linear_but_the_head(llama: str, make_task: Mak
     assert all("lora_" in name and "head" not in name for name in parameters)
 
 
-def test_taken_off_leaves_the_base_as_it_was(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_detach_leaves_the_base_as_it_was(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
     base = load_base(llama, Quantization.NF4)
     names = [name for name, _ in base.model.named_modules()]
     ids = torch.arange(10)[None]
@@ -118,7 +118,7 @@ def test_unknown_target_modules_are_named(llama: str, make_task: MakeTask, write
         (["q_proj", "self_attn"], "self_attn"),
     ],
 )
-def test_targets_that_bear_no_adapter_are_refused_and_the_base_untouched(
+def test_unsupported_targets_are_refused_and_the_base_is_unchanged(
     llama: str, make_task: MakeTask, write_rows: WriteRows, targets: list[str], named: str
 ) -> None:
     base = load_base(llama, Quantization.NONE)
@@ -128,8 +128,8 @@ def test_targets_that_bear_no_adapter_are_refused_and_the_base_untouched(
     assert not any("lora" in name for name, _ in base.model.named_modules())
 
 
-def test_adapter_never_carries_an_embedding(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
-    """PEFT adds them by itself, for instance where the vocabulary is not that of the folder."""
+def test_adapter_never_contains_an_embedding(llama: str, make_task: MakeTask, write_rows: WriteRows) -> None:
+    """PEFT adds embeddings on its own, for instance if the vocabulary size differs from that of the base's folder."""
     base = load_base(llama, Quantization.NONE)
     adapted = attach(base, recipe_of(make_task(write_rows(quotes(3)), lora={"target_modules": ["q_proj"]}))).adapted
     base.model.config.vocab_size += 1
@@ -137,7 +137,7 @@ def test_adapter_never_carries_an_embedding(llama: str, make_task: MakeTask, wri
 
 
 def test_base_without_sdpa_is_loaded(tmp_path: Path) -> None:
-    """Transformers refuses `attn_implementation="sdpa"` for these, and takes it by itself for the others."""
+    """Transformers refuses `attn_implementation="sdpa"` for some models, and chooses it on its own for the others."""
     torch.manual_seed(0)
     GPTJForCausalLM(GPTJConfig(vocab_size=320, n_embd=64, n_layer=1, n_head=4, rotary_dim=8)).save_pretrained(tmp_path)
     assert load_base(str(tmp_path), Quantization.NONE).model.config.model_type == "gptj"
@@ -172,7 +172,7 @@ def test_base_that_the_machine_cannot_read_is_not_the_users_fault(unreadable: Ca
         load_base(unreadable(name), Quantization.NONE)
 
 
-def test_base_in_a_quantization_that_no_worker_has_is_the_users_to_mend(llama: str, tmp_path: Path) -> None:
+def test_base_in_an_unsupported_quantization_is_the_users_error(llama: str, tmp_path: Path) -> None:
     for path in Path(llama).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -185,7 +185,7 @@ def test_base_in_a_quantization_that_no_worker_has_is_the_users_to_mend(llama: s
 
 
 @pytest.mark.parametrize("spoiled", ["config.json", "model.safetensors"])
-def test_base_that_cannot_be_loaded_is_the_users_to_mend(llama: str, tmp_path: Path, spoiled: str) -> None:
+def test_base_that_cannot_be_loaded_is_the_users_error(llama: str, tmp_path: Path, spoiled: str) -> None:
     for path in Path(llama).iterdir():
         (tmp_path / path.name).write_bytes(b"{}" if path.name == spoiled else path.read_bytes())
     with pytest.raises(TrainingFailed) as failed:
@@ -194,7 +194,7 @@ def test_base_that_cannot_be_loaded_is_the_users_to_mend(llama: str, tmp_path: P
 
 
 def test_base_that_lacks_a_weight_is_refused(llama: str, tmp_path: Path) -> None:
-    """Or it would be trained on with random numbers there."""
+    """Otherwise training would continue with random numbers in its place."""
     shutil.copytree(llama, tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]

@@ -1,4 +1,4 @@
-"""All weights trained: gradients are transformers' own, the base comes back as it was, anyone can load the result."""
+"""Full fine-tuning: gradients equal transformers' own, the base is unchanged, and anyone can load the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Sto
 from worker.trainer.training import checkpoint
 from worker.trainer.training.loop import train
 
-#: Untied heads, biases and learned positions, capped logits.
+#: Bases with tied and untied heads, biases and learned positions, or capped logits.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": False},
@@ -56,10 +56,10 @@ def full(make_task: MakeTask, write_rows: WriteRows) -> Callable[..., Task]:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_gradient_is_that_of_a_plain_forward(
+def test_every_gradient_equals_that_of_a_plain_forward(
     kind: str, packing: bool, full: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row alone through transformers' own model; ours in micro-batches, the head in chunks of five tokens."""
+    """Transformers' model sees each row alone. Ours runs micro-batches, with the head in chunks of five tokens."""
     monkeypatch.setattr(log_likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     tiny_base(tmp_path / "base", kind, **KINDS[kind])
     task = full(quotes(9), base_dir=str(tmp_path / "base"))
@@ -87,10 +87,10 @@ def plain_gradients(folder: str, rows: Sequence[Row]) -> dict[str, torch.Tensor]
     return {name: parameter.grad for name, parameter in plain.named_parameters()}
 
 
-def test_a_document_weighs_what_backward_says(
+def test_gradients_use_the_weights_of_documents_from_backward(
     full: Callable[..., Task], llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in DPO, where answers have signs: the head's gradient too is of the weighted sum."""
+    """In DPO answers have different signs. The head's gradient must be that of the weighted sum too."""
     monkeypatch.setattr(log_likelihood, "LEARNED_CHUNK_BYTES", 5 * 4 * 320)
     task = full(quotes(3))
     rows = dataset.load(task, Encoder(llama)).train
@@ -112,7 +112,7 @@ def test_a_document_weighs_what_backward_says(
 # ---------------------------------------------------------------- the base
 
 
-def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., Task], llama: str) -> None:
+def test_the_base_is_unchanged_with_trained_weights_disabled_or_detached(full: Callable[..., Task], llama: str) -> None:
     base = load_base(llama, Quantization.NONE)
     before = {name: parameter.clone() for name, parameter in base.model.state_dict().items()}
     objects = dict(base.model.named_parameters())
@@ -139,7 +139,7 @@ def test_the_base_is_there_whenever_what_is_trained_is_off(full: Callable[..., T
         assert torch.equal(tensor, before[name])
 
 
-def test_the_base_serves_the_next_job_as_a_fresh_one_would(
+def test_the_next_job_on_the_base_gives_the_same_adapter_as_on_a_new_one(
     full: Callable[..., Task], make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     base = load_base(full().base_dir, Quantization.NONE)
@@ -159,7 +159,7 @@ def test_the_base_serves_the_next_job_as_a_fresh_one_would(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_overfits_and_anyone_loads_what_is_published(kind: str, full: Callable[..., Task], tmp_path: Path) -> None:
+def test_overfits_and_stock_transformers_loads_the_result(kind: str, full: Callable[..., Task], tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_base(base, kind, **KINDS[kind])
     rows = quotes(2)
@@ -229,8 +229,8 @@ def test_early_stopping_keeps_the_best_weights(
     assert any("stopping early" in notice.message for notice in observer.of(Notice))
 
 
-def test_a_checkpoint_holds_twelve_bytes_a_parameter(full: Callable[..., Task], tmp_path: Path) -> None:
-    """Weights and moments in fp32, tied ones once."""
+def test_a_checkpoint_has_twelve_bytes_for_each_parameter(full: Callable[..., Task], tmp_path: Path) -> None:
+    """Weights and two moments in fp32, with tied weights once."""
     observer = run(full(trainer={"max_steps": 1}), tmp_path)
     report = observer.of(Done)[0].report
     folder = Path(observer.of(CheckpointSaved)[0].path)
@@ -244,10 +244,10 @@ def model_bytes(work: Path) -> bytes:
     return (work / "adapter" / "model.safetensors").read_bytes()
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refused bases
 
 
-def test_a_base_that_comes_quantized_is_refused_and_left_alone(full: Callable[..., Task], llama: str) -> None:
+def test_a_quantized_base_is_refused_and_unchanged(full: Callable[..., Task], llama: str) -> None:
     base = load_base(llama, Quantization.NF4)
     before = dict(base.model.named_parameters())
     with pytest.raises(TrainingFailed, match="quantized weights cannot be trained") as failed:
@@ -256,7 +256,7 @@ def test_a_base_that_comes_quantized_is_refused_and_left_alone(full: Callable[..
     assert all(base.model.get_parameter(name) is parameter for name, parameter in before.items())
 
 
-def test_a_base_that_is_too_large_is_refused_before_a_worker_is_held(full: Callable[..., Task]) -> None:
+def test_a_base_that_is_too_large_is_refused_before_training(full: Callable[..., Task]) -> None:
     task = full(base_parameters=1_000_000_000, full_finetuning_bytes=FULL_BYTES * 999_999_999)
     with pytest.raises(TrainingFailed, match=r"22\.0 GB, 22 bytes each for 1,000,000,000") as failed:
         prepare(task)

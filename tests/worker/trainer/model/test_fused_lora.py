@@ -1,4 +1,4 @@
-"""The fused LoRA layer against PEFT's own forward."""
+"""The fused LoRA layer gives the results and gradients of PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes, recipe_of
 from worker.trainer.model import fused_lora
 from worker.trainer.model.base import Base, attach, detach, load_base, trainable
 
-PutOn = Callable[..., tuple[Base, PeftModel]]
+MakeAdapted = Callable[..., tuple[Base, PeftModel]]
 
 
 @pytest.fixture
-def put_on(llama: str, make_task: MakeTask, write_rows: WriteRows) -> PutOn:
+def make_adapted(llama: str, make_task: MakeTask, write_rows: WriteRows) -> MakeAdapted:
     def make(quantization: Quantization, dtype: torch.dtype, **settings: Any) -> tuple[Base, PeftModel]:
         torch.manual_seed(0)
         base = load_base(llama, quantization, compute_dtype=dtype)
@@ -32,8 +32,8 @@ def put_on(llama: str, make_task: MakeTask, write_rows: WriteRows) -> PutOn:
     return make
 
 
-def found(base: Base, adapted: PeftModel) -> list[torch.Tensor]:
-    """Logits of a batch, and the adapter's gradients."""
+def logits_and_gradients(base: Base, adapted: PeftModel) -> list[torch.Tensor]:
+    """The logits of a batch, then the adapter's gradients."""
     ids = torch.arange(96).view(4, 24)
     adapted.zero_grad()
     with base.precision():
@@ -60,32 +60,35 @@ def unfuse(adapted: PeftModel) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_equals_pefts_forward_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
-    put_on: PutOn,
+    make_adapted: MakeAdapted,
     quantization: Quantization,
     dtype: torch.dtype,
     tolerance: float,
     resident: int,
 ) -> None:
     monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", resident)
-    base, adapted = put_on(quantization, dtype, alpha=24)
+    base, adapted = make_adapted(quantization, dtype, alpha=24)
     assert len(fused(adapted)) == 2 * 7
-    ours = found(base, adapted)
+    ours = logits_and_gradients(base, adapted)
     unfuse(adapted)
-    for one, other in zip(ours, found(base, adapted), strict=True):
+    for one, other in zip(ours, logits_and_gradients(base, adapted), strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_resident_matrices_are_those_of_bitsandbytes_to_the_bit(monkeypatch: pytest.MonkeyPatch, put_on: PutOn) -> None:
-    base, adapted = put_on(Quantization.NF4, torch.bfloat16)
-    with_them = found(base, adapted)
+def test_resident_matrices_equal_those_of_bitsandbytes_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, make_adapted: MakeAdapted
+) -> None:
+    base, adapted = make_adapted(Quantization.NF4, torch.bfloat16)
+    resident = logits_and_gradients(base, adapted)
     unfuse(adapted)
     monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", 0)
     fused_lora.fuse(adapted)
-    assert all(torch.equal(one, other) for one, other in zip(with_them, found(base, adapted), strict=True))
+    dequantized = logits_and_gradients(base, adapted)
+    assert all(torch.equal(one, other) for one, other in zip(resident, dequantized, strict=True))
 
 
-def test_with_the_adapter_off_the_base_is_heard(put_on: PutOn) -> None:
-    base, adapted = put_on(Quantization.NF4, torch.bfloat16)
+def test_without_the_adapter_logits_are_those_of_the_base(make_adapted: MakeAdapted) -> None:
+    base, adapted = make_adapted(Quantization.NF4, torch.bfloat16)
     ids = torch.arange(12)[None]
     with torch.no_grad(), base.precision():
         with adapted.disable_adapter():
@@ -96,9 +99,9 @@ def test_with_the_adapter_off_the_base_is_heard(put_on: PutOn) -> None:
     assert not any("forward" in vars(module) for module in base.model.modules() if isinstance(module, Linear4bit))
 
 
-def test_a_score_is_pefts_own_to_the_bit(put_on: PutOn) -> None:
-    """What is published was measured as any reader of the adapter would."""
-    base, adapted = put_on(Quantization.NF4, torch.bfloat16)
+def test_in_evaluation_logits_equal_pefts_bit_for_bit(make_adapted: MakeAdapted) -> None:
+    """So a published score is the one that any user of the adapter gets."""
+    base, adapted = make_adapted(Quantization.NF4, torch.bfloat16)
     adapted.eval()
     ids = torch.arange(96).view(4, 24)
     with torch.no_grad(), base.precision():
@@ -108,21 +111,23 @@ def test_a_score_is_pefts_own_to_the_bit(put_on: PutOn) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"use_dora": True}])
-def test_what_is_no_plain_lora_is_left_to_peft(put_on: PutOn, settings: dict[str, Any]) -> None:
-    _, adapted = put_on(Quantization.NONE, torch.float32, **settings)
+def test_dropout_and_dora_keep_pefts_forward(make_adapted: MakeAdapted, settings: dict[str, Any]) -> None:
+    _, adapted = make_adapted(Quantization.NONE, torch.float32, **settings)
     assert fused(adapted) == []
 
 
-def test_int8_is_left_to_peft(put_on: PutOn) -> None:
-    _, adapted = put_on(Quantization.INT8, torch.bfloat16)
+def test_int8_keeps_pefts_forward(make_adapted: MakeAdapted) -> None:
+    _, adapted = make_adapted(Quantization.INT8, torch.bfloat16)
     assert fused(adapted) == []
 
 
-def test_room_bounds_what_stays_dequantized(monkeypatch: pytest.MonkeyPatch, put_on: PutOn) -> None:
-    _, adapted = put_on(Quantization.NF4, torch.bfloat16)
+def test_resident_bytes_limit_what_stays_dequantized(
+    monkeypatch: pytest.MonkeyPatch, make_adapted: MakeAdapted
+) -> None:
+    _, adapted = make_adapted(Quantization.NF4, torch.bfloat16)
     unfuse(adapted)
     monkeypatch.setattr(fused_lora, "RESIDENT_BYTES", 40_000)
     fused_lora.fuse(adapted)
-    held = [module.forward.args[1] for module in fused(adapted)]
-    assert 0 < sum(matrix.nbytes for matrix in held if matrix is not None) <= 40_000
-    assert any(matrix is None for matrix in held)
+    resident = [module.forward.args[1] for module in fused(adapted)]
+    assert 0 < sum(matrix.nbytes for matrix in resident if matrix is not None) <= 40_000
+    assert any(matrix is None for matrix in resident)

@@ -1,4 +1,4 @@
-"""A run that goes on from another job's adapter: it begins as that, is measured against it, and resumes bit for bit."""
+"""A run that starts from another job's adapter begins as that adapter, is compared with it, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAME = "ft:tiny:local::1"
 
 @pytest.fixture(scope="module")
 def source(llama: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
-    """A job that has taught the base to quote: its report, and its adapter's folder."""
+    """A finished job on quotations: its report and its adapter's folder."""
     work = tmp_path_factory.mktemp("source")
     rows = work / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in quotes(40)))
@@ -52,7 +52,7 @@ def source(llama: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report
 
 @pytest.fixture
 def pairs(make_task: MakeTask, write_rows: WriteRows, source: tuple[Report, str]) -> Task:
-    """Preferences, to be learned by an adapter that can quote already."""
+    """A DPO task that starts from the adapter of `source`."""
     return make_task(
         write_rows(preferences(24)),
         method="dpo",
@@ -64,7 +64,7 @@ def pairs(make_task: MakeTask, write_rows: WriteRows, source: tuple[Report, str]
     )
 
 
-def test_it_begins_as_the_source_ended(
+def test_training_starts_with_the_score_of_the_source(
     make_task: MakeTask, write_rows: WriteRows, source: tuple[Report, str], tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(40)), lora=LORA, start_from=source[1], start_name=NAME)
@@ -78,22 +78,22 @@ def test_it_begins_as_the_source_ended(
     assert first is not None
     assert first < report.base.loss / 2
     card = (Path(observer.of(Done)[0].path) / "README.md").read_text()
-    assert f"| adapter to start from | {NAME}, weights SHA-256 `" in card
-    assert f"| with the adapter that it started from | {source[0].tuned.loss:.4f} |" in card
-    assert_proven(task, observer)
+    assert f"| training started from | {NAME}, weights SHA-256 `" in card
+    assert f"| with the adapter that training started from | {source[0].tuned.loss:.4f} |" in card
+    assert_verified(task, observer)
 
 
 @pytest.mark.parametrize(
     ("quantization", "use_dora"),
     [("none", False), ("nf4", False), ("int8", False), ("none", True), ("nf4", True)],
 )
-def test_of_preferences_the_source_is_the_reference(
+def test_in_dpo_the_source_is_the_reference(
     llama: str, pairs: Task, encoder: Encoder, tmp_path: Path, quantization: str, use_dora: bool
 ) -> None:
-    """To the bit, although training has a forward of its own."""
+    """Bit for bit, although training uses a forward of its own."""
     recipe = recipe_of(pairs, dropout=0.0, use_dora=use_dora)
     base, rows = load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
-    adapted = hatted(base, recipe, tmp_path)
+    adapted = with_adapter(base, recipe, tmp_path)
     origin = initial_adapter.load(str(tmp_path), adapted)
     initial_adapter.apply(adapted, origin)
     [batch] = batches(rows[:8], packing=True, micro_batch=8, pad=2)
@@ -113,11 +113,11 @@ def test_of_preferences_the_source_is_the_reference(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_reference_has_no_dropout_and_draws_no_number(
+def test_the_reference_has_no_dropout_and_draws_no_random_number(
     llama: str, pairs: Task, encoder: Encoder, tmp_path: Path, quantization: str
 ) -> None:
     base, rows = load_base(llama, Quantization(quantization)), dataset.load(pairs, encoder).train
-    adapted = hatted(base, recipe_of(pairs, dropout=0.5), tmp_path)
+    adapted = with_adapter(base, recipe_of(pairs, dropout=0.5), tmp_path)
     origin = initial_adapter.load(str(tmp_path), adapted)
     [batch] = batches(rows[:8], packing=True, micro_batch=8, pad=2)
     drawn = torch.get_rng_state()
@@ -127,11 +127,11 @@ def test_the_reference_has_no_dropout_and_draws_no_number(
     assert torch.equal(drawn, torch.get_rng_state())
 
 
-def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder, tmp_path: Path) -> None:
-    """In train mode and in an evaluation of the base alone, which has the adapter off around it."""
+def test_applying_the_initial_adapter_is_undone(llama: str, pairs: Task, encoder: Encoder, tmp_path: Path) -> None:
+    """In train mode, and in an evaluation of the base alone, inside which the adapter is disabled."""
     recipe = recipe_of(pairs)
     base, rows = load_base(llama, Quantization.NONE), dataset.load(pairs, encoder).train
-    adapted = hatted(base, recipe, tmp_path)
+    adapted = with_adapter(base, recipe, tmp_path)
     origin = initial_adapter.load(str(tmp_path), adapted)
     initial_adapter.apply(adapted, origin)
     with torch.no_grad():
@@ -148,9 +148,9 @@ def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder,
     plain = {"method": "supervised", "beta": None}
     alone, tuned = score(adapter=False, **plain), score(adapter=True, **plain)
     with initial_adapter.applied(adapted, origin):
-        worn = score(adapter=True, **plain)
+        started = score(adapter=True, **plain)
         assert score(adapter=True) == pytest.approx(math.log(2))
-    assert len({alone, tuned, worn}) == 3
+    assert len({alone, tuned, started}) == 3
     assert score(adapter=False) != pytest.approx(math.log(2))
     assert (score(adapter=False, **plain), score(adapter=True, **plain)) == (alone, tuned)
     found = adapter_weights.adapter_tensors(adapted)
@@ -160,7 +160,7 @@ def test_what_is_worn_comes_off_again(llama: str, pairs: Task, encoder: Encoder,
 
 
 @pytest.mark.parametrize("stop_at", [1, 5])
-def test_preferences_after_answers_resume_bit_for_bit(pairs: Task, tmp_path: Path, stop_at: int) -> None:
+def test_dpo_after_supervised_training_resumes_bit_for_bit(pairs: Task, tmp_path: Path, stop_at: int) -> None:
     whole = run(pairs, tmp_path / "whole", learning_rate=3e-3)
     report = whole.of(Done)[0].report
     assert report.start is not None
@@ -177,38 +177,38 @@ def test_preferences_after_answers_resume_bit_for_bit(pairs: Task, tmp_path: Pat
     again = second.of(Done)[0].report
     assert (again.base, again.start, again.tuned) == (report.base, report.start, report.tuned)
     assert (again.change, again.start_change) == (report.change, report.start_change)
-    assert_proven(pairs, whole, learning_rate=3e-3)
+    assert_verified(pairs, whole, learning_rate=3e-3)
 
 
-def test_an_adapter_that_only_started_has_no_effect(pairs: Task, source: tuple[Report, str], tmp_path: Path) -> None:
-    """Its own effect on the base is plain to see; what is missing is what this job did."""
+def test_an_adapter_equal_to_its_start_has_no_effect(pairs: Task, source: tuple[Report, str], tmp_path: Path) -> None:
+    """It changes the base's logits, but this job has changed nothing in it."""
     observer = run(pairs, tmp_path, total_steps=2)
     done = observer.of(Done)[0]
     (Path(done.path) / adapter_weights.ADAPTER).write_bytes((Path(source[1]) / adapter_weights.ADAPTER).read_bytes())
-    with pytest.raises(TrainingFailed, match="those of the adapter that it started from, bit for bit") as failed:
-        prove(pairs, observer, total_steps=2)
+    with pytest.raises(TrainingFailed, match="those of the adapter that training started from, bit for bit") as failed:
+        proof_of(pairs, observer, total_steps=2)
     assert failed.value.code == "adapter_no_effect"
 
 
-def hatted(base: Base, recipe: Recipe, folder: Path) -> PeftModel:
-    """With a fresh adapter on, and one in the folder that does something."""
+def with_adapter(base: Base, recipe: Recipe, folder: Path) -> PeftModel:
+    """The base with a new adapter. Another adapter, with a visible effect, is written to `folder`."""
     torch.manual_seed(0)
     adapted = attach(base, recipe).adapted
     tensors = adapter_weights.adapter_tensors(adapted)
     torch.manual_seed(3)
-    loud = {name: torch.randn_like(t) * 0.05 if ".lora_B" in name else t for name, t in tensors.items()}
-    save_file(loud, folder / adapter_weights.ADAPTER)
+    changed = {name: torch.randn_like(t) * 0.05 if ".lora_B" in name else t for name, t in tensors.items()}
+    save_file(changed, folder / adapter_weights.ADAPTER)
     return adapted
 
 
-def prove(task: Task, observer: Observer, **changes: object) -> Proof:
+def proof_of(task: Task, observer: Observer, **changes: object) -> Proof:
     done = observer.of(Done)[0]
     command = Verify(job="j", task=task, recipe=recipe_of(task, **changes), adapter_dir=done.path, report=done.report)
     return verify(command, stopping=lambda: False, tick=lambda: None).proof
 
 
-def assert_proven(task: Task, observer: Observer, **changes: object) -> None:
-    proof = prove(task, observer, **changes)
+def assert_verified(task: Task, observer: Observer, **changes: object) -> None:
+    proof = proof_of(task, observer, **changes)
     assert (proof.base_deviation, proof.tuned_deviation) == (0, 0)
     assert proof.start_logit_difference is not None
     assert proof.start_logit_difference > 0

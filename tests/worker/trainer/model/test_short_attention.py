@@ -1,4 +1,4 @@
-"""Attention over short rows against torch's own."""
+"""Attention over short rows gives the results and gradients of torch's own."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def heads(groups: int, length: int, dtype: torch.dtype) -> Tensors:
 
 
 def documents(length: int) -> torch.Tensor:
-    """Causal, and each third of a row for itself; (2, 1, length, length)."""
-    place = torch.arange(length)
-    third = 3 * place // length
-    return ((place[:, None] >= place) & (third[:, None] == third)).expand(2, 1, length, length)
+    """A causal mask (2, 1, length, length) in which each third of a row is a document of its own."""
+    position = torch.arange(length)
+    third = 3 * position // length
+    return ((position[:, None] >= position) & (third[:, None] == third)).expand(2, 1, length, length)
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["documents", "causal"])
@@ -44,8 +44,8 @@ def test_equals_torchs_attention_and_gradients(groups: int, masked: bool, dtype:
         assert (one.float() - other.float()).norm() <= tolerance * other.float().norm()
 
 
-def test_what_autocast_would_cast_is_cast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights in fp32, queries and keys come out of their rotation in fp32, and values in bf16."""
+def test_inputs_are_cast_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fp32 weights, rotary embeddings leave queries and keys in fp32, while values are in bf16."""
     monkeypatch.delattr(short_attention, "sdpa_attention_forward")
     query, key, value = heads(2, 30, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -56,26 +56,26 @@ def test_what_autocast_would_cast_is_cast(monkeypatch: pytest.MonkeyPatch) -> No
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
-def test_long_rows_are_left_to_torch() -> None:
+def test_long_rows_use_torchs_kernel() -> None:
     query, key, value = heads(6, short_attention.LONGEST + 1, torch.float32)
     ours, _ = short_attention.attend(torch.nn.Module(), query, key, value, None, scaling=0.25)
     theirs = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
     assert torch.equal(ours, theirs.transpose(1, 2))
 
 
-def test_models_that_attend_by_a_function_of_transformers_take_it() -> None:
+def test_models_with_sdpa_attention_use_it() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     ids = torch.arange(20).view(2, 10)
     before = model(input_ids=ids, use_cache=False).logits
     short_attention.use(model)
     assert model.config._attn_implementation == short_attention.NAME
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)
-    # Generation comes with a cache, whose keys are more than the queries.
+    # Generation uses a cache, so that there are more keys than queries.
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 13)
 
 
-def test_keys_with_biases_are_left_to_torch() -> None:
-    """Their scores may be so large that bf16 does not hold them."""
+def test_keys_with_biases_use_torchs_kernel() -> None:
+    """Their scores may be too large for the precision of bf16."""
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4))
     for model in (qwen2, gpt2):

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: on a disk that is really full, and where its files were spoiled."""
+"""A checkpoint is complete or absent: on a disk that is really full, and with damaged files."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from worker.trainer.training import checkpoint
 
 
 class Disk:
-    """A small filesystem of its own, and how to fill it."""
+    """A small filesystem that a test can fill."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ballast = folder / "ballast"
+        self._filler = folder / "filler"
 
     def fill(self) -> None:
-        """To the last page."""
-        with self._ballast.open("wb", buffering=0) as stream, suppress(OSError):
+        """Fill it to the last page."""
+        with self._filler.open("wb", buffering=0) as stream, suppress(OSError):
             while True:
                 stream.write(bytes(4096))
 
     def empty(self) -> None:
-        self._ballast.unlink()
+        self._filler.unlink()
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_full_disk_costs_checkpoints_and_not_the_run(
+def test_run_continues_without_checkpoints_on_a_full_disk(
     disk: Disk, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(24)), trainer={"max_steps": 6, "save_every": 1, "eval_every": 9})
@@ -62,8 +62,8 @@ def test_full_disk_costs_checkpoints_and_not_the_run(
 
     observer = run(task, disk.folder, seen=change_the_disk)
     assert [saved.step for saved in observer.of(CheckpointSaved)] == [1, 4, 6]
-    said = [notice.message for notice in observer.of(Notice) if notice.level == "warn"]
-    assert [message.partition(",")[0] for message in said] == ["no checkpoint at step 2", "no checkpoint at step 5"]
+    warnings = [notice.message for notice in observer.of(Notice) if notice.level == "warn"]
+    assert [message.partition(",")[0] for message in warnings] == ["no checkpoint at step 2", "no checkpoint at step 5"]
     assert sorted(path.name[-1] for path in (disk.folder / "checkpoints").iterdir()) == ["1", "4", "6"]
     assert adapter_bytes(disk.folder) == adapter_bytes(tmp_path / "whole")
     first = observer.of(CheckpointSaved)[0]
@@ -71,7 +71,7 @@ def test_full_disk_costs_checkpoints_and_not_the_run(
     assert adapter_bytes(tmp_path / "resumed") == adapter_bytes(tmp_path / "whole")
 
 
-def test_stop_is_answered_on_a_full_disk(disk: Disk, make_task: MakeTask, write_rows: WriteRows) -> None:
+def test_a_run_can_be_stopped_on_a_full_disk(disk: Disk, make_task: MakeTask, write_rows: WriteRows) -> None:
     disk.fill()
     task = make_task(write_rows(quotes(24)), trainer={"max_steps": 6, "save_every": 9, "eval_every": 9})
     observer = run(task, disk.folder, stop_at=3)
@@ -79,9 +79,7 @@ def test_stop_is_answered_on_a_full_disk(disk: Disk, make_task: MakeTask, write_
     assert observer.of(CheckpointSaved) == []
 
 
-def test_adapter_that_finds_no_room_is_the_machines_fault(
-    disk: Disk, make_task: MakeTask, write_rows: WriteRows
-) -> None:
+def test_no_space_for_the_adapter_is_a_retryable_error(disk: Disk, make_task: MakeTask, write_rows: WriteRows) -> None:
     disk.fill()
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
     with Child() as child:
@@ -97,10 +95,10 @@ def test_adapter_that_finds_no_room_is_the_machines_fault(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 999])
-def test_spoiled_checkpoint_is_the_machines_fault_and_leaves_the_base_clean(
+def test_damaged_checkpoint_is_not_the_users_error_and_leaves_the_base_unchanged(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    """Hashes were checked before: what is wrong here must neither be blamed on the user nor half loaded."""
+    """Hashes were checked before, so the machine is at fault. The error must not be TrainingFailed."""
     task = make_task(write_rows(quotes(8)), trainer={"max_steps": 2, "save_every": 1})
     saved = Path(run(task, tmp_path).of(CheckpointSaved)[0].path)
     base = load_base(task.base_dir, task.quantization)
@@ -109,7 +107,7 @@ def test_spoiled_checkpoint_is_the_machines_fault_and_leaves_the_base_clean(
     for member in (checkpoint.STATE, metrics_file.METRICS, adapter_weights.ADAPTER, checkpoint.OPTIMIZER):
         whole = (saved / member).read_bytes()
         (saved / member).unlink() if content is None else (saved / member).write_bytes(content)
-        if (content, member) != (b"", metrics_file.METRICS):  # a run without a line yet
+        if (content, member) != (b"", metrics_file.METRICS):  # empty metrics are valid: a run before its first step
             with pytest.raises((OSError, ValueError, SafetensorError)):
                 run(task, tmp_path / "again", resume_from=str(saved))
         assert set(base.model.state_dict()) == names

@@ -1,4 +1,4 @@
-"""A whole run in this process: it learns, resumes bit for bit, and leaves an adapter that anyone can load."""
+"""A complete run in this process: it learns, resumes bit for bit, and writes an adapter that anyone can load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.methods import Loss, sft
 from worker.trainer.model.base import attach, load_base
 from worker.trainer.protocol import CheckpointSaved, Done, Measured, Notice, Stopped, Train
-from worker.trainer.training import loop as loop
+from worker.trainer.training import loop
 from worker.trainer.training.loop import train
 
 
@@ -86,7 +86,7 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert losses("second") == losses("whole")
 
 
-def test_stock_peft_loads_the_adapter_and_its_loss_is_the_reported_one(
+def test_stock_peft_loads_the_adapter_and_gets_the_reported_loss(
     llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(40)), quantization="nf4", hyperparameters={"n_epochs": 2, "batch_size": 4})
@@ -105,7 +105,7 @@ def test_stock_peft_loads_the_adapter_and_its_loss_is_the_reported_one(
         ),
     )
     with warnings.catch_warnings():
-        # peft 0.21 still asks for a name that transformers 5 has renamed.
+        # peft 0.21 uses an attribute that transformers 5 has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         tuned = PeftModel.from_pretrained(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -121,7 +121,7 @@ def test_stock_peft_loads_the_adapter_and_its_loss_is_the_reported_one(
     assert total / tokens == pytest.approx(report.tuned.loss, rel=0.01)
 
 
-def test_adapter_folder_is_public(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_adapter_folder_has_no_local_path(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
     task = make_task(write_rows(quotes(4)), trainer={"max_steps": 1})
     run(task, tmp_path)
     folder = tmp_path / "adapter"
@@ -152,10 +152,8 @@ def test_early_stopping_keeps_the_best_adapter(make_task: MakeTask, write_rows: 
     assert any("stopping early" in notice.message for notice in observer.of(Notice))
 
 
-def test_early_stopping_looks_at_the_last_step_as_well(
-    make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
-) -> None:
-    """Or the end of a run whose length does not divide would be trained for nothing."""
+def test_early_stopping_also_scores_the_last_step(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+    """Otherwise steps after the last regular evaluation could never be kept."""
     trainer = {"eval_every": 2, "early_stopping": 3, "max_steps": 5}
     task = make_task(write_rows(quotes(24)), hyperparameters={"n_epochs": 5, "batch_size": 8}, trainer=trainer)
     observer = run(task, tmp_path, learning_rate=1e-3)
@@ -163,7 +161,7 @@ def test_early_stopping_looks_at_the_last_step_as_well(
     assert observer.of(Done)[0].report.kept_step == 5
 
 
-def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_diverged_run_fails_and_publishes_nothing(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
     task = make_task(write_rows(quotes(24)), hyperparameters={"n_epochs": 2, "batch_size": 4})
     with pytest.raises(TrainingFailed) as failed:
         run(task, tmp_path, learning_rate=1e30)
@@ -172,10 +170,10 @@ def test_divergence_is_said_and_not_published(make_task: MakeTask, write_rows: W
 
 
 @pytest.mark.parametrize("eval_every", [1, None])
-def test_divergence_that_only_an_evaluation_shows_is_said(
+def test_divergence_in_the_last_step_is_found_by_the_evaluation(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, eval_every: int | None
 ) -> None:
-    """The last step's own loss is from before it; a score of NaN would be no JSON."""
+    """A step's training loss is computed before its update. A NaN score cannot be stored as JSON either."""
     task = make_task(write_rows(quotes(24)), trainer={"max_steps": 1})
     with pytest.raises(TrainingFailed, match=r"after step 1: loss (nan|inf) on the held-out") as failed:
         run(task, tmp_path, learning_rate=1e30, eval_every=eval_every)
@@ -183,20 +181,20 @@ def test_divergence_that_only_an_evaluation_shows_is_said(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_base_with_a_weight_that_is_no_number_is_refused(
+def test_base_with_a_nan_weight_is_refused(
     llama: str, make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    spoiled = tmp_path / "base"
-    shutil.copytree(llama, spoiled)
-    weights = load_file(spoiled / "model.safetensors")
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
-    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingFailed, match="the base model itself has loss nan") as failed:
-        run(make_task(write_rows(quotes(24)), base_dir=str(spoiled)), tmp_path)
+        run(make_task(write_rows(quotes(24)), base_dir=str(base)), tmp_path)
     assert (failed.value.code, failed.value.param) == ("unsupported_base_model", "model")
 
 
-def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
+def test_a_stop_ends_the_run_within_a_step_and_it_resumes_bit_for_bit(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(
@@ -229,7 +227,7 @@ def test_stop_is_obeyed_within_a_step_and_the_run_goes_on_bit_for_bit(
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
 
-def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
+def test_slow_steps_are_saved_by_time_with_the_same_result(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(
@@ -241,7 +239,7 @@ def test_slow_steps_are_saved_by_the_clock_and_come_to_the_same(
     assert adapter_bytes(tmp_path / "slow") == adapter_bytes(tmp_path / "fast")
 
 
-def test_whatever_ends_an_attempt_after_the_last_step_costs_no_step(
+def test_an_attempt_that_ends_after_the_last_step_repeats_no_step(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(24)), trainer={"max_steps": 3, "save_every": 2})
@@ -254,11 +252,11 @@ def test_whatever_ends_an_attempt_after_the_last_step_costs_no_step(
 
 @pytest.mark.parametrize("rows", [4, 24])
 @pytest.mark.parametrize("validation", [False, True])
-def test_lines_are_named_only_where_they_were_carved(
+def test_held_out_lines_are_reported_only_if_taken_from_the_training_file(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path, rows: int, validation: bool
 ) -> None:
-    held = write_rows(quotes(2)) if validation else None
-    task = make_task(write_rows(quotes(rows)), validation_file=held, trainer={"max_steps": 1})
+    validation_file = write_rows(quotes(2)) if validation else None
+    task = make_task(write_rows(quotes(rows)), validation_file=validation_file, trainer={"max_steps": 1})
     report = run(task, tmp_path).of(Done)[0].report
     assert len(report.heldout_lines) == (1 if rows == 24 and not validation else 0)
 
@@ -279,7 +277,7 @@ def test_stop_before_the_first_step_leaves_no_checkpoint(
     assert observer.of(CheckpointSaved) == []
 
 
-def test_checkpoint_is_plain_data_and_of_its_recipe_only(
+def test_checkpoint_is_plain_data_and_valid_for_its_recipe_only(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     task = make_task(write_rows(quotes(8)), trainer={"max_steps": 2, "save_every": 1})
@@ -305,7 +303,7 @@ def test_the_same_base_serves_the_next_job(make_task: MakeTask, write_rows: Writ
     assert reports[0].tuned == reports[1].tuned
 
 
-def test_scoring_stops_when_asked(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
+def test_scoring_can_be_stopped(llama: str, make_task: MakeTask, write_rows: WriteRows, encoder: Encoder) -> None:
     task = make_task(write_rows(quotes(4)))
     base = load_base(llama, task.quantization)
     recipe, rows = recipe_of(task), dataset.load(task, encoder).train

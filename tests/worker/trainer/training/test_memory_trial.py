@@ -1,4 +1,4 @@
-"""The longest rows first: memory that is short is met before step 1, and nothing else changes."""
+"""The trial of the longest rows finds a lack of memory before step 1, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from worker.trainer.training import memory_trial
 from worker.trainer.training.loop import train
 
 
-def one_long(rows: Rows) -> Rows:
+def with_a_long_row(rows: Rows) -> Rows:
     return [*rows, {"text": "hat " * 60}]
 
 
 @pytest.fixture
 def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
-    """Short rows and a long one, 48 steps, with random numbers drawn in each."""
+    """Short rows and a long one, and 48 steps, each of which draws random numbers."""
     return make_task(
-        write_rows(one_long(quotes(47))),
+        write_rows(with_a_long_row(quotes(47))),
         hyperparameters={"n_epochs": 2, "batch_size": 2},
         validation_file=write_rows(quotes(3)),
         lora={"dropout": 0.2},
@@ -43,48 +43,49 @@ def task(make_task: MakeTask, write_rows: WriteRows) -> Task:
     )
 
 
-def said(observer: Observer) -> list[str]:
+def trial_messages(observer: Observer) -> list[str]:
     return [notice.message for notice in observer.of(Notice) if "longest rows" in notice.message]
 
 
 def test_trial_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = run(task, tmp_path / "tried")
-    (message,) = said(tried)
+    (message,) = trial_messages(tried)
     assert message.startswith("tried the longest rows: 2 x ")
     monkeypatch.setattr(memory_trial, "FEWEST_STEPS", 10**9)
     untried = run(task, tmp_path / "untried")
-    assert said(untried) == []
+    assert trial_messages(untried) == []
     assert adapter_bytes(tmp_path / "tried") == adapter_bytes(tmp_path / "untried")
-    losses = [[event.metrics.train_loss for event in one.of(Measured)] for one in (tried, untried)]
+    losses = [[event.metrics.train_loss for event in observer.of(Measured)] for observer in (tried, untried)]
     assert losses[0] == losses[1]
-    first, second = (one.of(Done)[0].report for one in (tried, untried))
+    first, second = (observer.of(Done)[0].report for observer in (tried, untried))
     assert first.tuned == second.tuned
     assert ((first.fit and first.fit.rehearsed_bytes) or 0) > 0
     assert second.fit is not None
     assert second.fit.rehearsed_bytes is None
 
 
-def test_resumed_run_tries_what_is_left_and_ends_with_the_same_bytes(task: Task, tmp_path: Path) -> None:
+def test_resumed_run_tries_its_remaining_rows_and_ends_with_the_same_bytes(task: Task, tmp_path: Path) -> None:
     run(task, tmp_path / "whole")
     saved = run(task, tmp_path / "first", stop_at=10).of(CheckpointSaved)[-1]
     second = run(task, tmp_path / "second", resume_from=saved.path)
-    assert len(said(second)) == 1
+    assert len(trial_messages(second)) == 1
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("changes", [{"total_steps": memory_trial.FEWEST_STEPS - 1}, {"batch_size": 48}])
-def test_no_trial_where_it_would_cost_more_than_it_saves(task: Task, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """In a short run; or where each step has the longest rows, the first one too."""
+def test_no_trial_in_a_short_run_or_if_the_first_step_has_the_longest_rows(
+    task: Task, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     changes |= {"total_steps": 24} if "batch_size" in changes else {}
     changes |= {"save_every": 99, "eval_every": None, "micro_batch": 48}
-    assert said(run(task, tmp_path, **changes)) == []
+    assert trial_messages(run(task, tmp_path, **changes)) == []
 
 
-def test_memory_that_is_short_is_met_before_the_first_step(
+def test_lack_of_memory_is_found_before_the_first_step(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And costs nothing but speed: the run is the one that began with the smaller micro-batch."""
-    run(task, tmp_path / "told", fallback_level=1)
+    """The run then equals one that began with the smaller micro-batch."""
+    run(task, tmp_path / "expected", fallback_level=1)
     Failing(monkeypatch, lambda batch: torch.is_grad_enabled() and batch.input_ids.numel() > 100)
     found = run(task, tmp_path / "found")
     (warning,) = warnings_of(found)
@@ -92,7 +93,7 @@ def test_memory_that_is_short_is_met_before_the_first_step(
     events = found.events
     narrowed = next(i for i, event in enumerate(events) if isinstance(event, Notice) and event.message == warning)
     assert not any(isinstance(event, Measured) for event in events[:narrowed])
-    assert adapter_bytes(tmp_path / "found") == adapter_bytes(tmp_path / "told")
+    assert adapter_bytes(tmp_path / "found") == adapter_bytes(tmp_path / "expected")
 
 
 def test_stop_during_the_trial_leaves_no_trace(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +117,10 @@ def test_stop_during_the_trial_leaves_no_trace(task: Task, tmp_path: Path, monke
     assert observer.of(CheckpointSaved) == []
 
 
-def test_child_whose_memory_is_limited_learns_it_from_the_trial(
+def test_child_with_limited_memory_falls_back_in_the_trial(
     make_task: MakeTask, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    """Two long rows take some 450 MB of the wide base, one half of that, and short ones next to nothing."""
+    """With the wide base, two long rows take some 450 MB, one long row half of that, and short rows almost nothing."""
     short = [{"text": f"{i} hats"} for i in range(46)]
     task = make_task(
         write_rows([*short, {"text": "0123456789" * 44}, {"text": "9876543210" * 44}]),

@@ -1,4 +1,4 @@
-"""LoRA+ is two rates, through the whole schedule and over a resumption."""
+"""LoRA+ uses two learning rates, through the whole schedule and across a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_b_learns_at_a_multiple_of_the_rate(
         parameter.grad = torch.ones_like(parameter)
     made.step()
     for name, parameter in parameters.items():
-        # AdamW's first step is as long as the rate, whatever the gradient.
+        # AdamW's first step changes each weight by the learning rate, whatever the gradient.
         wanted = 1e-3 * (ratio or 1) if ".lora_B." in name else 1e-3
         torch.testing.assert_close(
             before[name] - parameter.detach(), torch.full_like(parameter, wanted), rtol=1e-3, atol=1e-7
@@ -37,7 +37,7 @@ def test_b_learns_at_a_multiple_of_the_rate(
 
 
 def test_resumed_run_ends_with_the_same_bytes(make_task: MakeTask, write_rows: WriteRows, tmp_path: Path) -> None:
-    """Two groups have the parameters in another order than the model has."""
+    """With two groups, the optimizer has the parameters in another order than the model."""
     task = make_task(
         write_rows(quotes(24)),
         hyperparameters={"n_epochs": 1, "batch_size": 4},
