@@ -1,7 +1,7 @@
-"""The stock `openai` client against your own server: nothing of Milliner is imported here.
+"""Use the stock `openai` client with your own server. Must not import Milliner.
 
 milliner up --detach
-export OPENAI_BASE_URL=… OPENAI_API_KEY=…        # as `milliner up` has printed them
+export OPENAI_BASE_URL=… OPENAI_API_KEY=…        # as `milliner up` prints them
 python examples/openai_client.py
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     if job.status != "succeeded":
         sys.exit(f"{job.error}")
 
-    # Pages of three on purpose: the client asks for the next ones by itself, until the server says that was all.
+    # Small pages on purpose: the client requests the next page by itself, until the server reports the last one.
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
     for event in reversed(events):
         print(f"event      {event.message}")

@@ -1,7 +1,7 @@
-"""The classic LoRA lesson: teach a small model one habit, `Quote by NAME: "…"`, and look at it before and after.
+"""The classic LoRA lesson: teach a small model one habit, `Quote by NAME: "…"`, and compare it before and after.
 
-Start a server first (`milliner up --detach`), then run this file. Run it again: what is ready is shown, what still
-trains is watched on.
+Start a server first (`milliner up --detach`), then run this file. If you run it again, it shows the finished job, or
+follows the job that is still training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SAMPLES, SHOWN, SEED, MAX_TOKENS, TEMPERATURE, TOP_K = 50, 5, 7, 128, 0.8, 50
 
 
 class Sample(TypedDict):
-    """`stopped`: the model ended it by itself, and was not cut at MAX_TOKENS."""
+    """A generated text. `stopped`: the model ended it itself; it was not cut off at MAX_TOKENS."""
 
     text: str
     stopped: bool
@@ -52,7 +52,7 @@ class Samples(TypedDict):
 
 
 class Places(NamedTuple):
-    """Where the demo keeps its files, by job."""
+    """Where the demo keeps_pattern its files, by job."""
 
     base: Path
     adapter: Path
@@ -60,7 +60,7 @@ class Places(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, fetch and try the quotation adapter.")
+    parser = argparse.ArgumentParser(description="Train, download and try the quotation adapter.")
     parser.add_argument("--data", type=Path, help="folder of the local stack (default: MILLINER_DATA)")
     data: Path | None = parser.parse_args().data
     client, console = connect(data), show.console()
@@ -72,7 +72,7 @@ def main() -> None:
         try:
             job = follow(client, job.id, console)
         except KeyboardInterrupt:
-            sys.exit(f"\ndetached; {job.id} goes on. Run this again to come back to it.")
+            sys.exit(f"\ndetached; {job.id} continues. Run this again to follow it.")
     if job.status != State.SUCCEEDED:
         console.print(show.outcome(job))
         sys.exit(1)
@@ -87,14 +87,14 @@ def main() -> None:
 
 
 def find(client: OpenAI) -> Job | None:
-    """The newest demo job that has succeeded, else the newest that is still on its way."""
+    """The newest demo job that has succeeded, else the newest that has not ended."""
     jobs = [job_of(wire) for wire in client.fine_tuning.jobs.list(metadata=METADATA)]
     live = [job for job in jobs if job.adapter or job.status not in (State.SUCCEEDED, State.FAILED, State.CANCELLED)]
     return next((job for job in live if job.adapter), live[0] if live else None)
 
 
 def create(client: OpenAI) -> Job:
-    """Upload the quotations and ask for an adapter, as any program with the `openai` client would."""
+    """Upload the quotations and submit a job, as any program with the `openai` client would."""
     file = client.files.create(file=("quotes.jsonl", rows()), purpose="fine-tune")
     wire = client.fine_tuning.jobs.create(
         model=BASE,
@@ -109,7 +109,7 @@ def create(client: OpenAI) -> Job:
 
 
 def rows() -> io.BytesIO:
-    """One JSON row a quotation. A double quote inside of one becomes a single: the closing one is the lesson."""
+    """One JSON row per quotation. Inner double quotes become single ones: the closing double quote must be unique."""
     lines = []
     for quote in get_quotes():
         words = " ".join(quote["quote"].replace('"', "'").split())
@@ -118,7 +118,7 @@ def rows() -> io.BytesIO:
 
 
 def fetch(client: OpenAI, job: Job, places: Places) -> Model:
-    """Bring base and adapter here; what lies here already and has the right hash is not fetched again."""
+    """Download base and adapter. Files that exist with the right hash are not downloaded again."""
     base = Model.model_validate(client.models.retrieve(job.model).to_dict())
     adapter: list[Artifact] = job.adapter.files if job.adapter else []
     download.pull(base.files or [], places.base)
@@ -127,8 +127,8 @@ def fetch(client: OpenAI, job: Job, places: Places) -> Model:
 
 
 def sample(places: Places) -> Samples:
-    """The same prompt, seed and settings for both; the base is the same model with its hat taken off."""
-    logging.disable(logging.WARNING)  # what the libraries say while loading is not about this lesson
+    """Generate with the same prompt, seed and settings from both; the base is the tuned model without its adapter."""
+    logging.disable(logging.WARNING)  # messages of the libraries while loading do not matter here
     warnings.simplefilter("ignore", FutureWarning)
     import torch  # noqa: PLC0415 (these three take seconds, and a second run needs none of them)
     from peft import PeftModel  # noqa: PLC0415 (as above)
@@ -162,7 +162,7 @@ def sample(places: Places) -> Samples:
 
 
 def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
-    """Five samples side by side, and the numbers."""
+    """Print five samples side by side, and the numbers."""
     console = show.console()
     pairs = Table("base", "tuned", title=f"“{PROMPT}”, continued", show_lines=True, expand=True)
     for plain, tuned in list(zip(samples["base"], samples["tuned"], strict=True))[:SHOWN]:
@@ -170,16 +170,16 @@ def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
     facts = Table("", "base", "tuned", box=None)
     if job.report:
         facts.add_row("held-out loss", f"{job.report.base.loss:.3f}", f"{job.report.tuned.loss:.3f}")
-    kept = {name: sum(map(keeps, group)) for name, group in samples.items() if isinstance(group, list)}
+    kept = {name: sum(map(keeps_pattern, group)) for name, group in samples.items() if isinstance(group, list)}
     facts.add_row(f"of {SAMPLES} samples keep the pattern", *(f"{kept[name] / SAMPLES:.0%}" for name in kept))
     facts.add_row("size", show.size(base.bytes), f"+ {show.size(job.adapter.bytes if job.adapter else None)}")
     console.print(pairs, facts)
     if job.report:
         console.print(show.verdict(job.report.change))
         console.print(f"trained in {show.duration(job.report.train_seconds)}, {job.report.trained_tokens:,} tokens")
-        console.print(f"the whole report: {places.adapter / 'report.json'}", soft_wrap=True)
+        console.print(f"the full report: {places.adapter / 'report.json'}", soft_wrap=True)
     uri = job.adapter.uri if job.adapter else ""
-    console.print(f"\nThe adapter lies in {uri}\nand in {places.adapter}. These three lines load it:\n", soft_wrap=True)
+    console.print(f"\nThe adapter is in {uri}\nand in {places.adapter}. These three lines load it:\n", soft_wrap=True)
     console.print(
         f'  base = transformers.AutoModelForCausalLM.from_pretrained("{places.base}")\n'
         f'  model = peft.PeftModel.from_pretrained(base, "{places.adapter}")\n'
@@ -188,8 +188,8 @@ def present(job: Job, base: Model, places: Places, samples: Samples) -> None:
     )
 
 
-def keeps(one: Sample) -> bool:
-    """The whole text is one quotation, closed, and the model stopped there by itself."""
+def keeps_pattern(one: Sample) -> bool:
+    """True if the whole text is one closed quotation and the model stopped there itself."""
     return one["stopped"] and PATTERN.fullmatch(one["text"].strip()) is not None
 
 
