@@ -1,8 +1,8 @@
 """Compare predicted with measured peak memory on this machine: `python -m benchmarks.fit`.
 
-Owns: the cases and the table. A case is two runs of the real trainer child (`prepare` and `train` in one process), each
-a few steps of rows of similar length. The table has three errors: "off before" is that of the uncorrected prediction,
-"off after" that of the second run corrected by the first, "off from others" that of the first run corrected by the other
+Owns: the cases and the table. A case is two runs of the real trainer child (`prepare` and `train` in one process),
+each a few steps of rows of similar length. The table has three errors of the prediction. "off before": uncorrected.
+"off after": of the second run, corrected by the first. "off from others": of the first run, corrected by the other
 cases. Writes fit.json and fit.md.
 """
 

@@ -1,8 +1,8 @@
 """Measure our training step on a CUDA device, with random weights in real shapes: `python -m benchmarks.gpu`.
 
-Owns: the shapes, the cases and their table. Speed and memory do not depend on the values of the weights, so no model has
-to be downloaded. The trainer's own code loads, quantizes and trains the weights. Writes gpu.json and gpu.md. --quick uses
-a tiny shape on any device, as a smoke test. Must not know jobs: it runs optimizer steps only.
+Owns: the shapes, the cases and their table. Speed and memory do not depend on the values of the weights, so no model
+has to be downloaded. The trainer's own code loads, quantizes and trains the weights. Writes gpu.json and gpu.md.
+--quick uses a tiny shape on any device, as a smoke test. Must not know jobs: it runs optimizer steps only.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: fl
     """Load the base, attach an adapter, and time a few steps on random tokens, all of them trained."""
     base = load_base(str(folder), case.quantization)
     recipe = _recipe(case)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     keep_activations(adapted, kept=base.device.type != "cuda")
     if compiled:
         base.model.get_decoder().compile()
@@ -181,7 +181,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"`{found['command']}` on {found['date']}: {found['device']}; {packages}.",
         f"bf16 products run at {found['machine']['bf16_gemm_flops'] / 1e12:,.1f} TFLOP/s here; r={RANK}, all linear, "
-        f"medians of {STEPS} steps; FLOP counted by `shared/estimation/memory_model.py`, with checkpointing's second forward.",
+        f"medians of {STEPS} steps; FLOP counted by `shared/estimation/memory_model.py`, "
+        "with checkpointing's second forward.",
         "",
         "| | | trained tokens/s | share of the limit | peak allocated | predicted |",
         "|---|---|---|---|---|---|",

@@ -1,9 +1,10 @@
 """Train our rows with TRL's SFTTrainer, as its documentation advises: `.venv-bench/bin/python -m benchmarks.peer JSON`.
 
 Owns: the best configuration of the peer. The recipe is the one that our trainer resolved; this module chooses what TRL
-leaves to its user: bf16 autocast, an adapter in fp32, and no gradient checkpointing (TRL's default is on, which computes
-every forward twice to save memory that this base does not need). Rows are packed by best fit, and attention keeps them
-apart by their positions. Prints one JSON line: seconds in optimizer steps, and the monotonic time of the first step's end.
+leaves to its user: bf16 autocast, an adapter in fp32, and no gradient checkpointing (TRL's default is on, which
+computes every forward twice to save memory that this base does not need). Rows are packed by best fit, and attention
+keeps them apart by their positions. Prints one JSON line: seconds in optimizer steps, and the monotonic time at the end
+of the first step.
 """
 
 from __future__ import annotations
