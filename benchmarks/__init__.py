@@ -1,1 +1,1 @@
-"""Measurements that the documents quote. Must not be imported by the product."""
+"""Benchmarks: the programs that measured the figures in the docs. Must not be imported by the product."""

@@ -1,8 +1,9 @@
-"""Peak memory predicted against measured, on this machine: `python -m benchmarks.fit`.
+"""Compare predicted with measured peak memory on this machine: `python -m benchmarks.fit`.
 
-Owns: the cases and the table. Each is two runs of the real trainer child, `prepare` and `train` in one process, a few
-steps of rows that are all about as long. Off before is the arithmetic alone; off after is the second run, predicted
-from the first; off from others is the first, corrected by the other cases alone. Writes fit.json and fit.md.
+Owns: the cases and the table. A case is two runs of the real trainer child (`prepare` and `train` in one process),
+each a few steps of rows of similar length. The table has three errors of the prediction. "off before": uncorrected.
+"off after": of the second run, corrected by the first. "off from others": of the first run, corrected by the other
+cases. Writes fit.json and fit.md.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from shared.schemas.requests import Lora, Method, Quantization, TrainerParams
 from shared.schemas.results import Report
 from worker.trainer.protocol import Task
 
-#: Rows and steps of a run, rows that are scored; all but the words are drawn once.
+#: Rows of a step, steps, held-out rows, LoRA rank, seed.
 BATCH, STEPS, HELDOUT, RANK, SEED = 32, 3, 2, 16, 7
 WORDS = ["a", "felt", "hat", "with", "the", "brim", "of", "straw", "and", "silk", "ribbon", "for", "her", "head"]
-#: The goal: how far off a prediction may be, before a base was ever trained on a machine and after.
+#: The goal: the largest relative error of a prediction before and after the first run of a base on a machine.
 BEFORE, AFTER = 0.05, 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """At most `micro_batch` rows at a time, of `words` words or, packed, of several such documents."""
+    """A layout: up to `micro_batch` rows at a time. A row is one document of `words` words, or several if packed."""
 
     quantization: Quantization
     words: int
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.fit", description=__doc__)
     parser.add_argument("--base", type=Path, help="a base's folder (default: the bundled SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--quick", action="store_true", help="one small case: does it run?")
+    parser.add_argument("--quick", action="store_true", help="run one small case, as a smoke test")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="milliner-bench-") as scratch:
         found = weigh(Path(scratch), base=args.base, cases=QUICK if args.quick else CASES)
@@ -77,14 +78,14 @@ def main(argv: list[str]) -> int:
 
 
 def weigh(scratch: Path, *, base: Path | None, cases: tuple[Case, ...]) -> dict[str, Any]:
-    """Everything that was predicted and measured."""
-    described = machine.describe()
+    """Run all cases; the content of fit.json."""
+    about_machine = machine.describe()
     base = base or bundled(scratch / "base")
     runs = [[run(case, base, scratch / f"{number}-{turn}") for turn in range(2)] for number, case in enumerate(cases)]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "make bench-fit",
-        "machine": described,
+        "machine": about_machine,
         "versions": machine.versions(),
         "base": base.name,
         "cases": [
@@ -99,18 +100,18 @@ def weigh(scratch: Path, *, base: Path | None, cases: tuple[Case, ...]) -> dict[
 
 
 def run(case: Case, base: Path, work: Path) -> MeasuredFit:
-    """Prepare and train in one fresh child."""
+    """Prepare and train in one new trainer child."""
     rows = work.with_name(f"{work.name}-rows")
     rows.mkdir()
     result, _ = run_ours(_task(case, base, rows), work)
     report = Report.model_validate_json(Path(result.adapter, "report.json").read_text(encoding="utf-8"))
     if report.fit is None:
-        sys.exit(f"{base.name}: no architecture that memory is predicted for")
+        sys.exit(f"{base.name}: memory prediction does not support this base's architecture")
     return report.fit
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a line a case, and the goal."""
+    """The results as Markdown: one line per case, then the largest errors and the goals."""
     about = found["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = [
@@ -131,8 +132,8 @@ def table(found: dict[str, Any]) -> str:
             f"| {first / 1e9:.3f} GB | {before:+.1%} | {second / 1e9:.3f} GB | {after:+.1%} | {others:+.1%} |"
         )
     goals = {"before": BEFORE, "after": AFTER}
-    told = "; ".join(f"{worst[when]:.1%} {when} (goal: {goals[when]:.0%})" for when in goals)
-    return "\n".join([*lines, "", f"At worst {told}."]) + "\n"
+    largest = "; ".join(f"{worst[when]:.1%} {when} (goal: {goals[when]:.0%})" for when in goals)
+    return "\n".join([*lines, "", f"At worst {largest}."]) + "\n"
 
 
 def _task(case: Case, base: Path, folder: Path) -> Task:
@@ -161,7 +162,7 @@ def _task(case: Case, base: Path, folder: Path) -> Task:
 
 
 def _others(cases: tuple[Case, ...], runs: list[list[MeasuredFit]], number: int) -> list[Weighing]:
-    """Of the same base as it is held: what a server would have, had it not seen this case."""
+    """Measurements of the other cases with the same quantization: what a server knows before it has run this case."""
     return [
         _weighing(first)
         for other, (case, (first, _)) in enumerate(zip(cases, runs, strict=True))

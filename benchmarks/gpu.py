@@ -1,8 +1,8 @@
-"""Our training step on a CUDA device, on random weights in real shapes: `python -m benchmarks.gpu`.
+"""Measure our training step on a CUDA device, with random weights in real shapes: `python -m benchmarks.gpu`.
 
-Owns: the shapes, the cases and their table. Speed and memory do not depend on what the weights are, so that no model
-needs to be at hand; they are loaded, quantized and trained by the trainer's own code. Writes gpu.json and gpu.md. With
---quick: tiny shapes and any device, to see that it runs. Must not know jobs: of a run, only its steps are here.
+Owns: the shapes, the cases and their table. Speed and memory do not depend on the values of the weights, so no model
+has to be downloaded. The trainer's own code loads, quantizes and trains the weights. Writes gpu.json and gpu.md.
+--quick uses a tiny shape on any device, as a smoke test. Must not know jobs: it runs optimizer steps only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from worker.trainer.forward.layout import Layout
 from worker.trainer.model.base import Base, attach, keep_activations, load_base, trainable
 
 ROOT = Path(__file__).resolve().parents[1]
-#: As their config.json says, but for what training does not touch.
+#: The models' config.json, without the fields that do not affect training.
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -53,15 +53,15 @@ TINY = {
 }  # fmt: skip
 RANK, WARM_UP, STEPS = 16, 2, 6
 DEVICES: dict[str, Kind] = {"cuda": "cuda", "cpu": "cpu"}
-#: Tokens of the documents that are packed: short ones, as conversations are.
+#: Tokens of a packed document: short, like a conversation.
 DOCUMENT = 256
-#: The rows of --quick are shorter by this.
+#: --quick divides the length of rows by this.
 SHORTER = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a step is made of: `rows` of `length` tokens, one document each, or packed full of short ones."""
+    """The batch of a step: `rows` of `length` tokens, each one document, or several short ones if packed."""
 
     quantization: Quantization
     rows: int
@@ -81,7 +81,7 @@ CASES = [
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of the median step. `share` is that of the device's own rate of bf16 products; bytes are torch's peak."""
+    """The figures of the median step. `share`: of the device's measured bf16 FLOP/s. Bytes: torch's peak allocation."""
 
     shape: str
     case: str
@@ -94,13 +94,13 @@ class Result:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="one of them alone; may be repeated")
-    parser.add_argument("--compile", action="store_true", help="the backbone by torch.compile")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="run only this shape; may be repeated")
+    parser.add_argument("--compile", action="store_true", help="compile the backbone with torch.compile")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, on any device: does it run?")
+    parser.add_argument("--quick", action="store_true", help="run a tiny shape on any device, as a smoke test")
     args = parser.parse_args(argv)
     if not (args.quick or torch.cuda.is_available()):
-        sys.exit("no CUDA device: this benchmark measures one; --quick runs a tiny shape on the CPU")
+        sys.exit("no CUDA device: this benchmark needs one; --quick runs a tiny shape on the CPU")
     shapes = {"tiny": TINY} if args.quick else {name: SHAPES[name] for name in args.shape or SHAPES}
     cases = [replace(case, length=case.length // SHORTER) for case in CASES] if args.quick else CASES
     found = measure(shapes, cases, compiled=args.compile)
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(shapes: dict[str, dict[str, Any]], cases: list[Case], *, compiled: bool) -> dict[str, Any]:
-    """Every case of every shape, as far as memory goes; what does not fit is told of."""
+    """Run every case of every shape; the content of gpu.json. Cases that run out of memory are listed as `failed`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = machine.bf16_flops(device)
     results, failed = [], {}
@@ -136,10 +136,10 @@ def measure(shapes: dict[str, dict[str, Any]], cases: list[Case], *, compiled: b
 
 
 def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: float, compiled: bool) -> Result:
-    """Load the base, put an adapter on, and train a few steps on random tokens, every one of them trained."""
+    """Load the base, attach an adapter, and time a few steps on random tokens, all of them trained."""
     base = load_base(str(folder), case.quantization)
     recipe = _recipe(case)
-    adapted = attach(base, recipe)
+    adapted = attach(base, recipe).adapted
     keep_activations(adapted, kept=base.device.type != "cuda")
     if compiled:
         base.model.get_decoder().compile()
@@ -176,12 +176,13 @@ def run(name: str, shape: dict[str, Any], folder: Path, case: Case, *, limit: fl
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a line a case."""
+    """The results as Markdown: one line per case."""
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = [
         f"`{found['command']}` on {found['date']}: {found['device']}; {packages}.",
         f"bf16 products run at {found['machine']['bf16_gemm_flops'] / 1e12:,.1f} TFLOP/s here; r={RANK}, all linear, "
-        f"medians of {STEPS} steps; FLOP as `shared/estimation/memory_model.py` counts them, the forward of checkpointing included.",
+        f"medians of {STEPS} steps; FLOP counted by `shared/estimation/memory_model.py`, "
+        "with checkpointing's second forward.",
         "",
         "| | | trained tokens/s | share of the limit | peak allocated | predicted |",
         "|---|---|---|---|---|---|",
@@ -196,13 +197,15 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _write(shape: dict[str, Any], folder: Path, device: torch.device) -> None:
-    """A model folder of this shape, its weights drawn on the device, where that takes seconds."""
+    """Write a model folder of this shape. Random weights are drawn on the device, where that takes only seconds."""
     torch.manual_seed(0)
     kind = {key: value for key, value in shape.items() if key != "model_type"}
     with device:
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape["model_type"], **kind), dtype=torch.bfloat16)
-    made.save_pretrained(folder)
-    del made
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(shape["model_type"], **kind), dtype=torch.bfloat16
+        )
+    model.save_pretrained(folder)
+    del model
     torch.cuda.empty_cache()
 
 

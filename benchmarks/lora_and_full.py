@@ -1,8 +1,8 @@
-"""A LoRA against full fine-tuning on one machine, the same base, rows and steps: `python -m benchmarks.lora_and_full`.
+"""Compare a LoRA with full fine-tuning on the same machine, base, rows and steps: `python -m benchmarks.lora_and_full`.
 
-Owns: the comparison and its table. Each run is the real trainer child in a process of its own, spoken to as in
-`train.py`, at the rate that `auto` gives it; losses are those of its report, on the same held-out rows. The base is
-not quantized. Writes lora_and_full.json and lora_and_full.md. With --quick: a few steps, on any base.
+Owns: the comparison and its table. Each run is the real trainer child in its own process, driven as in `train.py`, at
+the learning rate that `auto` chooses. Losses come from its report, on the same held-out rows. The base is not quantized.
+Writes lora_and_full.json and lora_and_full.md. --quick runs a few steps, on any base.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.lora_and_full", description=__doc__)
     parser.add_argument("--base", type=Path, help="a base's folder (default: the bundled SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--quick", action="store_true", help="two steps of four rows: does it run?")
+    parser.add_argument("--quick", action="store_true", help="run two steps of four rows, as a smoke test")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="milliner-bench-") as scratch:
         found = compare(Path(scratch), base=args.base, quick=args.quick)
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
 
 
 def compare(scratch: Path, *, base: Path | None, quick: bool) -> dict[str, Any]:
-    """Everything that was measured."""
+    """Train both; the content of lora_and_full.json."""
     steps, batch, heldout = (2, 4, 4) if quick else (STEPS, BATCH, HELDOUT)
-    described = machine.describe()
+    about_machine = machine.describe()
     base = base or bundled(scratch / "base")
     train, validation = quote_rows(scratch, steps * batch, heldout)
     runs = {}
@@ -83,7 +83,7 @@ def compare(scratch: Path, *, base: Path | None, quick: bool) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m benchmarks.lora_and_full --quick" if quick else "make bench-full",
-        "machine": described,
+        "machine": about_machine,
         "versions": machine.versions(),
         "base": base.name,
         "heldout_rows": heldout,
@@ -92,7 +92,7 @@ def compare(scratch: Path, *, base: Path | None, quick: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a line a run, and what the LoRA took of what the other did."""
+    """The results as Markdown: one line per run, then the LoRA's share of full fine-tuning's gain and cost."""
     about, runs = found["machine"], found["runs"]
     lora, full = runs.values()
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
@@ -121,8 +121,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"The LoRA gained {gained:.0%} of what full fine-tuning did, in {lora['seconds'] / full['seconds']:.2f} of its "
-        f"time and {lora['peak_bytes'] / full['peak_bytes']:.2f} of its memory; what is kept is "
-        f"{lora['published_bytes'] / full['published_bytes']:.1%} of its bytes.",
+        f"time and {lora['peak_bytes'] / full['peak_bytes']:.2f} of its memory; its published weights are "
+        f"{lora['published_bytes'] / full['published_bytes']:.1%} of the size.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
-"""What a figure was measured on: processor, versions, and the rate of bf16 matrix products.
+"""Describe the machine of a benchmark: processor, package versions, and the speed of bf16 matrix products.
 
-Owns: the words beside a figure. Must not know what is measured.
+Owns: the description of the machine. Must not know what is measured.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-#: What speeds up products in 16 bits, as /proc/cpuinfo calls it.
+#: CPU features that speed up 16-bit matrix products, by their names in /proc/cpuinfo.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "sve", "bf16")
 CPU = torch.device("cpu")
 SIZE, GPU_SIZE, SECONDS = 2048, 8192, 3.0
 
 
 def describe() -> dict[str, object]:
-    """Cores are those that this process may use."""
+    """Processor, memory, load and Python version. `cores` counts those that this process may use."""
     fields = _cpuinfo()
     flags = fields.get("flags", fields.get("Features", "")).split()
     return {
@@ -35,11 +35,12 @@ def describe() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
+    """Version of each package in PACKAGES."""
     return {name: version(name) for name in PACKAGES}
 
 
 def bf16_flops(device: torch.device = CPU) -> float:
-    """FLOP a second of a large square product in bf16, on all cores of a CPU: the best of a few seconds."""
+    """FLOP/s of a large square bf16 matrix product, on all cores of a CPU: the best within a few seconds."""
     size = SIZE if device.type == "cpu" else GPU_SIZE
     left, right = torch.randn(2, size, size, device=device).bfloat16()
     best, until = 0.0, time.monotonic() + SECONDS

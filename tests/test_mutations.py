@@ -1,6 +1,6 @@
-"""The suite under test: each guard that the promise rests on is taken out of a copy, and the suite must turn red.
+"""Mutation tests: remove one durability guard from a copy of the code; the copy's tests must fail.
 
-The copy's tests run on the stack of this run, in databases of their own; its workers and API are not mutated.
+The copy's tests run on the servers of this run, in their own databases. The workers and API of this run are not mutated.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TREE = ("api", "client", "deploy", "examples", "migrations", "shared", "tests", 
 
 
 class Mutant(NamedTuple):
-    """`guard` in `file` becomes `hole`; one of `tests` must notice."""
+    """Replace `guard` in `file` by `without_guard`; one of `tests` must fail."""
 
     file: str
     guard: str
-    hole: str
+    without_guard: str
     tests: str
 
 
@@ -36,13 +36,13 @@ JOBS, SWEEPER, ATTEMPTS, LEASE = (
     "tests/worker/attempt/test_lease.py",
 )
 MUTANTS = {
-    "a write of the holder without its epoch": Mutant(
+    "a worker's update without its epoch": Mutant(
         "shared/database/attempts.py",
         "update(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
         "update(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
         JOBS,
     ),
-    "a lock of the holder without its epoch": Mutant(
+    "a worker's row lock without its epoch": Mutant(
         "shared/database/attempts.py",
         "select(Job).where(Job.id == job_id, Job.lease_epoch == epoch, Job.lease_owner.is_not(None))",
         "select(Job).where(Job.id == job_id, Job.lease_owner.is_not(None))",
@@ -57,7 +57,7 @@ MUTANTS = {
     "a claim that does not lock its row": Mutant(
         "shared/database/claims.py", "        .with_for_update(of=Job, skip_locked=True)\n", "", JOBS
     ),
-    "a success that does not ask for the wish": Mutant(
+    "a success that ignores a cancel": Mutant(
         "shared/database/attempts.py",
         "    if job.desired_state == Desired.CANCEL:\n        return State.CANCELLED",
         "    if False:\n        return State.CANCELLED",
@@ -66,10 +66,10 @@ MUTANTS = {
     "a sweeper that does not ring again": Mutant(
         "worker/background/sweeper.py", "if not ring(queue):", "if True:", SWEEPER
     ),
-    "a sweeper that does not watch first": Mutant(
+    "a sweeper that does not wait after an outage": Mutant(
         "worker/background/sweeper.py", "if watched >= settings.lease_seconds and ", "if ", SWEEPER
     ),
-    "a resume that does not look at the manifest": Mutant(
+    "a resume that does not verify hashes": Mutant(
         "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
     ),
     "a proof that compares nothing": Mutant(
@@ -96,27 +96,27 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_copy_as_it_is_turns_nothing_red(copy: Path, stack: Record) -> None:
-    done = suite(copy, stack, *sorted({mutant.tests for mutant in MUTANTS.values()}))
+def test_the_unchanged_copy_passes(copy: Path, stack: Record) -> None:
+    done = run_tests(copy, stack, *sorted({mutant.tests for mutant in MUTANTS.values()}))
     assert done.returncode == pytest.ExitCode.OK, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_turns_the_suite_red(copy: Path, stack: Record, name: str) -> None:
+def test_a_mutant_fails_its_tests(copy: Path, stack: Record, name: str) -> None:
     mutant = MUTANTS[name]
     file = copy / mutant.file
-    sound = file.read_text()
-    assert sound.count(mutant.guard) == 1, f"{mutant.file} has changed: name the guard anew"
-    file.write_text(sound.replace(mutant.guard, mutant.hole))
+    original = file.read_text()
+    assert original.count(mutant.guard) == 1, f"the guard is not exactly once in {mutant.file}: update MUTANTS"
+    file.write_text(original.replace(mutant.guard, mutant.without_guard))
     try:
-        done = suite(copy, stack, mutant.tests)
+        done = run_tests(copy, stack, mutant.tests)
     finally:
-        file.write_text(sound)
+        file.write_text(original)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-3000:]
     assert "\nFAILED " in done.stdout
 
 
-def suite(copy: Path, stack: Record, *tests: str) -> subprocess.CompletedProcess[str]:
+def run_tests(copy: Path, stack: Record, *tests: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--stack", stack.data, *tests]
     env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False, timeout=300)

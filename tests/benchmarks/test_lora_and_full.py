@@ -1,4 +1,4 @@
-"""The comparison runs, on a tiny base; no figure is asserted."""
+"""The comparison runs on a tiny base; no figure is asserted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks import lora_and_full
 from tests.tiny import tiny_llama
 
 
-def test_quick_run_leaves_figures_and_a_table(tmp_path: Path) -> None:
+def test_quick_run_writes_figures_and_a_table(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "base")
     assert lora_and_full.main(["--quick", "--base", str(tmp_path / "base"), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "lora_and_full.json").read_text())

@@ -1,4 +1,4 @@
-"""The benchmark runs, on a tiny base and without the peer; no figure is asserted."""
+"""The benchmark runs on a tiny base without the peer; no figure is asserted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks import machine, train
 from tests.tiny import tiny_llama
 
 
-def test_quick_run_leaves_figures_and_a_table(tmp_path: Path) -> None:
+def test_quick_run_writes_figures_and_a_table(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "base")
     assert train.main(["--quick", "--base", str(tmp_path / "base"), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "train.json").read_text())
@@ -22,7 +22,7 @@ def test_quick_run_leaves_figures_and_a_table(tmp_path: Path) -> None:
     assert f"torch {machine.versions()['torch']}" in (tmp_path / "train.md").read_text()
 
 
-def test_table_holds_ours_against_the_bar() -> None:
+def test_table_compares_ours_with_the_goal() -> None:
     run = {"steps": 1, "to_first_step": 9.0, "trained_tokens": 1000}
     found: dict[str, Any] = {
         "date": "2026-01-01T00:00:00+00:00",
