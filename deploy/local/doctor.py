@@ -21,6 +21,7 @@ from deploy.local import servers, services
 from deploy.local.folder import S3, Folder, Record
 from shared import linux
 from shared.settings import Settings, get_settings
+from worker.child.allocator import jemalloc
 
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "celery", "redis", "boto3", "fastapi", "uvicorn")
 _DISK_BYTES = 5 * 1024**3
@@ -55,7 +56,7 @@ def examine(folder: Folder) -> list[Check]:
     """Run all checks, in the order in which parts depend on each other."""
     settings = get_settings()
     record = folder.record()
-    checks = [_python(), _packages(), _torch(), _disk(folder), _stack(folder, settings, record)]
+    checks = [_python(), _packages(), _torch(), _allocator(), _disk(folder), _stack(folder, settings, record)]
     server = _of_settings(settings) if "database_url" in settings.model_fields_set else _of_record(record)
     parts: list[Callable[[_Server], Check]] = [_postgres, _valkey, _s3, _api, _workers, _models]
     return checks + [part(server) for part in parts] if server else checks
@@ -89,6 +90,14 @@ def _torch() -> Check:
         bool(gpu),
         f"{version}, {gpu or 'but it does not see the GPU that nvidia-smi shows'}",
         "install the CUDA build of torch that matches the driver, or unset CUDA_VISIBLE_DEVICES",
+    )
+
+
+def _allocator() -> Check:
+    """Show whether trainers will use jemalloc. It is optional, so its absence is no fault."""
+    found = jemalloc()
+    return Check(
+        "allocator", True, f"jemalloc, {found}" if found else "the C library's; libjemalloc2 would save memory", ""
     )
 
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, create_engine, func, select
-from sqlalchemy.exc import DataError as DataError
+from sqlalchemy.exc import DataError as DataError  # noqa: PLC0414 (re-exported: SQL stands in this package alone)
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
-from sqlalchemy.orm import Session as Session
+from sqlalchemy.orm import Session as Session  # noqa: PLC0414 (re-exported for annotations)
 
 from shared.errors import Unavailable
 from shared.settings import get_settings

@@ -85,7 +85,7 @@ def test_a_trainer_that_dies_fails_the_preview_which_can_be_requested_again(
 
 
 def test_a_preview_that_kills_its_workers_is_refused(requested: Requested) -> None:
-    for _ in range(previews.MOST_TAKES):
+    for _ in range(previews.MAX_TAKES):
         assert take() == requested.id
         age("taken_at", previews.SILENT_SECONDS)
     assert take() is None
@@ -94,7 +94,7 @@ def test_a_preview_that_kills_its_workers_is_refused(requested: Requested) -> No
 
 
 def test_a_tenant_can_have_only_a_few_waiting_previews(requested: Requested) -> None:
-    for rows in range(1, previews.MOST_WAITING):
+    for rows in range(1, previews.MAX_WAITING):
         ask(requested.tenant, requested.body.model_copy(update={"rows": rows}))
     with pytest.raises(TooMany, match="previews of yours are waiting"):
         ask(requested.tenant, requested.body.model_copy(update={"rows": 20}))

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from shared import linux
 from shared.settings import get_settings
 from shared.telemetry import log
+from worker.child.allocator import preload
 from worker.trainer.protocol import EVENT, Alive, Command, TrainerEvent
 
 PASSED_ON = (*linux.BASIC, "HOME", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
@@ -63,7 +64,7 @@ class TrainerProcess:
         self.visible_device = visible_device
         self._log = folder / "trainer.log"
         own = {"HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": visible_device}
-        env = linux.inherited(*PASSED_ON) | OFFLINE | own
+        env = linux.inherited(*PASSED_ON) | OFFLINE | preload() | own
         configured = get_settings().trainer_command
         command = shlex.split(configured) if configured else [sys.executable, "-m", "worker.trainer.main"]
         self._log_start, self._oom_kills = 0, linux.oom_kill_count()

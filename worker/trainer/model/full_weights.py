@@ -4,7 +4,7 @@ Owns: which of the two sets the model currently uses. The class has the methods 
 that "adapter disabled" means the base here too. Must not change a weight of the base: the next job may use it.
 
 Trained weights are fp32, because an update is often smaller than the precision of bf16; autocast runs the products in
-the compute type. For evaluation the weights are rounded to the type of the published files and then to the type in which
+the compute type. For evaluation the weights are rounded to the type of the published files, then to the type in which
 the base is loaded. So a score holds for whoever loads the files, and base and tuned model use the same arithmetic.
 """
 

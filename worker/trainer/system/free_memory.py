@@ -19,6 +19,13 @@ def free() -> None:
     """
     gc.collect()
     torch.cuda.empty_cache()
-    # The C library has one arena per thread, and backward runs in another thread: memory that is free in one arena is
-    # not available to the other.
-    ctypes.CDLL(None).malloc_trim(0)
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Return the allocator's unused pages, of all its arenas: backward runs in another thread, which has its own."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "mallctl"):  # jemalloc; 4096 is MALLCTL_ARENAS_ALL (jemalloc(3))
+        process.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))
+    else:
+        process.malloc_trim(0)

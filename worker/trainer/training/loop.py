@@ -13,7 +13,7 @@ The loop itself is ordinary:
    intervals, score the adapter on the held-out rows and write a checkpoint.
 3. Score the final adapter on the same rows, and write it with a report that compares both scores.
 
-The loss of supervised training is the mean cross entropy of the trained tokens (`methods/sft.py`): those of the answers,
+The loss of supervised training is the mean cross entropy of the trained tokens (`methods/sft.py`): the answers' tokens,
 or all tokens of a plain text.
 
 Owns: the order of these parts. Must not know about pipes or processes: the caller passes `emit` and `stopping`.
