@@ -20,8 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from deploy.local import servers, services
 from deploy.local.folder import S3, Folder, Record
 from shared import linux
+from shared.allocator import jemalloc
 from shared.settings import Settings, get_settings
-from worker.child.allocator import jemalloc
 
 _PACKAGES = ("sqlalchemy", "psycopg", "alembic", "celery", "redis", "boto3", "fastapi", "uvicorn")
 _DISK_BYTES = 5 * 1024**3

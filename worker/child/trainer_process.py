@@ -22,9 +22,9 @@ from threading import Lock, Thread
 from pydantic import ValidationError
 
 from shared import linux
+from shared.allocator import preload
 from shared.settings import get_settings
 from shared.telemetry import log
-from worker.child.allocator import preload
 from worker.trainer.protocol import EVENT, Alive, Command, TrainerEvent
 
 PASSED_ON = (*linux.BASIC, "HOME", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")

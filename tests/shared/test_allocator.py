@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import linux
-from worker.child import allocator
+from shared import allocator, linux
 
 
 @pytest.mark.parametrize("folder", ["usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/local/lib"])
