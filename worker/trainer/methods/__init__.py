@@ -1,6 +1,7 @@
 """Training methods, a file each: what a batch means for the gradient.
 
-To add one: a file with `loss`, its branch here, its settings in `shared.schemas.requests`, its defaults in `trainer/recipe.py`.
+To add one: a file with `loss`, its branch here, its settings in `shared.schemas.requests`, its defaults in
+`shared/estimation/defaults.py`.
 """
 
 from __future__ import annotations
