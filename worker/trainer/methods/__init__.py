@@ -1,7 +1,7 @@
 """Training methods, one file each: the loss of a batch.
 
-To add one, write a file with `loss`, and add its branch here, its settings in `shared/schemas/requests.py` and its
-defaults in `worker/trainer/planning/recipe.py`.
+To add one: a file with `loss`, its branch here, its settings in `shared.schemas.requests`, its defaults in
+`shared/estimation/defaults.py`.
 """
 
 from __future__ import annotations
