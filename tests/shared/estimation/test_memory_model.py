@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ from worker.trainer.model import fused_lora, short_attention
 LLAMA_8B = architecture.read_config(REAL["Llama-3.1-8B"][1])
 SMOL = architecture.read_config(REAL["SmolLM2-135M"][1])
 GB, GIB = 1e9, 2**30
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """With a second thread, oneDNN allocates scratch buffers that the memory model does not count (1.8 MB here)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- published figures
