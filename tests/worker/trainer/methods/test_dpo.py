@@ -132,13 +132,13 @@ def test_a_bases_own_dropout_is_off_during_training_and_restored(
     """Otherwise the reference, which is the same model, would differ at random."""
     tiny_base(tmp_path, "gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     base = load_base(str(tmp_path), Quantization.NONE)
-    adapted = attach(base, recipe).adapted
+    attached = attach(base, recipe)
     [batch] = batches(rows, packing=True, micro_batch=8, pad=2)
     with base.precision():
-        margins = methods.loss(adapted, batch, layout(), recipe).margins
+        margins = methods.loss(attached.adapted, batch, layout(), recipe).margins
     assert margins is not None
     assert not margins.any()
-    detach(adapted)
+    detach(attached)
     assert {m.p for m in base.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
 

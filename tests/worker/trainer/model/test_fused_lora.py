@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from shared.schemas.requests import Quantization
 from tests.worker.trainer.conftest import MakeTask, WriteRows, quotes, recipe_of
 from worker.trainer.model import fused_lora
-from worker.trainer.model.base import Base, attach, detach, load_base, trainable
+from worker.trainer.model.base import Attachment, Base, attach, detach, load_base, trainable
 
 MakeAdapted = Callable[..., tuple[Base, PeftModel]]
 
@@ -94,7 +94,7 @@ def test_without_the_adapter_logits_are_those_of_the_base(make_adapted: MakeAdap
         with adapted.disable_adapter():
             off = base.model(ids).logits
         assert not torch.equal(base.model(ids).logits, off)
-        detach(adapted)
+        detach(Attachment(adapted, heads={}, dropouts=[]))
         assert torch.equal(base.model(ids).logits, off)
     assert not any("forward" in vars(module) for module in base.model.modules() if isinstance(module, Linear4bit))
 
