@@ -1,7 +1,7 @@
 """Compare a LoRA with full fine-tuning on the same machine, base, rows and steps: `python -m benchmarks.lora_and_full`.
 
 Owns: the comparison and its table. Each run is the real trainer child in its own process, driven as in `train.py`, at
-the learning rate that `auto` chooses. Losses come from its report, on the same held-out rows. The base is not quantized.
+the learning rate that `auto` chooses. Losses come from its report, on the same held-out rows. The base is unquantized.
 Writes lora_and_full.json and lora_and_full.md. --quick runs a few steps, on any base.
 """
 
