@@ -147,7 +147,7 @@ def run_ours(task: Task, work: Path) -> tuple[Result, Recipe]:
 
 
 def run_peer(python: Path, options: dict[str, Any], out: Path, tokens: int, *, packing: bool) -> Result:
-    """Train one epoch with TRL. `tokens` is how many ours trained; the peer trains as many: the rows match."""
+    """Train one epoch with TRL. `tokens`: how many ours has trained; the peer trains as many, as its rows match."""
     padded = min(PADDED_ROWS, options["batch_size"]), options["max_length"]
     rows, length = (PEER_ROWS, PEER_LENGTH) if packing else padded
     options = options | {"out": str(out), "packing": packing, "max_length": length, "batch": rows}
@@ -233,7 +233,7 @@ def _task(base: Path, train: Path, validation: Path, *, steps: int, batch: int) 
 
 
 def quote_rows(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
-    """Write training and validation files of rows `Quote by NAME: "…"`, sampled with a fixed seed. Return the paths."""
+    """Write training and validation files of rows `Quote by NAME: "…"`, sampled with a fixed seed; return the paths."""
     quotes = random.Random(SEED).sample(get_quotes(), train + validation)
     lines = [json.dumps({"text": f'Quote by {one["character"]}: "{one["quote"]}"'}) for one in quotes]
     paths = folder / "train.jsonl", folder / "validation.jsonl"

@@ -1,4 +1,4 @@
-"""Servers and fleets for the chaos tests; `size` scales them from CI to soak, `figures` keeps what they measured."""
+"""Fixtures of the chaos tests: servers, fleets, `size` (CI or soak scale), and `figures` (writes measurements)."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ T = TypeVar("T")
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """The three servers that fleets share. A test that kills servers takes `own_servers`."""
-    with closing(Servers(tmp_path_factory.mktemp("servers"))) as found:
-        found.start()
-        yield found
+    """The three servers that fleets share. A test that kills servers uses `own_servers` instead."""
+    with closing(Servers(tmp_path_factory.mktemp("servers"))) as running:
+        running.start()
+        yield running
 
 
 @pytest.fixture(scope="module")
 def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Servers of one test file, to be killed."""
-    with closing(Servers(tmp_path_factory.mktemp("servers"))) as found:
-        found.start()
-        yield found
+    """Servers of one test file, which its tests may kill."""
+    with closing(Servers(tmp_path_factory.mktemp("servers"))) as running:
+        running.start()
+        yield running
 
 
 @pytest.fixture
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Fleet]]:
-    """`fleet(servers, **options)`: a started fleet, which ends with the test."""
-    with ExitStack() as held:
+    """`fleet(servers, **options)` starts a fleet, which ends with the test."""
+    with ExitStack() as fleets:
 
         def start(servers: Servers, **options: Any) -> Fleet:
-            made = held.enter_context(closing(Fleet(servers, tmp_path_factory.mktemp("fleet"), **options)))
-            made.start()
-            return made
+            started = fleets.enter_context(closing(Fleet(servers, tmp_path_factory.mktemp("fleet"), **options)))
+            started.start()
+            return started
 
         yield start
 
 
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
-    """`size(ci, soak)`: the second with --soak."""
+    """`size(ci, soak)` returns its second argument with --soak, else its first."""
     soak = pytestconfig.getoption("--soak")
     return lambda ci, full: full if soak else ci
 
 
 @pytest.fixture
 def figures(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Keep what this test measured as JSON in the folder that --figures names."""
+    """`figures(measured)` prints what the test measured and writes it as JSON to the folder that --figures names."""
     folder = pytestconfig.getoption("--figures")
 
     def keep(measured: dict[str, Any]) -> None:

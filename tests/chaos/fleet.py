@@ -1,8 +1,8 @@
-"""A whole deployment to be broken: the real API and workers, on servers of the tests, with short times.
+"""A whole deployment for tests to break: the real API and workers, on the tests' servers, with short timeouts.
 
-The programs are those of deploy/local/services.py; only the trainer is the stub, unless told otherwise. What dies is
-started again by a thread, as any supervisor of a deployment would do. What was accepted is remembered, and `check`
-proves that none of it was lost, doubled or untrue.
+The programs are those of deploy/local/services.py. Only the trainer is the stub, unless a setting changes it. A thread
+restarts whatever dies, as the supervisor of a deployment would. The fleet records each accepted job, and `check` fails
+if one was lost, run twice or has a wrong state.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ SHORT = {
 
 
 class Slot(NamedTuple):
-    """A process of a Celery worker's pool, and the program that it belongs to."""
+    """A process of a Celery worker's pool, and the name of its program."""
 
     pid: int
     program: str
 
 
 class Trainer(NamedTuple):
-    """A trainer child, its slot, and the attempt it is for."""
+    """A trainer child, its slot, and its attempt (job and epoch)."""
 
     pid: int
     slot: int
@@ -72,8 +72,8 @@ class Trainer(NamedTuple):
     epoch: int
 
 
-class Seen(NamedTuple):
-    """The processes of all workers at one moment; API and servers have no children of interest."""
+class Processes(NamedTuple):
+    """The processes of all workers at one moment: Celery main processes by name, slots, trainers."""
 
     mains: dict[str, int]
     slots: list[Slot]
@@ -81,7 +81,7 @@ class Seen(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a checked run came to."""
+    """The totals of a checked run."""
 
     jobs: int
     attempts: int
@@ -92,10 +92,10 @@ class Figures(NamedTuple):
 
 
 class Fleet:
-    """API `api`, workers `prepare` and `train-0` …, each a process of ours and known by that name.
+    """An API named `api` and workers named `prepare`, `train-0` …; each is a child process of the tests.
 
     `via` says which programs reach which servers through a proxy, such as {"train-0": ["postgres", "s3"], "api":
-    ["valkey"]}; it is then found as `proxies["train-0", "postgres"]`. `settings` are further environment variables.
+    ["valkey"]}; a proxy is then `proxies["train-0", "postgres"]`. `settings` are further environment variables.
     """
 
     def __init__(
@@ -112,18 +112,18 @@ class Fleet:
         self.folder = Folder(root).create()
         self.witness = self.folder.cache / "witness"
         self.max_crashes = max_crashes
-        self.database_url, self.redis_url, self.s3 = servers.rent()
+        self.database_url, self.redis_url, self.s3 = servers.allocate()
         self.api_key = services.make_key(self.database_url)
         self.accepted: list[str] = []
         self.reviving = True
-        self.held_down: set[str] = set()
+        self.kept_down: set[str] = set()
         self.crew = Crew(self.folder.logs)
         self._resources = ExitStack()
         self._ports = self.folder.ports()
         self.base_url = services.base_url(self._ports)
         trains = {f"train-{number}": slots for number in range(workers)}
         self.env = {name: self._environment(settings or {}) for name in ("api", "prepare", *trains)}
-        self.proxies = self._put_between(servers, via or {})
+        self.proxies = self._insert_proxies(servers, via or {})
         self._slots = {"prepare": 1} | trains
         self._closing, self._changing = Event(), RLock()
         self._seeds = count(1)
@@ -133,7 +133,7 @@ class Fleet:
         self._reviver = Thread(target=self._revive, name="reviver")
 
     def start(self) -> None:
-        """Everything up, and a dataset uploaded."""
+        """Start all programs and upload a dataset."""
         for name in self.env:
             self.launch(name)
         self.wait_ready()
@@ -141,7 +141,7 @@ class Fleet:
         self._reviver.start()
 
     def close(self) -> None:
-        """End all of it, at once: whoever wanted a clean end has waited for it before."""
+        """Kill everything at once. A test that needs a clean end waits for it first."""
         self._closing.set()
         if self._reviver.is_alive():
             self._reviver.join()
@@ -152,31 +152,31 @@ class Fleet:
     # ------------------------------------------------------------ programs
 
     def launch(self, name: str) -> None:
-        """Start a program; `env[name]`, as it is now, is its environment."""
+        """Start a program with the environment `env[name]`."""
         self.crew.start(self._program(name))
 
     def wait_ready(self) -> None:
-        """Until the API answers and every worker listens to the broker."""
+        """Wait until the API answers and every worker listens to the broker."""
         until(lambda: services.api_ready(self.base_url), "the API is ready")
         for name in self._slots:
             until(partial(self._listens, name), f"{name} listens")
 
     def relaunch(self, name: str, **settings: str) -> None:
-        """Kill a program and start it with more settings, which stay."""
+        """Kill a program and restart it with more settings, which it keeps for later restarts."""
         with self._changing:
             self.crew.kill(name)
             self.env[name] |= settings
             self.launch(name)
 
-    def hold_down(self, name: str) -> None:
-        """Kill a program and leave it dead until `let_up`."""
+    def keep_down(self, name: str) -> None:
+        """Kill a program and leave it down until `bring_up`."""
         with self._changing:
-            self.held_down.add(name)
+            self.kept_down.add(name)
             self.crew.kill(name)
 
-    def let_up(self, name: str) -> None:
+    def bring_up(self, name: str) -> None:
         with self._changing:
-            self.held_down.discard(name)
+            self.kept_down.discard(name)
             self.launch(name)
 
     # ------------------------------------------------------------ processes
@@ -185,34 +185,34 @@ class Fleet:
         """The pid of a program: the API, or a Celery main."""
         return self.crew.process(name).pid
 
-    def look(self) -> Seen:
-        """The workers' processes as they are now: Celery mains by name, slots, trainers."""
+    def processes(self) -> Processes:
+        """The current processes of the workers. The API and the servers are not included."""
         mains = {name: self.main(name) for name in self._slots if self.crew.process(name).poll() is None}
         names, parent_of = {pid: name for name, pid in mains.items()}, parents()
         slots = [Slot(pid, names[parent]) for pid, parent in parent_of.items() if parent in names]
         pids = {slot.pid for slot in slots}
         born = [(pid, parent, self._attempt_of(pid)) for pid, parent in parent_of.items() if parent in pids]
-        return Seen(mains, slots, [Trainer(pid, parent, *attempt) for pid, parent, attempt in born if attempt])
+        return Processes(mains, slots, [Trainer(pid, parent, *attempt) for pid, parent, attempt in born if attempt])
 
     def training(self) -> list[Trainer]:
-        """The trainers that have begun a step; those that read datasets never do."""
-        return [trainer for trainer in self.look().trainers if self.steps_of(trainer)]
+        """The trainers that have begun a step. Those that only prepare a dataset never do."""
+        return [trainer for trainer in self.processes().trainers if self.steps_of(trainer)]
 
     def steps_of(self, trainer: Trainer) -> int:
-        """How many steps it has begun."""
-        return self.said(trainer.job).count(f" {trainer.pid} ")
+        """How many steps a trainer has begun."""
+        return self.witness_of(trainer.job).count(f" {trainer.pid} ")
 
-    def said(self, job: str) -> str:
-        """The witness of a job so far."""
+    def witness_of(self, job: str) -> str:
+        """The witness lines of a job so far, as text."""
         path = self.witness / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
     # ------------------------------------------------------------ jobs
 
     def submit(self, n: int = 1, *, step_ms: int = 20, threads: int = 8, **trainer: Any) -> list[str]:
-        """Submit `n` jobs through the official client, which retries while the API is down; remembers their ids.
+        """Submit `n` jobs through the official client, which retries while the API is down. Returns the ids.
 
-        Each has a seed of its own, because a retry of an identical body is the same job.
+        Each job has its own seed, because a retry with an identical body is the same job.
         """
         trainer = {"max_steps": 30, "save_every": 10} | trainer
 
@@ -227,7 +227,7 @@ class Fleet:
             return list(pool.map(one, [1000 * next(self._seeds) + step_ms for _ in range(n)]))
 
     def states(self) -> dict[str, str]:
-        """The state of every job, as the database has it."""
+        """The state of every job, from the database."""
         return dict(self.sql("SELECT id, state FROM jobs"))
 
     def unfinished(self) -> list[str]:
@@ -236,24 +236,24 @@ class Fleet:
         return [job for job in self.accepted if states.get(job) not in TERMINAL]
 
     def restarted(self, jobs: Sequence[str]) -> list[str]:
-        """Those of the jobs that took more than one attempt or trainer, or that a worker has let go of."""
+        """Those of the jobs that had more than one attempt or trainer, a crash or a preemption."""
         ran = "SELECT id, attempt + crash_count + preempt_count FROM jobs WHERE id = ANY(%s)"
         tries = dict(self.sql(ran, list(jobs)))
-        pids = {job: {line.split()[2] for line in self.said(job).splitlines()} for job in jobs}
+        pids = {job: {line.split()[2] for line in self.witness_of(job).splitlines()} for job in jobs}
         return [job for job in jobs if tries[job] > 1 or len(pids[job]) > 1]
 
     def settle(self, timeout: float = 120) -> dict[str, str]:
-        """Wait until every accepted job has ended; returns their states."""
+        """Wait until every accepted job has ended. Returns the states of all jobs."""
         until(lambda: not self.unfinished(), "every accepted job has ended", seconds=timeout)
         return self.states()
 
     def sql(self, query: str, *values: Any) -> Sequence[tuple[Any, ...]]:
-        """Rows of a query, past every proxy."""
+        """The rows of a query, on a direct connection without a proxy."""
         with psycopg.connect(self.database_url) as connection:
             return connection.execute(query.encode(), values).fetchall()
 
     def check(self) -> Figures:
-        """No invariant is violated; to be called once all has settled."""
+        """Assert that no invariant is violated, and return the totals. Call it once all jobs have settled."""
         found = invariants.violations(
             self.database_url, self.s3, accepted=self.accepted, witness=self.witness, max_crashes=self.max_crashes
         )
@@ -266,7 +266,7 @@ class Fleet:
         return Figures(jobs, attempts, crashes, preemptions, repeated, invariants.overlaps(self.witness))
 
     def check_adapters(self) -> int:
-        """Every succeeded job's adapter is what an undisturbed run leaves; returns how many were compared."""
+        """Assert that each succeeded job has the adapter of an undisturbed run. Returns how many were compared."""
         client = local.s3_client(self.s3)
         rows = self.sql(
             "SELECT j.id, j.seed, (j.plan #>> '{recipe,total_steps}')::int, a.prefix,"
@@ -275,22 +275,26 @@ class Fleet:
         )
         for job, seed, steps, prefix, exported in rows:
             found = client.get_object(Bucket=self.s3.bucket, Key=prefix + stub.ADAPTER)["Body"].read()
-            assert found == stub.expected(job, seed, steps), f"{job} has another adapter than an undisturbed run"
+            assert found == stub.expected(job, seed, steps), (
+                f"the adapter of {job} differs from that of an undisturbed run"
+            )
             for path in exported:
                 found = client.get_object(Bucket=self.s3.bucket, Key=f"{prefix}{path}{stub.ADAPTER}")["Body"].read()
-                assert found == stub.expected(job, seed, steps), f"{job} has exported another adapter to {path}"
+                assert found == stub.expected(job, seed, steps), (
+                    f"the export {path} of {job} differs from that of an undisturbed run"
+                )
         return len(rows)
 
     # ------------------------------------------------------------ inside
 
     def _environment(self, settings: Mapping[str, str]) -> dict[str, str]:
-        """Nothing of the caller's MILLINER_… settings: only the servers, the short times, and what was asked for."""
+        """The servers, the short times and `settings`, without the MILLINER_… variables of the calling process."""
         found = services.environment(self.folder, database_url=self.database_url, redis_url=self.redis_url, s3=self.s3)
         caller = {name for name in os.environ if name.startswith("MILLINER_") and found[name] == os.environ[name]}
         plain = {name: value for name, value in found.items() if name not in caller}
         return plain | SHORT | {"MILLINER_MAX_CRASHES": str(self.max_crashes)} | dict(settings)
 
-    def _put_between(self, servers: Servers, via: Mapping[str, Collection[str]]) -> dict[tuple[str, str], Proxy]:
+    def _insert_proxies(self, servers: Servers, via: Mapping[str, Collection[str]]) -> dict[tuple[str, str], Proxy]:
         variables = {
             "postgres": "MILLINER_DATABASE_URL",
             "valkey": "MILLINER_REDIS_URL",
@@ -307,7 +311,7 @@ class Fleet:
         return proxies
 
     def _client(self) -> openai.OpenAI:
-        """The official client with more patience than its default: a restart of the API takes seconds."""
+        """The official client with more retries than its default, because a restart of the API takes seconds."""
         limits = httpx2.Limits(max_connections=100)
         return openai.OpenAI(
             base_url=self.base_url,
@@ -318,7 +322,7 @@ class Fleet:
         )
 
     def _import_base(self) -> None:
-        """A catalog row and one file: all that a trainer without a model needs of a base."""
+        """Add a catalog row and one file: the stub trainer needs no more of a base."""
         digest = sha256(CONFIG).hexdigest()
         prefix = f"models/{digest}/"
         local.s3_client(self.s3).put_object(Bucket=self.s3.bucket, Key=prefix + "config.json", Body=CONFIG)
@@ -348,8 +352,8 @@ class Fleet:
             for name in self.env:
                 with self._changing:
                     dead = self.crew.process(name).poll() is not None
-                    if dead and self.reviving and name not in self.held_down:
-                        self.crew.kill(name)  # what is left of its group
+                    if dead and self.reviving and name not in self.kept_down:
+                        self.crew.kill(name)  # the remaining processes of its group
                         self.launch(name)
 
     def _listens(self, name: str) -> bool:
@@ -364,23 +368,23 @@ class Fleet:
             return None
         job, _, epoch = folder.name.rpartition("-")
         if folder.name.endswith(" (deleted)") or not job.startswith("ftjob-"):
-            return None  # its attempt is over, or it had none yet: it waits for work
+            return None  # between attempts, or before its first: it waits for work
         return job, int(epoch)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of them do not exceed."""
+    """The smallest of `values` that is not less than `share` of them."""
     ranked = sorted(values)
     return ranked[max(0, -int(-share * len(ranked) // 1) - 1)]
 
 
 def now() -> float:
-    """The clock of the witness lines."""
+    """Seconds on the clock of the witness lines (CLOCK_BOOTTIME)."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
-    """Whether there was such a process to be signalled."""
+    """Send a signal; False if there is no such process."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

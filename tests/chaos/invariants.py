@@ -1,7 +1,7 @@
-"""What must be true of rows, objects and witnesses after any chaos: the one check behind every chaos run.
+"""Check rows, objects and witness lines after a chaos run: every run ends with this check.
 
-Owns the promise in plain SQL and S3, said a second time. It shares no code with the product, whose mistakes it must not
-repeat: no table, no state machine, no storage of shared/ is imported here, and nothing is written anywhere.
+Owns: a second statement of the durability promise, in plain SQL and S3. Must not share code with the product, so that
+it does not repeat the product's mistakes: it imports no table, state machine or storage of shared/. Must not write.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READERS = 16
 
 
 class Line(NamedTuple):
-    """What a trainer swore to before a step; `boottime` in seconds, on the clock that counts through sleep."""
+    """The line that a trainer wrote before a step. `boottime`: seconds on CLOCK_BOOTTIME, which counts during sleep."""
 
     epoch: int
     step: int
@@ -49,12 +49,12 @@ class Object(NamedTuple):
     size: int
     sha256: str
     epoch: str | None
-    body: bytes | None  # of a manifest only
+    body: bytes | None  # only for a manifest
 
 
 @dataclass(frozen=True)
-class Told:
-    """One job, and all that rows say of it; events by `seq`, checkpoints by `created_at`, metrics are steps."""
+class History:
+    """One job and its rows: events ordered by `seq`, checkpoints by `created_at`; `metrics` are step numbers."""
 
     job: Row
     events: list[Row]
@@ -67,17 +67,17 @@ class Told:
 def violations(
     database_url: str, s3: S3, *, accepted: Collection[str], witness: Path | None, max_crashes: int
 ) -> list[str]:
-    """Every broken promise as a sentence; empty when all hold. The run must be over.
+    """Every violation as a sentence; empty if there is none. The run must be over.
 
-    `accepted` are the ids that clients were told, `witness` is the folder of the stub trainers' `<job id>.log`.
+    `accepted` are the ids that clients got, `witness` is the folder of the stub trainers' `<job id>.log`.
     """
     with psycopg.connect(database_url) as connection:
-        told, spare = _read(connection)
-    found = [f"{job_id} was accepted and does not exist" for job_id in sorted(set(accepted) - set(told))]
-    found += _one_job_a_key(told.values())
-    found += [f"{file_id} is a result file of no job, or of two" for file_id in spare]
-    for job_id, one in told.items():
-        clauses = (
+        histories, spare = _read(connection)
+    found = [f"{job_id} was accepted but does not exist" for job_id in sorted(set(accepted) - set(histories))]
+    found += _one_job_a_key(histories.values())
+    found += [f"{file_id} is the result file of no job, or of two" for file_id in spare]
+    for job_id, one in histories.items():
+        checks = (
             _over(one),
             _events(one),
             _ending(one),
@@ -85,19 +85,19 @@ def violations(
             _checkpoints(one),
             _metrics(one),
         )
-        found += [f"{job_id} {sentence}" for sentence in itertools.chain(*clauses)]
-    found += _objects(s3, told)
+        found += [f"{job_id} {sentence}" for sentence in itertools.chain(*checks)]
+    found += _objects(s3, histories)
     if witness is not None:
         for path in _logs(witness):
-            if path.stem in told:
-                found += [f"{path.stem} {sentence}" for sentence in _witnessed(told[path.stem], path)]
+            if path.stem in histories:
+                found += [f"{path.stem} {sentence}" for sentence in _witnessed(histories[path.stem], path)]
             else:
-                found.append(f"{path.stem} was trained and does not exist")
+                found.append(f"{path.stem} was trained but does not exist")
     return found
 
 
 def steps_repeated(witness: Path) -> list[int]:
-    """For every change of trainer, of all jobs: how many steps were trained again."""
+    """For every change of trainer of any job: how many steps were trained again."""
     repeated = []
     for path in _logs(witness):
         spans = [(lines[0].step, lines[-1].step) for lines in _by_epoch(_lines(path))]
@@ -106,15 +106,15 @@ def steps_repeated(witness: Path) -> list[int]:
 
 
 def overlaps(witness: Path) -> int:
-    """How many steps the trainer of an older epoch took after one of a newer had begun."""
+    """How many steps the trainer of an older epoch began after one of a newer epoch had begun."""
     return sum(later.epoch < epoch for path in _logs(witness) for epoch, later in _with_newest(_lines(path)))
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _read(connection: psycopg.Connection[Any]) -> tuple[dict[str, Told], list[str]]:
-    """Every job by id, and the result files that are not exactly one job's."""
+def _read(connection: psycopg.Connection[Any]) -> tuple[dict[str, History], list[str]]:
+    """Read every job by id, and the result files that do not belong to exactly one job."""
 
     def rows(query: str) -> list[Row]:
         with connection.cursor(row_factory=dict_row) as cursor:
@@ -132,8 +132,8 @@ def _read(connection: psycopg.Connection[Any]) -> tuple[dict[str, Told], list[st
     adapters = {row["job_id"]: row for row in rows("SELECT * FROM adapters")}
     results = {row["id"]: row for row in rows("SELECT * FROM files WHERE purpose = 'fine-tune-results'")}
     jobs = rows("SELECT *, not_before < clock_timestamp() AS due FROM jobs ORDER BY created_at")
-    told = {
-        job["id"]: Told(
+    histories = {
+        job["id"]: History(
             job,
             events[job["id"]],
             checkpoints[job["id"]],
@@ -144,17 +144,19 @@ def _read(connection: psycopg.Connection[Any]) -> tuple[dict[str, Told], list[st
         for job in jobs
     }
     owners = Counter(job["result_file"] for job in jobs)
-    return told, [file_id for file_id in sorted(results) if owners[file_id] != 1]
+    return histories, [file_id for file_id in sorted(results) if owners[file_id] != 1]
 
 
-def _one_job_a_key(told: Iterable[Told]) -> Iterator[str]:
-    keys = Counter((one.job["tenant_id"], one.job["idempotency_key"]) for one in told if one.job["idempotency_key"])
+def _one_job_a_key(histories: Iterable[History]) -> Iterator[str]:
+    keys = Counter(
+        (one.job["tenant_id"], one.job["idempotency_key"]) for one in histories if one.job["idempotency_key"]
+    )
     for (tenant, key), count in keys.items():
         if count > 1:
             yield f"{count} jobs of {tenant} have the Idempotency-Key {key!r}"
 
 
-def _over(one: Told) -> Iterator[str]:
+def _over(one: History) -> Iterator[str]:
     job = one.job
     paused = job["state"] == "paused" and job["desired_state"] == "pause"
     if job["state"] not in ENDS and not paused:
@@ -162,35 +164,35 @@ def _over(one: Told) -> Iterator[str]:
     if job["lease_owner"] is not None or job["lease_expires_at"] is not None:
         yield f"is still leased to {job['lease_owner']} until {job['lease_expires_at']}"
     if job["state"] in {"queued", "validating_files"} and job["due"] and job["rung_at"] is None:
-        yield "waits, and nobody was rung for it"
+        yield "is queued, but was not rung for"
 
 
-def _events(one: Told) -> Iterator[str]:
+def _events(one: History) -> Iterator[str]:
     job, events = one.job, one.events
     seqs, epochs = [event["seq"] for event in events], [event["lease_epoch"] for event in events]
     if seqs != list(range(1, len(seqs) + 1)):
         yield f"has a gap in its events: {seqs}"
     if max(seqs, default=0) != job["event_seq"]:
-        yield f"has counted {job['event_seq']} events, and the last is {max(seqs, default=0)}"
+        yield f"has event_seq {job['event_seq']}, but its last event is {max(seqs, default=0)}"
     if epochs != sorted(epochs):
-        yield f"has events whose epochs fall: {epochs}"
+        yield f"has events whose epochs decrease: {epochs}"
     if max(epochs, default=0) > job["lease_epoch"]:
-        yield f"has an event of epoch {max(epochs)}, and is at {job['lease_epoch']}"
+        yield f"has an event of epoch {max(epochs)}, but is at epoch {job['lease_epoch']}"
     started = [event["lease_epoch"] for event in events if _says(event, STARTED)]
     if len(started) != len(set(started)):
         yield f"was started twice at one epoch: {started}"
     ends = [event for event in events if _says(event, *itertools.chain(*ENDS.values()))]
     if job["state"] not in ENDS:
         if ends:
-            yield f"is {job['state']} and has an event that says: {ends[0]['message']}"
+            yield f"is {job['state']}, but has a terminal event: {ends[0]['message']}"
     elif len(ends) != 1:
         yield f"has {len(ends)} terminal events"
     elif ends[0] is not events[-1]:
         yield f"has events after its terminal one: {events[-1]['message']}"
     elif not _says(ends[0], *ENDS[job["state"]]):
-        yield f"is {job['state']}, and its terminal event says: {ends[0]['message']}"
+        yield f"is {job['state']}, but its terminal event says: {ends[0]['message']}"
     elif ends[0]["lease_epoch"] != job["lease_epoch"]:
-        yield f"ended at epoch {job['lease_epoch']}, its terminal event is of {ends[0]['lease_epoch']}"
+        yield f"ended at epoch {job['lease_epoch']}, but its terminal event is of epoch {ends[0]['lease_epoch']}"
 
 
 def _says(event: Row, *beginnings: str) -> bool:
@@ -198,12 +200,12 @@ def _says(event: Row, *beginnings: str) -> bool:
     return event["type"] == "message" and message.startswith(beginnings)
 
 
-def _ending(one: Told) -> Iterator[str]:
+def _ending(one: History) -> Iterator[str]:
     job, succeeded, failed = one.job, one.job["state"] == "succeeded", one.job["state"] == "failed"
     if (one.adapter is not None) != succeeded:
         yield f"is {job['state']} and has {'an' if one.adapter else 'no'} adapter"
     if one.adapter is not None and not one.adapter["proof"]:
-        yield "has an adapter that was not proven"
+        yield "has an adapter without a proof"
     if (one.result is not None) != succeeded:
         yield f"is {job['state']} and has {'a' if one.result else 'no'} result file"
     if (job["report"] is not None) != succeeded:
@@ -214,27 +216,27 @@ def _ending(one: Told) -> Iterator[str]:
         yield f"has an error without code or message: {job['error']}"
 
 
-def _attempts(one: Told, max_crashes: int) -> Iterator[str]:
-    """Every start but the last was ended by something that is counted.
+def _attempts(one: History, max_crashes: int) -> Iterator[str]:
+    """Check that every start except the last was ended by something that is counted.
 
-    A crash or a preemption while the dataset was read is counted too, without a start: hence at most. A lease that was
-    lost to a cancel was the last one.
+    There may be more counts than starts: a crash or preemption during preparation is counted without a start. A lease
+    that ended by a cancel was the last one.
     """
     job, crashes = one.job, one.job["crash_count"]
     started = sum(_says(event, STARTED) for event in one.events)
     pauses = sum(_says(event, PAUSED) for event in one.events)
     if job["attempt"] != started:
-        yield f"has counted {job['attempt']} attempts, and {started} were started"
+        yield f"has {job['attempt']} attempts, but {started} were started"
     counted = crashes + job["preempt_count"] + job["fallback_level"] + pauses
     if job["attempt"] > counted + 1:
-        yield f"was started {job['attempt']} times, with {counted} reasons to start it again"
+        yield f"was started {job['attempt']} times, but has {counted} reasons for a restart"
     if crashes > max_crashes:
         yield f"crashed {crashes} times; allowed: {max_crashes}"
     elif (crashes == max_crashes) != (job["state"] == "failed" and job["reason"] == "poison"):
-        yield f"is {job['state']} ({job['reason']}) after {crashes} crashes; {max_crashes} are poison"
+        yield f"is {job['state']} ({job['reason']}) after {crashes} crashes; poison: {max_crashes}"
 
 
-def _checkpoints(one: Told) -> Iterator[str]:
+def _checkpoints(one: History) -> Iterator[str]:
     job, live = one.job, [row for row in one.checkpoints if row["deleted_at"] is None]
     steps = defaultdict(list)
     for row in live:
@@ -243,24 +245,24 @@ def _checkpoints(one: Told) -> Iterator[str]:
         if row["prefix"] != expected:
             yield f"has a checkpoint at {row['prefix']}, expected {expected}"
         if row["lease_epoch"] > job["lease_epoch"]:
-            yield f"has a checkpoint of epoch {row['lease_epoch']}, and is at {job['lease_epoch']}"
+            yield f"has a checkpoint of epoch {row['lease_epoch']}, but is at epoch {job['lease_epoch']}"
     for epoch, saved in steps.items():
         if saved != sorted(saved):
             yield f"has checkpoints out of order at epoch {epoch}: {saved}"
 
 
-def _metrics(one: Told) -> Iterator[str]:
+def _metrics(one: History) -> Iterator[str]:
     if one.job["state"] == "succeeded" and one.job["report"]:
         total = one.job["report"]["steps"]
         if one.metrics != list(range(1, total + 1)):
-            yield f"has no metrics of {sorted(set(range(1, total + 1)) ^ set(one.metrics))} of {total} steps"
+            yield f"has metrics of wrong steps: {sorted(set(range(1, total + 1)) ^ set(one.metrics))} of {total}"
 
 
 # ---------------------------------------------------------------- objects
 
 
 class Folder(NamedTuple):
-    """What a row says lies under a prefix; `epoch` is None where the objects' metadata does not tell it."""
+    """The files that a row lists under a prefix; `epoch` is None if the objects' metadata has no epoch."""
 
     whose: str
     prefix: str
@@ -268,9 +270,9 @@ class Folder(NamedTuple):
     epoch: int | None
 
 
-def _objects(s3: S3, told: dict[str, Told]) -> Iterator[str]:
+def _objects(s3: S3, histories: dict[str, History]) -> Iterator[str]:
     folders: list[Folder] = []
-    for job_id, one in told.items():
+    for job_id, one in histories.items():
         for row in one.checkpoints:
             if row["deleted_at"] is None:
                 folders.append(Folder(f"{job_id} (checkpoint {row['step']})", row["prefix"], row["files"], None))
@@ -278,7 +280,7 @@ def _objects(s3: S3, told: dict[str, Told]) -> Iterator[str]:
             whose, epoch = f"{job_id} (adapter)", one.job["lease_epoch"]
             expected = f"adapters/{one.job['tenant_id']}/{job_id}/"
             if one.adapter["prefix"] != expected:
-                yield f"{whose} lies at {one.adapter['prefix']}, expected {expected}"
+                yield f"{whose} is at {one.adapter['prefix']}, expected {expected}"
             folders.append(Folder(whose, one.adapter["prefix"], one.adapter["files"], epoch))
         if one.result is not None and one.result["deleted_at"] is None:
             file = {"path": "", "bytes": one.result["bytes"], "sha256": one.result["sha256"]}
@@ -296,12 +298,12 @@ def _folder(bucket: Bucket, folder: Folder) -> Iterator[str]:
     for file in folder.files:
         path, there = file["path"], bucket.objects.get(folder.prefix + file["path"])
         if there is None:
-            yield f"has lost {path!r}"
+            yield f"lacks {path!r}"
             continue
         if there.size != file["bytes"]:
             yield f"has {there.size} bytes in {path!r}, expected {file['bytes']}"
         elif there.sha256 != file["sha256"]:
-            yield f"has other bytes in {path!r} than its row says"
+            yield f"has bytes in {path!r} that differ from its row's hash"
         if folder.epoch is not None and there.epoch != str(folder.epoch):
             yield f"has {path!r} of epoch {there.epoch}, expected {folder.epoch}"
     if not folder.prefix.endswith("/"):
@@ -315,7 +317,7 @@ def _folder(bucket: Bucket, folder: Folder) -> Iterator[str]:
     if files.pop("manifest.json", None) is None:
         yield "has no manifest"
     elif manifest is not None and _listed(manifest.body) != files:
-        yield "has a manifest that lists other files than its row"
+        yield "has a manifest whose files differ from its row's"
 
 
 def _listed(manifest: bytes | None) -> dict[str, Row] | None:
@@ -326,7 +328,7 @@ def _listed(manifest: bytes | None) -> dict[str, Row] | None:
 
 
 class Bucket:
-    """Objects as they are in S3, each read once; `objects` holds those that are there."""
+    """The objects in S3, each read once; `objects` contains those that exist."""
 
     def __init__(self, s3: S3) -> None:
         self._bucket = s3.bucket
@@ -374,12 +376,12 @@ class Bucket:
 # ---------------------------------------------------------------- witnesses
 
 
-def _witnessed(one: Told, path: Path) -> Iterator[str]:
-    """Trainers of a job take turns, and each goes on where a checkpoint of those before it ended."""
+def _witnessed(one: History, path: Path) -> Iterator[str]:
+    """Check that a job's trainers never overlap, and that each starts at an earlier trainer's checkpoint."""
     lines = _lines(path)
     for newest, line in _with_newest(lines):
         if line.epoch < newest:
-            yield f"was trained by two at once: step {line.step} of epoch {line.epoch} came after epoch {newest} began"
+            yield f"had overlapping trainers: step {line.step} of epoch {line.epoch} came after epoch {newest} began"
     saved, reached = {row["step"] for row in one.checkpoints}, 0
     for turn in _by_epoch(lines):
         epoch, first, steps = turn[0].epoch, turn[0].step, [line.step for line in turn]
@@ -388,14 +390,14 @@ def _witnessed(one: Told, path: Path) -> Iterator[str]:
         if steps != list(range(first, first + len(steps))):
             yield f"did not train step by step at epoch {epoch}: {steps}"
         if first > reached + 1:
-            yield f"went on at step {first} at epoch {epoch}, and only {reached} had been trained"
+            yield f"resumed at step {first} at epoch {epoch}, but only {reached} had been trained"
         elif first != 1 and first - 1 not in saved:
-            yield f"went on at step {first} at epoch {epoch}, where no checkpoint was"
+            yield f"resumed at step {first} at epoch {epoch}, but had no checkpoint there"
         if epoch > one.job["lease_epoch"]:
-            yield f"was trained at epoch {epoch}, and is at {one.job['lease_epoch']}"
+            yield f"was trained at epoch {epoch}, but is at epoch {one.job['lease_epoch']}"
         reached = max(reached, *steps)
     if one.job["state"] == "succeeded" and one.job["report"] and reached != one.job["report"]["steps"]:
-        yield f"was trained for {reached} steps, and reports {one.job['report']['steps']}"
+        yield f"was trained for {reached} steps, but reports {one.job['report']['steps']}"
 
 
 def _logs(witness: Path) -> list[Path]:
@@ -408,11 +410,11 @@ def _lines(path: Path) -> list[Line]:
 
 
 def _by_epoch(lines: list[Line]) -> list[list[Line]]:
-    """The lines of each epoch, in the order of epochs, however they are interleaved."""
+    """The lines of each epoch, ordered by epoch even if they are interleaved in the file."""
     in_turn = sorted(lines, key=lambda line: line.epoch)
     return [list(turn) for _, turn in itertools.groupby(in_turn, key=lambda line: line.epoch)]
 
 
 def _with_newest(lines: list[Line]) -> Iterator[tuple[int, Line]]:
-    """Each line with the newest epoch up to it."""
+    """Each line, with the highest epoch up to it."""
     return zip(itertools.accumulate((line.epoch for line in lines), max), lines, strict=True)

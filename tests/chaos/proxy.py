@@ -1,8 +1,8 @@
-"""A TCP proxy on loopback that misbehaves on command: what lies between our processes and a server in the chaos tests.
+"""A TCP proxy on loopback that causes network faults, between our processes and a server in the chaos tests.
 
-Owns its connections and one thread with an event loop, which alone touches them. Every mode can be set from any thread,
-has taken effect when the call returns, and acts on the connections that live and on those to come. Modes add up; `heal`
-ends them all. Must not know what the bytes mean.
+Owns its connections and one thread with an event loop; only that thread uses them. A mode can be set from any thread.
+It is in effect when the call returns, for existing and new connections. Modes can be combined; `heal` ends all of them.
+Must not interpret the bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 
 T = TypeVar("T")
 CHUNK = 256 * 1024
-RST = struct.pack("ii", 1, 0)  # SO_LINGER, for no time: close() sends RST in place of FIN
+RST = struct.pack("ii", 1, 0)  # SO_LINGER with zero seconds: close() sends RST instead of FIN
 
 
 class Way(StrEnum):
@@ -30,13 +30,13 @@ class Way(StrEnum):
 
 @dataclass
 class Spot:
-    """An offset of a stream where something happens, as many `times`; None is without end."""
+    """A stream offset where a fault happens, `times` times; None means always."""
 
     at: int
     times: int | None
 
     def spend(self) -> bool:
-        """Use one time up; False if none was left."""
+        """Use up one time; False if none was left."""
         if self.times is None:
             return True
         self.times -= 1
@@ -45,7 +45,7 @@ class Spot:
 
 @dataclass
 class Rules:
-    """What is wrong with the network at the moment, silence aside."""
+    """The current network faults, except silence."""
 
     delay: float = 0.0
     refuse: bool = False
@@ -56,7 +56,7 @@ class Rules:
 
 @dataclass
 class Link:
-    """One client's connection. There is no `server` where the proxy answers in its place."""
+    """One client's connection. `server` is None if the proxy answers instead of the server."""
 
     client: socket.socket
     cut: Spot | None
@@ -74,14 +74,14 @@ class Link:
 
 
 class Cut(Exception):
-    """This connection shall end by RST, here."""
+    """End this connection by RST now."""
 
 
 class Proxy:
-    """127.0.0.1:`port` in front of a server, while the `with` block lasts.
+    """A proxy on 127.0.0.1:`port` in front of a server, while the `with` block lasts.
 
-    `connections`, and `passed` (bytes by `Way`), count what came through; `faults` what was done to it, by name: reset,
-    cut, corrupt, answer (connections), latency (chunks delayed) and held (chunks and connections met by silence).
+    `connections` counts connections, `passed` bytes by `Way`. `faults` counts faults by name: reset, cut, corrupt,
+    answer (connections), latency (delayed chunks) and held (chunks and connections that met silence).
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -116,7 +116,7 @@ class Proxy:
     # ------------------------------------------------------------ modes
 
     def heal(self) -> None:
-        """All is well again: what was held flows on, as after a cable is back; what was reset stays so."""
+        """End all faults. Held bytes flow again, as after a cable is replugged; closed connections stay closed."""
 
         def act() -> None:
             self._rules = Rules()
@@ -125,44 +125,44 @@ class Proxy:
         self._now(act)
 
     def latency(self, seconds: float) -> None:
-        """Every chunk waits this long, each way, and those behind it wait for it."""
+        """Delay every chunk by this long in each direction; later chunks wait behind it."""
         self._now(lambda: setattr(self._rules, "delay", seconds))
 
     def reset(self) -> None:
-        """RST on every connection, and on each new one until `heal`."""
+        """Reset every connection, and each new one until `heal`."""
         self._now(lambda: setattr(self._rules, "refuse", True))
         self.sever()
 
     def sever(self) -> None:
-        """RST on every connection, once. New ones are well."""
+        """Reset every existing connection once. New connections work."""
         asyncio.run_coroutine_threadsafe(self._sever(), self._loop).result()
 
     def blackhole(self) -> None:
-        """Connections are accepted, and then there is silence both ways; not even an end is told."""
+        """Accept connections but pass no bytes in either direction, and no end of a connection."""
         self._now(self._open)
 
     def half_open(self) -> None:
-        """The server hears and acts, but no word of it comes back."""
+        """Pass bytes to the server but none back: the server acts, and its answers are lost."""
         self._now(lambda: self._open(Way.FORTH))
 
     def cut_after(self, size: int, *, times: int | None = None) -> None:
-        """RST on each NEW connection once exactly `size` bytes of it have reached the server; on `times` at most."""
+        """Reset each NEW connection after exactly `size` bytes from client to server; `times` connections at most."""
         self._now(lambda: setattr(self._rules, "cut", Spot(size, times)))
 
     def corrupt(self, at: int, *, times: int = 1) -> None:
-        """Flip a bit of byte `at` of what a client sends, in the next `times` connections to get so far."""
+        """Flip a bit in byte `at` of what a client sends, in the next `times` connections that get so far."""
         self._now(lambda: self._rules.flips.update({Way.FORTH: Spot(at, times)}))
 
     def corrupt_answer(self, at: int, *, times: int = 1) -> None:
-        """The same for what the server sends."""
+        """Like `corrupt`, for what the server sends."""
         self._now(lambda: self._rules.flips.update({Way.BACK: Spot(at, times)}))
 
     def answer(self, data: bytes) -> None:
-        """What a client sends next is answered with `data`, and that is the end; the server hears nothing of it."""
+        """Answer a client's next bytes with `data` and close; the server does not get them."""
         self._now(lambda: setattr(self._rules, "answer", data))
 
     def _now(self, act: Callable[[], T]) -> T:
-        """Run on the loop's thread, and wait until it is done."""
+        """Run `act` on the loop's thread and wait for its result."""
 
         async def acted() -> T:
             return act()
@@ -204,7 +204,7 @@ class Proxy:
         self._links.pop(task).close()
 
     async def _serve(self, link: Link) -> None:
-        """One connection from beginning to end; `link.reset` holds unless both sides came to their end by FIN."""
+        """Serve one connection to its end. `link.reset` stays true unless both sides ended by FIN."""
         link.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             await self._flowing(Way.FORTH)
@@ -221,10 +221,10 @@ class Proxy:
                     both.create_task(self._pump(link, Way.FORTH, link.client, link.server))
             link.reset = False
         except* (OSError, Cut):
-            link.reset = True  # one side is gone, or shall be: the other hears of it
+            link.reset = True  # one side ended by an error, or is cut: reset the other too
 
     async def _pump(self, link: Link, way: Way, source: socket.socket, sink: socket.socket) -> None:
-        """Carry bytes one way until its sender has ended."""
+        """Pass bytes in one direction until its sender ends."""
         while data := await self._received(way, source):
             rules, begin = self._rules, link.passed[way]
             if way is Way.FORTH and rules.answer is not None:
@@ -250,7 +250,7 @@ class Proxy:
         return None
 
     async def _received(self, way: Way, source: socket.socket) -> bytes:
-        """The next chunk, empty at the end, once silence is over."""
+        """The next chunk, once silence is over; empty at the end of the stream."""
         data = await self._loop.sock_recv(source, CHUNK)
         await self._flowing(way)
         return data
@@ -261,7 +261,7 @@ class Proxy:
             await self._flows[way].wait()
 
     async def _reply(self, link: Link, data: bytes) -> None:
-        """Speak in the server's place, then hear the client out: an RST could overtake the answer."""
+        """Send `data` to the client, then read until it ends: otherwise an RST could overtake the answer."""
         if link.back is not None:
             link.back.cancel()
         self.faults["answer"] += 1
@@ -272,5 +272,5 @@ class Proxy:
 
 
 def flipped(data: bytes, at: int) -> bytes:
-    """The same bytes but for one bit."""
+    """A copy of `data` with one bit of byte `at` flipped."""
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]

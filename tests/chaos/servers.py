@@ -1,7 +1,7 @@
-"""Processes that are there to be killed, and the three servers of the chaos tests among them.
+"""Processes that chaos tests kill, including their three servers.
 
-Owns: starting, signalling and ending programs by name, and one Postgres, Valkey and SeaweedFS apart from the `stack` of
-the other tests. Loopback only; everything ends in `close()`, or with this process if that is killed.
+Owns: starting, signalling and ending programs by name, and a Postgres, Valkey and SeaweedFS that are separate from the
+`stack` of the other tests. They listen on loopback only, and end in `close()` or when this process is killed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from deploy.local import servers, services
 from deploy.local.folder import S3, Folder
 from deploy.local.process import Program, spawn
 
-START_PATIENCE = 90.0
+START_SECONDS = 90.0
 REDIS_DATABASES = 16  # Valkey's default
 
 
 class Crew:
     """Running programs by name. Safe to use from several threads.
 
-    One thread starts them all and lives as long as they do: the kernel ends a child with the thread that started it.
+    One thread starts all of them and lives as long as they do, because the kernel kills a child (PDEATHSIG) when the
+    thread that started it ends.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -40,26 +41,26 @@ class Crew:
         self._running: dict[str, tuple[Program, subprocess.Popen[bytes]]] = {}
 
     def start(self, program: Program) -> None:
-        """Start a program, or start it again."""
+        """Start or restart a program."""
         log = self.log(program.name)
         process = self._starter.submit(spawn, program, log=log, inherit=self._inherit).result()
         self._running[program.name] = (program, process)
 
     def process(self, name: str) -> subprocess.Popen[bytes]:
-        """The latest process of that name; its return code is None while it lives."""
+        """The latest process with that name; its return code is None while it runs."""
         return self._running[name][1]
 
     def names(self) -> list[str]:
         return list(self._running)
 
     def send(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to the main process only; one that has ended is left alone."""
+        """Send a signal to the main process only; does nothing if it has ended."""
         process = self.process(name)
         if process.poll() is None:
             process.send_signal(number)
 
     def kill(self, name: str) -> None:
-        """SIGKILL it with its group and all its descendants, and wait."""
+        """SIGKILL a program, its process group and all its descendants, and wait."""
         process = self.process(name)
         for pid in descendants(process.pid):
             with suppress(ProcessLookupError):
@@ -69,22 +70,22 @@ class Crew:
         process.wait()
 
     def stop(self, name: str, number: signal.Signals | None = None) -> None:
-        """End it as its operator would, or by another signal, and wait as long as its program allows."""
+        """Stop a program with its usual signal, or another one, and wait for its grace period at most."""
         program, process = self._running[name]
         self.send(name, number or program.stop_signal)
         process.wait(program.grace)
 
     def complete(self, program: Program, *, seconds: float = 120) -> None:
-        """Run a program to its good end."""
+        """Run a program to its end; AssertionError unless its exit code is 0."""
         self.start(program)
         code = self._running.pop(program.name)[1].wait(seconds)
-        assert code == 0, f"{program.name} ended with {code}; its log is {self.log(program.name)}"
+        assert code == 0, f"{program.name} ended with exit code {code}; its log is {self.log(program.name)}"
 
     def log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
     def close(self) -> None:
-        """Kill what is left; the latest first."""
+        """Kill all remaining programs, the latest first."""
         for name in reversed(self.names()):
             self.kill(name)
         self._starter.shutdown()
@@ -92,7 +93,7 @@ class Crew:
 
 
 class Servers:
-    """Postgres, Valkey and SeaweedFS, with a migrated database that each fleet gets a copy of."""
+    """Postgres, Valkey and SeaweedFS, with a migrated database as the template of each fleet's own."""
 
     def __init__(self, root: Path) -> None:
         self.folder = Folder(root).create()
@@ -113,7 +114,7 @@ class Servers:
 
     def start(self) -> None:
         cluster = servers.initdb(self.folder, self._secrets)
-        assert cluster is not None, f"{self.folder.root} is not fresh"
+        assert cluster is not None, f"{self.folder.root} is not empty"
         self.crew.complete(cluster)
         servers.adopt_cluster(self.folder)
         for name in self._programs:
@@ -122,7 +123,7 @@ class Servers:
             self.wait_for(name)
         servers.create_database(self.database_url("postgres"))
         servers.create_bucket(self.s3(self._bucket))
-        until(lambda: servers.s3_stores(self.s3(self._bucket)), "the bucket takes objects")
+        until(lambda: servers.s3_stores(self.s3(self._bucket)), "the bucket accepts objects")
         env = services.environment(
             self.folder,
             database_url=self.database_url("milliner"),
@@ -141,11 +142,11 @@ class Servers:
         return servers.s3(self.ports, self._secrets).model_copy(update={"bucket": bucket})
 
     def port(self, name: str) -> int:
-        """Of `postgres`, `valkey` or `s3`."""
+        """The port of `postgres`, `valkey` or `s3`."""
         return int(getattr(self.ports, name))
 
-    def rent(self) -> tuple[str, str, S3]:
-        """A database, a broker and a bucket that nobody has used: their URLs."""
+    def allocate(self) -> tuple[str, str, S3]:
+        """Create an unused database, broker and bucket; returns their URLs and the bucket's credentials."""
         number = next(self._numbers)
         with psycopg.connect(self.database_url("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE fleet{number} TEMPLATE milliner")
@@ -153,19 +154,19 @@ class Servers:
         with redis.Redis.from_url(broker) as client:
             client.flushdb()
         servers.create_bucket(s3)
-        until(lambda: servers.s3_stores(s3), "the bucket takes objects")
+        until(lambda: servers.s3_stores(s3), "the bucket accepts objects")
         return self.database_url(f"fleet{number}"), broker, s3
 
     def kill(self, name: str) -> None:
-        """SIGKILL one of the servers with all its processes."""
+        """SIGKILL a server with all its processes."""
         self.crew.kill(name)
 
     def stop(self, name: str, number: signal.Signals | None = None) -> None:
-        """End one as its operator would (Postgres: fast shutdown), or by a signal (SIGQUIT: immediate)."""
+        """Stop a server with its usual signal (Postgres: fast shutdown), or another one (SIGQUIT: immediate)."""
         self.crew.stop(name, number)
 
     def start_again(self, name: str, *, wait: bool = True) -> None:
-        """Start one that has ended, on its old data and port."""
+        """Start a server that has ended, on its old data and port."""
         self.crew.start(self._programs[name]())
         if wait:
             self.wait_for(name)
@@ -174,9 +175,9 @@ class Servers:
         until(self._answers[name], f"{name} answers")
 
     def freeze(self, name: str) -> None:
-        """SIGSTOP it and all its processes: connections stay, and nobody answers."""
+        """SIGSTOP a server and all its processes: connections stay open, but nothing answers."""
         main = self.crew.process(name).pid
-        os.kill(main, signal.SIGSTOP)  # first, so that it has no further children
+        os.kill(main, signal.SIGSTOP)  # first, so that it starts no more children
         for pid in descendants(main):
             os.kill(pid, signal.SIGSTOP)
 
@@ -190,16 +191,16 @@ class Servers:
         servers.remove_sockets(self.ports)
 
 
-def until(holds: Callable[[], object], what: str, *, seconds: float = START_PATIENCE) -> None:
-    """Wait until it holds; AssertionError that says what did not."""
+def until(condition: Callable[[], object], what: str, *, seconds: float = START_SECONDS) -> None:
+    """Wait until `condition()` is true; AssertionError with `what` if that takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.05)
 
 
 def state_of(pid: int | None) -> str:
-    """One letter, as in proc_pid_stat(5); X once it is gone."""
+    """The state of a process, one letter as in proc_pid_stat(5); X if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -207,7 +208,7 @@ def state_of(pid: int | None) -> str:
 
 
 def parents() -> dict[int, int]:
-    """The parent of every process that is no zombie."""
+    """The parent pid of every process, without zombies."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -221,7 +222,7 @@ def parents() -> dict[int, int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children, and so on. Postgres's are in groups of their own."""
+    """All descendants of a process. Process groups would not find them: Postgres's children have their own groups."""
     parent_of, found = parents(), [pid]
     for each in found:
         found += [child for child, parent in parent_of.items() if parent == each]

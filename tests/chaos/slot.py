@@ -1,7 +1,7 @@
-"""One slot's work, once, in a process of its own: what the Celery worker does again and again.
+"""Run one slot's work once, in its own process, without Celery.
 
-The process is forked from a server that has imported everything: it is there in milliseconds, so that every crash point
-can have a process to kill.
+The process is forked from a server that has imported everything. It starts in milliseconds, so that each crash point
+can have its own process to kill.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _forks.set_forkserver_preload([__name__])
 
 
 def start(acts: Sequence[str], env: Mapping[str, str], log: Path, *, drain_after: float = 1e9) -> ForkServerProcess:
-    """Do these acts, each a queue or "sweep", one after the other.
+    """Start a process that performs `acts` in order. An act is "sweep" or a queue to take one job from.
 
-    `drain_after` is how many seconds later the worker is asked to stop.
+    After `drain_after` seconds the worker is asked to drain.
     """
     process = _forks.Process(target=_work, args=(list(acts), dict(env), str(log), drain_after))
     process.start()

@@ -1,12 +1,12 @@
-"""A trainer for volume: it speaks the whole protocol, costs 30 ms to start, and trains a chain of hashes.
+"""A stub trainer for tests with many jobs: it speaks the whole protocol, starts in 30 ms, and trains a chain of hashes.
 
-`python -S -E -s stub.py PARENT_PID`, by way of MILLINER_TRAINER_COMMAND. It takes what the real trainer takes and
-answers what it answers (worker/trainer/main.py); it stops, resumes, freezes itself and dies with its parent alike. In
-place of a model it has a hash: each step hashes the one before, so a step left out or trained twice changes the result,
-and `expected` says what the result must be. A step lasts `seed % 1000` milliseconds.
+Started as `python -S -E -s stub.py PARENT_PID`, through MILLINER_TRAINER_COMMAND. Its commands and events are those of
+the real trainer (worker/trainer/main.py), and it also stops, resumes, freezes itself and dies with its parent. Its
+model is a hash: each step hashes the previous result, so a step left out or trained twice changes the end result, and
+`expected` computes the correct one. A step lasts `seed % 1000` milliseconds.
 
 Before each step it appends a line to `<cache>/witness/<job>.log`: lease epoch, step (from 1), pid, boot-time clock.
-The standard library only, and nothing of ours: imports would cost more than all the rest.
+Must import only the standard library: other imports would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADAPTER = "adapter_model.safetensors"
 PR_SET_PDEATHSIG = 1
 SCORE = {"loss": 1.0, "token_accuracy": 0.5, "tokens": 100}
 
-_heard = 0.0
+_last_heard = 0.0
 _silence: float | None = None
 _fencing = threading.Lock()
 _stopping: set[str] = set()
@@ -36,11 +36,11 @@ _commands: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
 
 class Interrupted(Exception):
-    """A stop was asked for."""
+    """The supervisor asked for a stop."""
 
 
 def expected(job: str, seed: int, steps: int) -> bytes:
-    """The adapter that a job of so many steps ends with, however often it was interrupted."""
+    """The adapter that a job with `steps` steps must end with, however often it was interrupted."""
     digest = _first(job, seed)
     for step in range(1, steps + 1):
         digest = _next(digest, step)
@@ -48,7 +48,7 @@ def expected(job: str, seed: int, steps: int) -> bytes:
 
 
 def main() -> int:
-    """Serve commands until stdin ends, in the folder of the attempt, which tells whose it is or was."""
+    """Serve commands until stdin ends. The working directory is the attempt's folder: tests read it from /proc."""
     _die_with_parent(int(sys.argv[1]))
     threading.Thread(target=_read, daemon=True).start()
     watched = False
@@ -71,17 +71,17 @@ def main() -> int:
 def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        sys.exit("the parent is gone")
+        sys.exit("the parent process has ended")
 
 
 def _read() -> None:
-    global _heard  # noqa: PLW0603 (a few writers under one lock; a class for it would say no more)
-    _heard = _boottime()
+    global _last_heard  # noqa: PLW0603 (few writers, one lock; a class would add nothing)
+    _last_heard = _boottime()
     for line in sys.stdin.buffer:
         command = json.loads(line)
         if command["op"] == "alive":
-            _fence()  # first: after a long stop, this one may have lain in the pipe all the time
-            _heard = _boottime()
+            _fence()  # first: after a long stop, this message may have been in the pipe all the time
+            _last_heard = _boottime()
         elif command["op"] == "stop":
             _stopping.add(command["job"])
         else:
@@ -91,10 +91,10 @@ def _read() -> None:
 
 
 def _listen(silence: float | None) -> None:
-    """From here on the supervisor is to be heard so often; None: no more."""
-    global _heard, _silence
+    """Expect a message from the supervisor at least every `silence` seconds; None: expect none."""
+    global _last_heard, _silence
     with _fencing:
-        _heard, _silence = _boottime(), silence
+        _last_heard, _silence = _boottime(), silence
 
 
 def _watch(silence: float) -> None:
@@ -104,13 +104,13 @@ def _watch(silence: float) -> None:
 
 
 def _fence() -> None:
-    """Freeze if our supervisor, and so perhaps its lease, is gone; each thread looks before it goes on."""
-    global _heard  # noqa: PLW0603 (as above)
+    """Freeze if the supervisor is silent, because it may have lost its lease. Each thread calls this first."""
+    global _last_heard  # noqa: PLW0603 (as above)
     with _fencing:
-        if _silence is not None and _boottime() - _heard > _silence:
-            # To this thread, which then does not get past this line; a signal to the process may take any.
+        if _silence is not None and _boottime() - _last_heard > _silence:
+            # To this thread, so that it stops at this line. A signal to the process may be handled by any thread.
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-            _heard = _boottime()
+            _last_heard = _boottime()
 
 
 def _boottime() -> float:
@@ -195,7 +195,7 @@ def _train(command: dict[str, Any]) -> None:
 
 
 def _loop(command: dict[str, Any], step: int, digest: str) -> tuple[int, int, str]:
-    """From `step` to the end. Raises Interrupted with the same three values between two steps."""
+    """Train from `step` to the end; returns step, last saved step and digest. Raises Interrupted with these three."""
     job, recipe = command["job"], command["recipe"]
     cache, epoch = Path.cwd().parents[1], Path.cwd().name.rpartition("-")[2]
     witness = cache / "witness" / f"{job}.log"
@@ -211,7 +211,8 @@ def _loop(command: dict[str, Any], step: int, digest: str) -> tuple[int, int, st
         step += 1
         digest = _next(digest, step)
         _emit("metrics", job, metrics=_metrics(step, recipe))
-        # As in the real trainer, the last step is saved; but a run that never saves meets an outage with its adapter.
+        # Like the real trainer, save the last step. A run with `save_every` above its steps saves none, for tests in
+        # which the upload of the adapter must be the first to meet an outage.
         if step % save_every == 0 or (step == total and save_every <= total):
             _save(job, Path(command["work_dir"]), step, digest, recipe)
             saved = step
@@ -219,10 +220,10 @@ def _loop(command: dict[str, Any], step: int, digest: str) -> tuple[int, int, st
 
 
 def _verify(command: dict[str, Any]) -> None:
-    """The published adapter must be the end of the chain."""
+    """Check that the published adapter is the end of the chain."""
     job, recipe, folder = command["job"], command["recipe"], Path(command["adapter_dir"])
     if (folder / ADAPTER).read_bytes() != expected(job, recipe["seed"], command["report"]["steps"]):
-        message = "the published adapter is not the chain's end"
+        message = "the published adapter is not the end of the hash chain"
         _emit("failed", job, code="adapter_not_reproducible", message=message, retryable=False)
         return
     proof = {
@@ -240,7 +241,7 @@ def _verify(command: dict[str, Any]) -> None:
 
 
 def _export(command: dict[str, Any]) -> None:
-    """The adapter once more."""
+    """Export a copy of the adapter."""
     name, adapter = command["name"], Path(command["adapter_dir"], ADAPTER).read_bytes()
     folder = Path(command["work_dir"], "exports", name)
     _write(folder, {ADAPTER: adapter})
@@ -270,7 +271,7 @@ def _save(job: str, work_dir: Path, step: int, digest: str, recipe: dict[str, An
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Whole or not at all."""
+    """Write all files or none, through a temporary folder."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

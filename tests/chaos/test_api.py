@@ -1,7 +1,7 @@
-"""The API killed between commit and ring, again and again: no job is lost, none is there twice, each is rung for.
+"""The API is killed between commit and ring, many times: no job is lost or duplicated, and each is rung for.
 
-The API's process is forked from one that has imported everything, and serves on a socket that outlives it: the next one
-is there in a tenth of a second, so that hundreds of deaths take a minute.
+The API's process is forked from one that has imported everything, and serves on a socket that outlives it. The next one
+starts in a tenth of a second, so that hundreds of kills take a minute.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tests.chaos.servers import Servers
 _forks = multiprocessing.get_context("forkserver")
 
 
-def test_the_api_dies_after_each_commit_and_before_the_ring(
+def test_an_api_killed_between_commit_and_ring_loses_no_job(
     fleet: Callable[..., Fleet], servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Every create is cut off by the death of the server; the client's own retry must find the job that it made."""
+    """The server dies during every create request; the client's own retry must find the job that was created."""
     ours, wanted = fleet(servers, workers=2, slots=2), size(25, 500)
     env = ours.env["api"] | {"MILLINER_FAULT": f"{Failpoint.AFTER_SUBMIT_COMMIT}:{Action.KILL}"}
     with served(env, ours.folder.logs / "forks.log") as (url, deaths):
@@ -52,7 +52,7 @@ def test_the_api_dies_after_each_commit_and_before_the_ring(
 
 @contextmanager
 def served(env: Mapping[str, str], log: Path) -> Iterator[tuple[str, list[int]]]:
-    """The API under this environment, forked again whenever it dies: its URL, and the exit code of each death."""
+    """Serve the API with this environment, forked again when it dies. Yields its URL and the exit codes of kills."""
     _forks.set_forkserver_preload([__name__, "api.app"])
     done, deaths = Event(), []
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:

@@ -1,7 +1,7 @@
-"""A doorbell that is cut off, emptied, frozen or forged: what it may cost is time, and never a job.
+"""The broker is cut off, emptied, frozen or sent forged messages: this costs time, but never a job.
 
-Every message of the broker is only a hint to look into Postgres, so none that is lost, doubled or false can do more
-than wake a worker. The servers are this file's own, and so is the fleet, which all tests share.
+A message is only a hint to look into Postgres, so a lost, repeated or forged one can do no more than wake a worker. The
+tests of this file share one fleet, on servers of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.chaos.servers import Servers, until
 
 KEYS = {queue: f"milliner:{queue}" for queue in Queue}
 LISTENERS = ("prepare", "train-0", "train-1")
-LONGEST_ANSWER = 5.0  # so that a test fails on a hang; what is promised, 0.5 s, is a figure
+LONGEST_ANSWER = 5.0  # fails the test on a hang; the promised 0.5 s are measured as a figure
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def broker(ours: Fleet) -> Iterator[redis.Redis]:
         yield client
 
 
-def test_connections_are_killed_again_and_again(
+def test_killed_connections_restart_no_job(
     ours: Fleet, broker: redis.Redis, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Every client of a healthy broker is thrown out, while jobs come and run."""
-    mains, jobs, killed = ours.look().mains, ours.submit(4, step_ms=50), []
+    """All connections of a healthy broker are killed repeatedly while jobs are submitted and run."""
+    mains, jobs, killed = ours.processes().mains, ours.submit(4, step_ms=50), []
     for _ in range(size(14, 300)):
         killed.append(sum(broker.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub")))
         jobs += ours.submit(1)
@@ -56,43 +56,43 @@ def test_connections_are_killed_again_and_again(
     lost = lost_connections(ours)
     after = time.monotonic()
     jobs += ours.submit(1)
-    until(lambda: ours.said(jobs[-1]) != "", "a job submitted after it all trains")
-    heard_again = time.monotonic() - after
-    succeed_at_once(ours, jobs)
+    until(lambda: ours.witness_of(jobs[-1]) != "", "a job submitted after the last kill trains")
+    first_step_after = time.monotonic() - after
+    succeed_in_one_attempt(ours, jobs)
     found = ours.check()
     figures(
         {
             "rounds": len(killed),
             "connections_killed": sum(killed),
             "losses_told_by_workers": lost,
-            "first_step_after_seconds": round(heard_again, 2),
+            "first_step_after_seconds": round(first_step_after, 2),
             "jobs": len(jobs),
             "overlaps": found.overlaps,
         }
     )
     assert sum(killed) > len(killed)
     assert lost > 0
-    assert ours.look().mains == mains
+    assert ours.processes().mains == mains
 
 
-def test_the_broker_is_emptied_and_killed_with_jobs_queued(
+def test_an_emptied_and_killed_broker_loses_no_queued_job(
     ours: Fleet,
     own_servers: Servers,
     broker: redis.Redis,
     size: Callable[..., Any],
     figures: Callable[[dict[str, Any]], None],
 ) -> None:
-    """FLUSHALL, kill -9, start: half of the jobs wait for a trainer by then, half for somebody to read their data."""
-    ours.hold_down("train-0")
-    ours.hold_down("train-1")
+    """FLUSHALL, kill -9, restart, while half of the jobs wait for training and half for preparation."""
+    ours.keep_down("train-0")
+    ours.keep_down("train-1")
     half = size(20, 250)
     jobs = ours.submit(half, step_ms=5, max_steps=5)
     until(lambda: set(states(ours, jobs)) == {"queued"}, "the first half is queued", seconds=600)
-    ours.hold_down("prepare")
+    ours.keep_down("prepare")
     jobs += ours.submit(half, step_ms=5, max_steps=5)
     assert set(states(ours, jobs)) == {"queued", "validating_files"}
     waiting = {str(queue): broker.llen(key) for queue, key in KEYS.items()}
-    assert all(waiting.values()), f"nothing to lose: {waiting}"
+    assert all(waiting.values()), f"a queue has no messages to lose: {waiting}"
     broker.flushall()
     assert broker.dbsize() == 0
     own_servers.kill("valkey")
@@ -100,8 +100,8 @@ def test_the_broker_is_emptied_and_killed_with_jobs_queued(
     own_servers.start_again("valkey")
     began = time.monotonic()
     for name in LISTENERS:
-        ours.let_up(name)
-    succeed_at_once(ours, jobs, seconds=900)
+        ours.bring_up(name)
+    succeed_in_one_attempt(ours, jobs, seconds=900)
     figures(
         {
             "jobs": len(jobs),
@@ -112,17 +112,17 @@ def test_the_broker_is_emptied_and_killed_with_jobs_queued(
     )
 
 
-def test_submits_are_answered_while_the_broker_stands_still(
+def test_submits_are_answered_while_the_broker_is_frozen(
     ours: Fleet, own_servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """SIGSTOP: connections stay, nobody answers. What trains goes on, what comes is accepted and done later."""
-    mains, seconds = ours.look().mains, size(6, 60)
+    """SIGSTOP: connections stay, but nothing answers. Running jobs continue; new jobs are accepted and run later."""
+    mains, seconds = ours.processes().mains, size(6, 60)
     running = ours.submit(3, step_ms=100, max_steps=10 * seconds)
-    until(lambda: all(ours.said(job) for job in running), "three jobs train")
+    until(lambda: all(ours.witness_of(job) for job in running), "three jobs train")
     client, answers = ours.client.with_options(max_retries=0, timeout=LONGEST_ANSWER), list[float]()
     with frozen(own_servers):
         assert not local.valkey_answers(ours.redis_url)
-        before = [len(ours.said(job)) for job in running]
+        before = [len(ours.witness_of(job)) for job in running]
         over = time.monotonic() + seconds
         while (asked_at := time.monotonic()) < over:
             seed, trainer = 10_000_000 + 1000 * len(answers) + 5, {"max_steps": 5}
@@ -132,9 +132,9 @@ def test_submits_are_answered_while_the_broker_stands_still(
             answers.append(time.monotonic() - asked_at)
             ours.accepted.append(job.id)
             time.sleep(size(0.25, 0.1))
-        assert all(len(ours.said(job)) > length for job, length in zip(running, before, strict=True))
+        assert all(len(ours.witness_of(job)) > length for job, length in zip(running, before, strict=True))
     began = time.monotonic()
-    succeed_at_once(ours, ours.accepted[-len(answers) - 3 :], seconds=900)
+    succeed_in_one_attempt(ours, ours.accepted[-len(answers) - 3 :], seconds=900)
     figures(
         {
             "frozen_seconds": seconds,
@@ -146,14 +146,14 @@ def test_submits_are_answered_while_the_broker_stands_still(
             "overlaps": ours.check().overlaps,
         }
     )
-    assert ours.look().mains == mains
+    assert ours.processes().mains == mains
 
 
-def test_messages_are_doubled_reordered_and_forged(
+def test_repeated_reordered_and_forged_messages_are_harmless(
     ours: Fleet, broker: redis.Redis, tmp_path: Path, figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Whatever lies in the lists, workers live on, and no job runs because of it or fails to run."""
-    mains, jobs = ours.look().mains, ours.submit(2, step_ms=50, max_steps=60)
+    """Whatever is in the lists, no worker dies, no job runs because of it, and every submitted job runs."""
+    mains, jobs = ours.processes().mains, ours.submit(2, step_ms=50, max_steps=60)
     real = captured(ours, broker, jobs)
     trap = tmp_path / "unpickled"
     pushed = [(queue, message) for queue in Queue for message in forgeries(queue, real, trap)]
@@ -164,7 +164,7 @@ def test_messages_are_doubled_reordered_and_forged(
     jobs += ours.submit(4)
     until(lambda: not any(map(broker.llen, KEYS.values())), "workers have emptied both lists")
     jobs += ours.submit(4)
-    succeed_at_once(ours, jobs)
+    succeed_in_one_attempt(ours, jobs)
     figures(
         {
             "messages": len(pushed),
@@ -174,14 +174,14 @@ def test_messages_are_doubled_reordered_and_forged(
         }
     )
     assert not trap.exists()
-    assert ours.look().mains == mains
+    assert ours.processes().mains == mains
     assert claimed(ours, "prepare") == {Queue.PREPARE}
     assert claimed(ours, "train-0") | claimed(ours, "train-1") == {Queue.TRAIN}
 
 
 def captured(ours: Fleet, broker: redis.Redis, jobs: list[str]) -> dict[Queue, bytes]:
-    """A real message of each queue, copied while the workers' mains stand still; Celery's are alike but for names."""
-    mains = ours.look().mains.values()
+    """A real message of each queue, copied while the Celery mains are stopped. Messages differ only in queue names."""
+    mains = ours.processes().mains.values()
     for pid in mains:
         kill(pid, signal.SIGSTOP)
     try:
@@ -196,7 +196,7 @@ def captured(ours: Fleet, broker: redis.Redis, jobs: list[str]) -> dict[Queue, b
 
 
 def forgeries(queue: Queue, real: dict[Queue, bytes], trap: Path) -> list[bytes]:
-    """What no bell of ours has rung; unpickling one of them makes the file `trap`."""
+    """Messages that Milliner never sends. Unpickling one of them creates the file `trap`."""
     [other] = set(Queue) - {queue}
     true = json.loads(real[queue])
     arguments = json.dumps([[1, {"a": None}], {"job": "ftjob-forged"}, {}]).encode()
@@ -238,7 +238,7 @@ def pickled(value: object) -> dict[str, Any]:
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,8 +256,8 @@ def frozen(servers: Servers) -> Iterator[None]:
         servers.thaw("valkey")
 
 
-def succeed_at_once(ours: Fleet, jobs: list[str], *, seconds: float = 120) -> None:
-    """All end well, each in its first attempt."""
+def succeed_in_one_attempt(ours: Fleet, jobs: list[str], *, seconds: float = 120) -> None:
+    """Wait until all jobs have succeeded, each in its first attempt."""
     ours.settle(seconds)
     assert set(states(ours, jobs)) == {"succeeded"}
     assert ours.restarted(jobs) == []
@@ -269,11 +269,11 @@ def states(ours: Fleet, jobs: list[str]) -> list[str]:
 
 
 def claimed(ours: Fleet, name: str) -> set[str]:
-    """From which queues a worker has ever taken a job."""
-    told = (json.loads(line) for line in ours.crew.log(name).read_text().splitlines() if "job.claimed" in line)
-    return {line["queue"] for line in told}
+    """The queues from which a worker has claimed a job."""
+    claims = (json.loads(line) for line in ours.crew.log(name).read_text().splitlines() if "job.claimed" in line)
+    return {line["queue"] for line in claims}
 
 
 def lost_connections(ours: Fleet) -> int:
-    """How often workers say that their connection to the broker was lost."""
+    """How often workers have logged a lost connection to the broker."""
     return sum(ours.crew.log(name).read_text().lower().count("connection to broker lost") for name in LISTENERS)

@@ -1,7 +1,7 @@
-"""The bucket in every kind of trouble: what jobs, uploads, cancels and drains make of it, and what is left in it.
+"""Faults of the bucket: how they affect jobs, uploads, cancels and drains, and which objects they leave behind.
 
-The trouble lies between S3 and our processes, each of which reaches it through a proxy of its own; only where the
-server itself dies is it killed. The proxies tell that a fault was met, the workers' logs that it was waited out.
+The faults are between S3 and our processes, each of which has its own proxy; only one test kills the server itself. The
+proxies count the faults that occurred, and the workers' logs show that the workers waited.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from tests.chaos.servers import Servers, until
 
 LEASE = float(SHORT["MILLINER_LEASE_SECONDS"])
 LONGEST_DRAIN = 25.0
-LONGEST_CANCEL = 20.0  # boto retries for 7 s at most, we wait 3 s before the next try; the rest is a busy machine's
-# Into the adapter's 4,096 bytes, which come first on a connection, or after one small file, with 1 kB of headers each.
+LONGEST_CANCEL = 20.0  # boto retries for 7 s at most, we wait 3 s before the next try; the rest is for a busy machine
+# An offset inside the adapter's 4,096 bytes: they come first on a connection, or after one small file, each with 1 kB
+# of headers.
 INSIDE_AN_UPLOAD = 3000
 LARGE = b'{"text": "' + b"a felt hat is a hat that is felt, " * 300 + b'"}\n'
 LARGE_ROWS = 400
 KINDS = {"checkpoints", "adapters"}
 STEPS = 30
-# Collectors that come of themselves would spend the faults that are meant for jobs.
+# No automatic garbage collection: it would use up the faults that are meant for jobs.
 SETTINGS = {"MILLINER_PURGE_SECONDS": "1e9"}
 COLLECT = (
     "from shared.settings import get_settings; from worker.background.garbage import collect; collect(get_settings())"
@@ -39,7 +40,7 @@ COLLECT = (
 
 
 def error(status: str, code: str) -> bytes:
-    """An answer of S3 that is no help."""
+    """An HTTP error response like those of S3."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>later</Message></Error>".encode()
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
     return head.encode() + b"\r\n\r\n" + body
@@ -51,12 +52,12 @@ OUTAGES: Mapping[str, Callable[[Proxy], None]] = {
     "503": lambda proxy: proxy.answer(error("503 Slow Down", "SlowDown")),
     "silence": Proxy.half_open,
 }
-COUNTED = {"reset": "reset", "500": "answer", "503": "answer", "silence": "held"}
+FAULT_NAMES = {"reset": "reset", "500": "answer", "503": "answer", "silence": "held"}
 
 
 @pytest.fixture(scope="module")
-def between(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A fleet that reaches S3 through proxies only."""
+def shared(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet that reaches S3 only through proxies."""
     fleet = Fleet(
         servers,
         tmp_path_factory.mktemp("fleet"),
@@ -69,120 +70,120 @@ def between(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def ours(between: Fleet) -> Iterator[Fleet]:
-    """It, with nothing wrong at the beginning and at the end."""
-    dataset = between.dataset
-    yield between
-    between.dataset = dataset
-    heal(between)
+def ours(shared: Fleet) -> Iterator[Fleet]:
+    """The shared fleet, with all faults healed after the test."""
+    dataset = shared.dataset
+    yield shared
+    shared.dataset = dataset
+    heal(shared)
 
 
 # ---------------------------------------------------------------- outages
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
-def test_an_outage_is_waited_out_by_who_stages_saves_and_publishes(
+def test_staging_saving_and_publishing_wait_for_an_outage(
     ours: Fleet, kind: str, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """The silent one lets every request through, and only the answers are lost."""
-    before = met(ours, COUNTED[kind])
+    """With "silence" every request reaches S3, and only the answers are lost."""
+    before = count_faults(ours, FAULT_NAMES[kind])
     jobs = caught_by(ours, lambda: everywhere(ours, OUTAGES[kind]))
-    stays_so(ours, jobs, size(2, 60))
+    assert_still_waiting(ours, jobs, size(2, 60))
     if kind == "silence":
         everywhere(ours, Proxy.reset)
-    assert met(ours, COUNTED[kind]) >= before + 3
+    assert count_faults(ours, FAULT_NAMES[kind]) >= before + 3
     heal(ours)
     healed_at = time.monotonic()
     figures({"kind": kind, "settled_after_seconds": seconds_to_settle(ours, healed_at)})
-    undisturbed(ours, jobs)
+    assert_undisturbed(ours, jobs)
 
 
-def test_a_killed_server_is_waited_for(
+def test_jobs_wait_for_a_killed_server(
     fleet: Callable[..., Fleet],
     own_servers: Servers,
     size: Callable[..., Any],
     figures: Callable[[dict[str, Any]], None],
 ) -> None:
-    """SIGKILL of SeaweedFS, for longer than a lease, and a start on what it had written."""
+    """SeaweedFS is killed, is down for longer than a lease, and restarts on its old data."""
     alone, after = fleet(own_servers, workers=1, settings=SETTINGS), list[float]()
     for _ in range(size(1, 20)):
         unavailable = waits(alone)
         jobs = caught_by(alone, lambda: own_servers.kill("s3"), third="tokenizing")
-        stays_so(alone, jobs, LEASE + 1, third="tokenizing")
+        assert_still_waiting(alone, jobs, LEASE + 1, third="tokenizing")
         assert waits(alone) > unavailable
         own_servers.start_again("s3")
         after.append(seconds_to_settle(alone, time.monotonic()))
-        undisturbed(alone, jobs)
+        assert_undisturbed(alone, jobs)
     figures({"kills": len(after), "settled_after_seconds": after})
 
 
-def test_a_slow_bucket_is_no_outage(ours: Fleet) -> None:
-    before, unavailable = met(ours, "latency"), waits(ours)
+def test_a_slow_bucket_is_not_treated_as_an_outage(ours: Fleet) -> None:
+    before, unavailable = count_faults(ours, "latency"), waits(ours)
     everywhere(ours, lambda proxy: proxy.latency(0.1))
     jobs = ours.submit(3, max_steps=20, save_every=10)
     ours.settle()
-    assert met(ours, "latency") >= before + 50
+    assert count_faults(ours, "latency") >= before + 50
     assert waits(ours) == unavailable
-    undisturbed(ours, jobs)
+    assert_undisturbed(ours, jobs)
 
 
 # ---------------------------------------------------------------- single connections
 
 
 @pytest.mark.parametrize("save_every", [10, 1000], ids=["checkpoint", "adapter"])
-def test_an_upload_that_is_cut_again_and_again_is_made_again(ours: Fleet, save_every: int) -> None:
-    """More often than boto itself tries."""
-    before, unavailable = met(ours, "cut"), waits(ours)
-    [job] = begun(ours, ours.submit(max_steps=STEPS, save_every=save_every, step_ms=60))
+def test_an_upload_that_is_cut_repeatedly_is_retried(ours: Fleet, save_every: int) -> None:
+    """It is cut more often than boto itself retries."""
+    before, unavailable = count_faults(ours, "cut"), waits(ours)
+    [job] = wait_until_training(ours, ours.submit(max_steps=STEPS, save_every=save_every, step_ms=60))
     everywhere(ours, lambda proxy: proxy.cut_after(INSIDE_AN_UPLOAD, times=5))
     everywhere(ours, Proxy.sever)
     ours.settle()
-    assert met(ours, "cut") >= before + 5
+    assert count_faults(ours, "cut") >= before + 5
     assert waits(ours) > unavailable
-    undisturbed(ours, [job])
+    assert_undisturbed(ours, [job])
 
 
 @pytest.mark.parametrize("save_every", [10, 1000], ids=["checkpoint", "adapter"])
-def test_a_corrupted_upload_is_refused_and_made_again(ours: Fleet, save_every: int) -> None:
-    before, unavailable = met(ours, "corrupt"), waits(ours)
-    [job] = begun(ours, ours.submit(max_steps=STEPS, save_every=save_every, step_ms=60))
+def test_a_corrupted_upload_is_refused_and_retried(ours: Fleet, save_every: int) -> None:
+    before, unavailable = count_faults(ours, "corrupt"), waits(ours)
+    [job] = wait_until_training(ours, ours.submit(max_steps=STEPS, save_every=save_every, step_ms=60))
     everywhere(ours, lambda proxy: proxy.corrupt(INSIDE_AN_UPLOAD))
     everywhere(ours, Proxy.sever)
     ours.settle()
-    assert met(ours, "corrupt") > before
+    assert count_faults(ours, "corrupt") > before
     assert waits(ours) > unavailable
-    undisturbed(ours, [job])
+    assert_undisturbed(ours, [job])
 
 
-def test_a_download_that_is_cut_is_made_again(ours: Fleet) -> None:
+def test_a_download_that_is_cut_is_retried(ours: Fleet) -> None:
     ours.dataset = large_dataset(ours)
     everywhere(ours, lambda proxy: proxy.latency(0.1))
-    before, reset = downloaded(ours), met(ours, "reset")
+    before, reset = downloaded(ours), count_faults(ours, "reset")
     [job] = ours.submit(max_steps=5)
-    until(lambda: downloaded(ours) > before + 10**6, "a part of the dataset is here")
+    until(lambda: downloaded(ours) > before + 10**6, "a part of the dataset is downloaded")
     everywhere(ours, Proxy.sever)
     assert downloaded(ours) < before + len(LARGE) * LARGE_ROWS
-    assert met(ours, "reset") > reset
+    assert count_faults(ours, "reset") > reset
     heal(ours)
     ours.settle()
-    undisturbed(ours, [job])
+    assert_undisturbed(ours, [job])
 
 
-def test_a_corrupted_download_is_made_again(ours: Fleet) -> None:
+def test_a_corrupted_download_is_retried(ours: Fleet) -> None:
     ours.dataset = large_dataset(ours)
-    before = met(ours, "corrupt")
+    before = count_faults(ours, "corrupt")
     everywhere(ours, lambda proxy: proxy.corrupt_answer(10**6))
     everywhere(ours, Proxy.sever)
     [job] = ours.submit(max_steps=5)
     ours.settle()
-    assert met(ours, "corrupt") == before + 1
-    undisturbed(ours, [job])
+    assert count_faults(ours, "corrupt") == before + 1
+    assert_undisturbed(ours, [job])
 
 
 # ---------------------------------------------------------------- lasting damage
 
 
-def test_a_dataset_that_is_damaged_for_good_ends_the_job(ours: Fleet) -> None:
+def test_a_permanently_damaged_dataset_fails_the_job(ours: Fleet) -> None:
     ours.dataset = large_dataset(ours)
     [(key,)] = ours.sql("SELECT key FROM files WHERE id = %s", ours.dataset)
     damage(ours, key)
@@ -194,9 +195,9 @@ def test_a_dataset_that_is_damaged_for_good_ends_the_job(ours: Fleet) -> None:
     ours.check()
 
 
-def test_a_checkpoint_that_is_damaged_for_good_costs_the_steps_since_the_one_before(ours: Fleet) -> None:
-    """Paused, because nothing newer is then saved between the damage and the next attempt."""
-    [job] = begun(ours, ours.submit(max_steps=60, save_every=5, step_ms=60))
+def test_a_permanently_damaged_checkpoint_is_replaced_by_the_previous_one(ours: Fleet) -> None:
+    """The job is paused meanwhile, so that no newer checkpoint is saved between the damage and the next attempt."""
+    [job] = wait_until_training(ours, ours.submit(max_steps=60, save_every=5, step_ms=60))
     checkpoints = "SELECT step, prefix FROM checkpoints WHERE job_id = %s AND deleted_at IS NULL ORDER BY step DESC"
     until(lambda: len(ours.sql(checkpoints, job)) > 0, "a checkpoint is saved")
     ours.client.fine_tuning.jobs.pause(job)
@@ -205,22 +206,24 @@ def test_a_checkpoint_that_is_damaged_for_good_costs_the_steps_since_the_one_bef
     damage(ours, f"{prefix}state.json")
     ours.client.fine_tuning.jobs.resume(job)
     ours.settle()
-    told = [message for (message,) in ours.sql("SELECT message FROM job_events WHERE job_id = %s ORDER BY seq", job)]
+    messages = [
+        message for (message,) in ours.sql("SELECT message FROM job_events WHERE job_id = %s ORDER BY seq", job)
+    ]
     at = next(
         i
-        for i, line in enumerate(told)
-        if line.startswith(f"Checkpoint of step {broken} is damaged; trying the one before it")
+        for i, line in enumerate(messages)
+        if line.startswith(f"Checkpoint of step {broken} is broken, going one back")
     )
-    assert told[at + 1] == f"Resuming from the checkpoint of step {good}"
+    assert messages[at + 1] == f"Resuming from the checkpoint of step {good}"
     assert ours.states()[job] == "succeeded"
     assert ours.check().crashes == 0
     ours.check_adapters()
 
 
-# ---------------------------------------------------------------- who does not wait
+# ---------------------------------------------------------------- what does not wait
 
 
-def test_the_api_without_a_bucket_refuses_uploads_and_serves_all_else(ours: Fleet) -> None:
+def test_the_api_without_a_bucket_refuses_only_uploads_and_downloads(ours: Fleet) -> None:
     proxy, impatient = ours.proxies["api", "s3"], ours.client.with_options(max_retries=0)
     files = ours.sql("SELECT count(*) FROM files")
     proxy.reset()
@@ -257,7 +260,7 @@ def test_a_cancel_does_not_wait_for_the_bucket(
         ours.client.fine_tuning.jobs.cancel(job)
     states = ours.settle(LONGEST_CANCEL)
     seconds = time.monotonic() - asked_at
-    until(lambda: not ours.look().trainers, "the slots are free")
+    until(lambda: not ours.processes().trainers, "the slots are free")
     figures({"cancel_seconds": round(seconds, 2)})
     assert [states[job] for job in jobs] == ["cancelled"] * 3
     heal(ours)
@@ -268,10 +271,10 @@ def test_a_cancel_does_not_wait_for_the_bucket(
 def test_a_drain_does_not_wait_for_the_bucket(
     ours: Fleet, figures: Callable[[dict[str, Any]], None], fault: Callable[[Proxy], None], trace: str
 ) -> None:
-    """Exit code 0 in time, and another worker goes on where the last checkpoint was."""
-    [job] = begun(ours, ours.submit(max_steps=60, save_every=10, step_ms=60))
+    """The worker exits with 0 in time, and another one resumes from the last checkpoint."""
+    [job] = wait_until_training(ours, ours.submit(max_steps=60, save_every=10, step_ms=60))
     until(lambda: len(saved(ours, job)) > 0, "a checkpoint is saved")
-    seen = ours.look()
+    seen = ours.processes()
     [slot] = [trainer.slot for trainer in seen.trainers if trainer.job == job]
     name = next(found.program for found in seen.slots if found.pid == slot)
     proxy = ours.proxies[name, "s3"]
@@ -279,7 +282,7 @@ def test_a_drain_does_not_wait_for_the_bucket(
     before = proxy.faults[trace]
     until(lambda: proxy.faults[trace] > before, "a checkpoint meets the outage")
     last = saved(ours, job)[-1]
-    ours.held_down.add(name)
+    ours.kept_down.add(name)
     process, asked_at = ours.crew.process(name), time.monotonic()
     process.terminate()
     assert process.wait(2 * LONGEST_DRAIN) == 0
@@ -290,11 +293,11 @@ def test_a_drain_does_not_wait_for_the_bucket(
     counts = "SELECT state, attempt, crash_count, preempt_count FROM jobs WHERE id = %s"
     assert ours.sql(counts, job) == [("succeeded", 2, 0, 1)]
     epochs = dict[str, int]()
-    for epoch, step, *_ in map(str.split, ours.said(job).splitlines()):
+    for epoch, step, *_ in map(str.split, ours.witness_of(job).splitlines()):
         epochs.setdefault(epoch, int(step))
     assert list(epochs.values()) == [1, last + 1]
     proxy.heal()
-    ours.let_up(name)
+    ours.bring_up(name)
     ours.wait_ready()
     ours.check()
     ours.check_adapters()
@@ -303,18 +306,18 @@ def test_a_drain_does_not_wait_for_the_bucket(
 # ---------------------------------------------------------------- what is left
 
 
-def test_what_faults_and_kills_leave_in_the_bucket_is_collected(
+def test_objects_left_by_faults_and_kills_are_collected(
     ours: Fleet, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Killed where S3 has taken an upload and its answer is lost; and who published was cancelled then."""
+    """Slots are killed after S3 has stored an upload and its answer is lost. The publishing job is then cancelled."""
     for _ in range(size(1, 10)):
         saving = ours.submit(2, max_steps=STEPS, save_every=10, step_ms=80)
         [publishing] = ours.submit(max_steps=STEPS, save_every=1000, step_ms=80)
-        begun(ours, [*saving, publishing])
+        wait_until_training(ours, [*saving, publishing])
         before = objects(ours)
         everywhere(ours, Proxy.half_open)
-        until(partial(took_both, ours, before), "S3 has taken some of both")
-        killed = [kill(trainer.slot) for trainer in ours.look().trainers]
+        until(partial(stored_both, ours, before), "S3 has stored objects of both")
+        killed = [kill(trainer.slot) for trainer in ours.processes().trainers]
         everywhere(ours, Proxy.reset)
         heal(ours)
         ours.client.fine_tuning.jobs.cancel(publishing)
@@ -332,16 +335,16 @@ def test_what_faults_and_kills_leave_in_the_bucket_is_collected(
     assert ours.client.files.content(ours.dataset).read()
 
 
-# ---------------------------------------------------------------- bringing it about
+# ---------------------------------------------------------------- causing faults
 
 
-def took_both(ours: Fleet, before: set[str]) -> bool:
-    """Has the bucket got a checkpoint and an adapter that no row names?"""
+def stored_both(ours: Fleet, before: set[str]) -> bool:
+    """True if the bucket has a new checkpoint and a new adapter that no row names."""
     return kinds(objects(ours) - before - named(ours)) == KINDS
 
 
 def everywhere(ours: Fleet, fault: Callable[[Proxy], None]) -> None:
-    """Between every worker that trains and S3."""
+    """Apply a fault between S3 and every worker that trains."""
     for (program, _), proxy in ours.proxies.items():
         if program.startswith("train"):
             fault(proxy)
@@ -352,33 +355,34 @@ def heal(ours: Fleet) -> None:
         proxy.heal()
 
 
-def begun(ours: Fleet, jobs: list[str]) -> list[str]:
-    """The same jobs, once all of them train."""
-    until(lambda: all(map(ours.said, jobs)), "the jobs train")
+def wait_until_training(ours: Fleet, jobs: list[str]) -> list[str]:
+    """Wait until all the jobs train; returns them."""
+    until(lambda: all(map(ours.witness_of, jobs)), "the jobs train")
     return jobs
 
 
 def caught_by(ours: Fleet, outage: Callable[[], None], *, third: str = "staging") -> list[str]:
-    """Three jobs that an outage has met while they saved, uploaded their adapter and staged, in this order.
+    """Three jobs that the outage hits while they save, upload their adapter, and stage, in this order.
 
-    The third is `tokenizing` where `prepare` workers meet it too: then it stages for that, and gets no further.
+    `third` is the phase of the third job: `tokenizing` if the outage also hits `prepare` workers, because then it
+    already waits in preparation.
     """
     saving = ours.submit(max_steps=STEPS, save_every=10, step_ms=80)
-    jobs = begun(ours, saving + ours.submit(max_steps=STEPS, save_every=1000, step_ms=80))
+    jobs = wait_until_training(ours, saving + ours.submit(max_steps=STEPS, save_every=1000, step_ms=80))
     outage()
     jobs += ours.submit(max_steps=STEPS)
-    until(lambda: waiting(ours, jobs, third), "the outage has met all three")
+    until(lambda: waiting(ours, jobs, third), "the outage has hit all three")
     return jobs
 
 
 def waiting(ours: Fleet, jobs: list[str], third: str = "staging") -> bool:
-    """Whether all are where `caught_by` left them: the first has taken its last step, and its worker still saves."""
+    """True if all jobs are as `caught_by` left them. The first has done its last step and is still being saved."""
     phases = dict(ours.sql("SELECT id, phase FROM jobs WHERE lease_owner IS NOT NULL"))
-    steps = len(ours.said(jobs[0]).splitlines())
+    steps = len(ours.witness_of(jobs[0]).splitlines())
     return steps == STEPS and [phases.get(job) for job in jobs] == ["training", "verifying", third]
 
 
-def stays_so(ours: Fleet, jobs: list[str], seconds: float, *, third: str = "staging") -> None:
+def assert_still_waiting(ours: Fleet, jobs: list[str], seconds: float, *, third: str = "staging") -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert waiting(ours, jobs, third)
@@ -386,22 +390,22 @@ def stays_so(ours: Fleet, jobs: list[str], seconds: float, *, third: str = "stag
 
 
 def large_dataset(ours: Fleet) -> str:
-    """The id of one that comes in many chunks."""
+    """Upload a dataset that is downloaded in many chunks; returns its id."""
     return ours.client.files.create(file=("large.jsonl", LARGE * LARGE_ROWS), purpose="fine-tune").id
 
 
 def damage(ours: Fleet, key: str) -> None:
-    """Other bytes of the same length, put there by nobody of ours."""
+    """Flip a bit of an object, from outside the product."""
     client = local.s3_client(ours.s3)
     body = client.get_object(Bucket=ours.s3.bucket, Key=key)["Body"].read()
     client.put_object(Bucket=ours.s3.bucket, Key=key, Body=body[:-1] + bytes([body[-1] ^ 1]))
 
 
-# ---------------------------------------------------------------- what it came to
+# ---------------------------------------------------------------- observations
 
 
-def met(ours: Fleet, fault: str) -> int:
-    """How often the workers that train met it so far."""
+def count_faults(ours: Fleet, fault: str) -> int:
+    """How often a fault has hit the workers that train so far."""
     return sum(proxy.faults[fault] for (program, _), proxy in ours.proxies.items() if program.startswith("train"))
 
 
@@ -410,7 +414,7 @@ def downloaded(ours: Fleet) -> int:
 
 
 def waits(ours: Fleet) -> int:
-    """How often a worker said so far that it waits for a server."""
+    """How often workers have logged so far that they wait for a server."""
     return sum(ours.crew.log(name).read_text().count("server.unavailable") for name in ours.env)
 
 
@@ -423,8 +427,8 @@ def seconds_to_settle(ours: Fleet, since: float) -> float:
     return round(time.monotonic() - since, 2)
 
 
-def undisturbed(ours: Fleet, jobs: list[str]) -> None:
-    """Succeeded in one attempt, without a crash or a preemption, and with the right bytes."""
+def assert_undisturbed(ours: Fleet, jobs: list[str]) -> None:
+    """Assert that the jobs succeeded in one attempt, without crash or preemption, and with the correct bytes."""
     counts = "SELECT state, attempt, crash_count, preempt_count FROM jobs WHERE id = ANY(%s)"
     assert ours.sql(counts, jobs) == [("succeeded", 1, 0, 0)] * len(jobs)
     ours.check()
@@ -444,7 +448,7 @@ def kinds(keys: set[str]) -> set[str]:
 
 
 def named(ours: Fleet) -> set[str]:
-    """Those of them that a row names."""
+    """The keys that rows name."""
     return {
         prefix + path
         for table in KINDS

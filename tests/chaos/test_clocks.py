@@ -1,4 +1,4 @@
-"""Clocks that are wrong, and processes that stand still past their lease and then go on."""
+"""Wrong clocks, and processes that are stopped for longer than their lease and then continue."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SKEW = Path(__file__).with_name("skew")
 HOUR = 3600
 
 
-def test_workers_an_hour_ahead_and_an_hour_behind_share_the_work(
+def test_workers_with_clocks_an_hour_off_do_all_jobs(
     fleet: Callable[..., Fleet], servers: Servers, figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Their wall clock is that of Python's `time.time`; what decides is Postgres's clock, and the boot-time clock."""
+    """Only `time.time` is wrong. Leases depend on Postgres's clock and on the boot-time clock."""
     ours = fleet(servers, workers=2, slots=2)
     for name, seconds in (("train-0", HOUR), ("train-1", -HOUR), ("prepare", HOUR)):
         ours.relaunch(name, PYTHONPATH=str(SKEW), SKEW_SECONDS=str(seconds))
@@ -31,9 +31,9 @@ def test_workers_an_hour_ahead_and_an_hour_behind_share_the_work(
     until(
         lambda: (ours.client.fine_tuning.jobs.retrieve(running).model_extra or {})["progress"] is not None, "progress"
     )
-    told = ours.client.fine_tuning.jobs.retrieve(running)
-    if told.status == "running" and told.estimated_finish is not None:
-        assert abs(told.estimated_finish - time.time()) < HOUR / 2
+    shown = ours.client.fine_tuning.jobs.retrieve(running)
+    if shown.status == "running" and shown.estimated_finish is not None:
+        assert abs(shown.estimated_finish - time.time()) < HOUR / 2
     ours.settle()
     found = ours.check()
     ours.check_adapters()
@@ -42,10 +42,10 @@ def test_workers_an_hour_ahead_and_an_hour_behind_share_the_work(
     figures(found._asdict())
 
 
-def test_supervisor_and_trainer_stand_still_past_the_lease_and_then_go_on(
+def test_a_worker_stopped_past_its_lease_cannot_overlap_its_successor(
     fleet: Callable[..., Fleet], servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """As a machine does that is suspended. The job has a successor by then; the sleepers wake up together."""
+    """Like a suspended machine: slot and trainer wake up together after another attempt has taken the job."""
     ours = fleet(servers, workers=2, slots=2)
     for _ in range(size(2, 30)):
         sleep_past_the_lease(ours)
@@ -58,13 +58,13 @@ def test_supervisor_and_trainer_stand_still_past_the_lease_and_then_go_on(
 
 
 def sleep_past_the_lease(ours: Fleet) -> None:
-    """Stop a slot and its trainer until another attempt trains, then wake them up."""
+    """Stop a slot and its trainer until another attempt trains, then continue them."""
     [job] = ours.submit(max_steps=400, save_every=50, step_ms=20)
-    until(lambda: len(ours.said(job).splitlines()) > 10, "the job trains")
-    sleeper = next(trainer for trainer in ours.look().trainers if trainer.job == job)
+    until(lambda: len(ours.witness_of(job).splitlines()) > 10, "the job trains")
+    sleeper = next(trainer for trainer in ours.processes().trainers if trainer.job == job)
     for pid in (sleeper.slot, sleeper.pid):
         os.kill(pid, signal.SIGSTOP)
-    until(lambda: int(ours.said(job).splitlines()[-1].split()[0]) > sleeper.epoch, "its successor trains")
+    until(lambda: int(ours.witness_of(job).splitlines()[-1].split()[0]) > sleeper.epoch, "its successor trains")
     for pid in (sleeper.pid, sleeper.slot):
         os.kill(pid, signal.SIGCONT)
     until(lambda: not Path(f"/proc/{sleeper.pid}/cwd").exists(), "the zombie's trainer is killed")

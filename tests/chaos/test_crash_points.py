@@ -1,7 +1,7 @@
-"""Every named crash point: killed there, a job is taken up by another attempt; stopped there, it is a zombie's.
+"""Every failpoint: after a kill another attempt finishes the job; a process stopped there can change nothing later.
 
-A slot's process is killed or stopped at the point, its lease runs out by Postgres's clock (which is turned), a sweeper
-takes the job back, and a successor finishes it. A stopped one is then continued and may do its worst.
+A slot's process is killed or stopped at the point. Its lease expires (the test sets the lease's end in the past), a
+sweeper requeues the job, and a successor finishes it. A stopped process is then continued, as a zombie.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ FENCE = 1.5
 
 @pytest.fixture(scope="module")
 def ours(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A fleet of which only the API runs; the attempts are made one by one. A fourth crash would be a surprise."""
+    """A fleet in which only the API runs; the tests run attempts one by one. No test should crash a job four times."""
     times = {"MILLINER_LEASE_SECONDS": "3", "MILLINER_FENCE_SECONDS": str(FENCE), "MILLINER_HEARTBEAT_SECONDS": "0.5"}
     fleet = Fleet(servers, tmp_path_factory.mktemp("fleet"), workers=0, max_crashes=4, settings=times)
     fleet.start()
-    fleet.hold_down("prepare")
+    fleet.keep_down("prepare")
     yield fleet
     fleet.close()
 
 
 @pytest.fixture
 def job(ours: Fleet) -> Iterator[str]:
-    """An accepted job; when the test is done nothing may be violated, and the adapter is the right one."""
+    """An accepted job. After the test it must have succeeded with the correct adapter, and no invariant is violated."""
     [job] = ours.submit(max_steps=STEPS, save_every=4, step_ms=15, exports=["merged"])
     yield job
     found = ours.check()
@@ -54,19 +54,19 @@ def job(ours: Fleet) -> Iterator[str]:
 
 @pytest.mark.parametrize("point", ATTEMPT)
 def test_an_attempt_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None:
-    for queue in up_to(ours, point):
+    for queue in queues_to(ours, point):
         assert ended(start(ours, queue, point, Action.KILL)) == -signal.SIGKILL
     succeed(ours, job)
 
 
 @pytest.mark.parametrize("point", ATTEMPT)
 def test_a_zombie_wakes_at(ours: Fleet, job: str, point: Failpoint) -> None:
-    """Stopped at the point, given up, replaced, and continued when its successor has done all the work."""
-    for queue in up_to(ours, point):
+    """The process is stopped at the point, loses its lease, and continues after its successor has finished the job."""
+    for queue in queues_to(ours, point):
         zombie = start(ours, queue, point, Action.STOP)
-        stands_still(zombie)
+        wait_stopped(zombie)
         succeed(ours, job)
-        go_on(zombie)
+        continue_process(zombie)
         assert ended(zombie) == 0
 
 
@@ -79,16 +79,16 @@ def test_a_draining_worker_is_killed_or_stopped_at(ours: Fleet, job: str, point:
         assert ended(process) == -signal.SIGKILL
         succeed(ours, job)
         return
-    stands_still(process)
+    wait_stopped(process)
     succeed(ours, job)
-    go_on(process)
+    continue_process(process)
     assert ended(process) == 0
 
 
 @pytest.mark.parametrize("point", SWEEPER)
 def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None:
     assert ended(start(ours, Queue.PREPARE, Failpoint.AFTER_CLAIM, Action.KILL)) == -signal.SIGKILL
-    lapse(ours)
+    expire_leases(ours)
     if point is Failpoint.AFTER_RERING:
         run(ours, "sweep")
         ours.sql("UPDATE jobs SET rung_at = NULL WHERE lease_owner IS NULL RETURNING id")
@@ -99,17 +99,17 @@ def test_a_sweeper_is_killed_at(ours: Fleet, job: str, point: Failpoint) -> None
 @pytest.mark.parametrize("action", [Action.KILL, Action.RAISE])
 @pytest.mark.parametrize("point", API[1:])
 def test_the_api_dies_while_it_accepts_a_job(ours: Fleet, point: Failpoint, action: Action) -> None:
-    """The client's retry gets the job that was made, or makes it; there is one either way."""
+    """The client's retry returns the job if it was created, or creates it; either way there is one job."""
     serve(ours, f"{point}:{action}")
     before = ours.states()
     body: dict[str, Any] = {"model": "hat", "training_file": ours.dataset, "seed": int.from_bytes(os.urandom(3))}
     with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
         ours.client.with_options(max_retries=0).fine_tuning.jobs.create(**body)
-    made = set(ours.states()) - set(before)
-    assert len(made) == (point is Failpoint.AFTER_SUBMIT_COMMIT)
+    created = set(ours.states()) - set(before)
+    assert len(created) == (point is Failpoint.AFTER_SUBMIT_COMMIT)
     serve(ours, "")
     job = ours.client.fine_tuning.jobs.create(**body, extra_headers={"x-stainless-retry-count": "1"})
-    assert made <= {job.id}
+    assert created <= {job.id}
     ours.accepted.append(job.id)
     succeed(ours, job.id)
     ours.check()
@@ -125,14 +125,14 @@ def test_the_api_dies_between_an_upload_and_its_row(ours: Fleet) -> None:
 
 
 def serve(ours: Fleet, fault: str) -> None:
-    """An API with this fault, which nobody starts again when it dies."""
+    """Start an API with this fault; it is not restarted when it dies."""
     ours.relaunch("api", MILLINER_FAULT=fault)
-    ours.held_down.add("api")
+    ours.kept_down.add("api")
     until(lambda: services.api_ready(ours.base_url), "the API is ready")
 
 
-def up_to(ours: Fleet, point: Failpoint) -> list[Queue]:
-    """Queues to pass the point in. What only a training attempt meets comes after a whole preparation."""
+def queues_to(ours: Fleet, point: Failpoint) -> list[Queue]:
+    """The queues in which an attempt passes the point. For those of training, the job is prepared first."""
     if point is Failpoint.AFTER_PLAN:
         return [Queue.PREPARE]
     run(ours, Queue.PREPARE)
@@ -140,47 +140,47 @@ def up_to(ours: Fleet, point: Failpoint) -> list[Queue]:
 
 
 def start(ours: Fleet, act: str, point: Failpoint, action: Action, *, drain_after: float = 1e9) -> ForkServerProcess:
-    """A slot that will meet its fate at the point."""
+    """Start a slot that is killed or stopped at the point."""
     env = ours.env["prepare"] | {"MILLINER_FAULT": f"{point}:{action}"}
     return slot.start([act], env, ours.folder.logs / "slot.log", drain_after=drain_after)
 
 
 def run(ours: Fleet, *acts: str) -> None:
-    """A sound slot does all this."""
+    """Run the acts in a slot without a fault."""
     assert ended(slot.start(acts, ours.env["prepare"], ours.folder.logs / "slot.log")) == 0
 
 
-def stands_still(process: ForkServerProcess) -> None:
-    """Until it has stopped at its point, and for so long that it must have given up by its own clock."""
+def wait_stopped(process: ForkServerProcess) -> None:
+    """Wait until the process has stopped at its point, and then until its fence has passed by its own clock."""
     until(lambda: state_of(process.pid) == "T", "the slot has stopped at its point")
     since = now()
-    until(lambda: now() - since > FENCE, "it stands still for long enough")
+    until(lambda: now() - since > FENCE, "the fence has passed")
 
 
-def go_on(process: ForkServerProcess) -> None:
+def continue_process(process: ForkServerProcess) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGCONT)
 
 
 def ended(process: ForkServerProcess) -> int | None:
-    """The exit code, minus the signal's number where one killed it."""
+    """Wait for the exit code; it is minus the signal's number if a signal killed the process."""
     process.join(60)
     return process.exitcode
 
 
 def succeed(ours: Fleet, job: str) -> None:
-    """Let whatever holds the job lose its lease, take it back, and finish it."""
-    lapse(ours)
+    """Expire the job's lease, requeue it by a sweep, and run it to its end."""
+    expire_leases(ours)
     run(ours, "sweep")
     ours.sql("UPDATE jobs SET not_before = clock_timestamp() WHERE lease_owner IS NULL RETURNING id")
     run(ours, *Queue)
     assert ours.states()[job] == "succeeded"
 
 
-def lapse(ours: Fleet) -> None:
-    """Turn Postgres's clock past every lease, once the trainers under it have stopped, as they must have by then.
+def expire_leases(ours: Fleet) -> None:
+    """Set the end of every lease in the past, once all trainers without a supervisor have stopped by themselves.
 
-    One that was never told to train, or has come to the end, has nothing to stop.
+    A trainer that never began to train, or has trained its last step, has nothing to stop.
     """
     lines = (line.split() for log in ours.witness.glob("*.log") for line in log.read_text().splitlines())
     reached = {int(pid): int(step) for _, step, pid, _ in lines}

@@ -1,6 +1,7 @@
-"""The one check of every chaos run can fail: a world in order has no violation, and each planted fault is found.
+"""The check of chaos runs works: it finds no violation in a correct world, and finds each planted fault.
 
-The world is built by the product's own functions on a real Postgres and S3. Each fault gets a copy of it.
+The world (rows, objects, witness lines) is built by the product's own functions on a real Postgres and S3. Each fault
+is planted in a copy.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OOPS = JobError(code="trainer_crashed", message="the trainer was killed by SIGKI
 
 @dataclass(frozen=True)
 class World:
-    """All that `violations` looks at; `ids` names its jobs by their fate, and `won`'s `tenant` and `result` file."""
+    """Everything that `violations` checks. `ids`: jobs by outcome, and the `tenant` and `result` file of `won`."""
 
     database_url: str
     s3: S3
@@ -53,13 +54,13 @@ class World:
         return violations(self.database_url, self.s3, accepted=accepted, witness=self.witness, max_crashes=MAX_CRASHES)
 
     def sql(self, statement: str) -> None:
-        """Change rows, whatever triggers and foreign keys say."""
+        """Change rows without triggers and foreign keys."""
         with psycopg.connect(self.database_url) as connection:
             connection.execute("SET session_replication_role = replica")
             assert connection.execute(statement.encode(), self.ids).rowcount, "nothing was planted"
 
     def key(self, where: str, path: str = "manifest.json") -> str:
-        """An object of the job `won`: of its last checkpoint, its adapter, or its result file."""
+        """The key of an object of job `won`: in its last checkpoint, its adapter, or its result file."""
         tenant, won = self.ids["tenant"], self.ids["won"]
         folders = {"checkpoint": f"checkpoints/{tenant}/{won}/5/6/", "adapter": f"adapters/{tenant}/{won}/"}
         return folders[where] + path if where in folders else f"files/{tenant}/{self.ids['result']}"
@@ -80,14 +81,14 @@ class World:
             return body.read(), answer["Metadata"]
 
 
-# ---------------------------------------------------------------- a world in order
+# ---------------------------------------------------------------- a correct world
 
 
-def test_a_world_in_order_has_no_violation(good: World) -> None:
+def test_a_correct_world_has_no_violation(good: World) -> None:
     assert good.found() == []
 
 
-def test_the_check_reads_the_words_that_the_product_writes() -> None:
+def test_the_check_knows_the_messages_of_the_product() -> None:
     words = tuple(word for words in ENDS.values() for word in words)
     for move in state_machine.MOVES.values():
         assert move.message.startswith(ENDS.get(str(move.target), ())) == move.message.startswith(words)
@@ -98,21 +99,21 @@ def test_the_check_reads_the_words_that_the_product_writes() -> None:
     ) == (STARTED, PAUSED)
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("restored_bucket")
 @pytest.mark.parametrize(("where", "table"), [("checkpoint", "checkpoints"), ("adapter", "adapters"), ("", "files")])
-def test_what_was_deleted_need_not_be_there(world: World, where: str, table: str) -> None:
+def test_deleted_objects_may_be_missing(world: World, where: str, table: str) -> None:
     world.sql(f"UPDATE {table} SET deleted_at = now()")
     world.delete(world.key(where))
     assert world.found() == []
 
 
-@pytest.mark.parametrize("told", ["rung_at = now()", "not_before = now() + interval '1h'"])
-def test_whoever_was_rung_for_or_backs_off_is_not_unrung(world: World, told: str) -> None:
-    world.sql(f"UPDATE jobs SET state = 'queued', {told} WHERE id = %(paused)s")
+@pytest.mark.parametrize("values", ["rung_at = now()", "not_before = now() + interval '1h'"])
+def test_a_job_that_was_rung_for_or_backs_off_is_no_violation(world: World, values: str) -> None:
+    world.sql(f"UPDATE jobs SET state = 'queued', {values} WHERE id = %(paused)s")
     assert not any("rung" in sentence for sentence in world.found())
 
 
-def test_figures_of_the_witness(good: World) -> None:
+def test_repeated_steps_and_overlaps_are_counted(good: World) -> None:
     assert steps_repeated(good.witness) == [1, 0]
     assert overlaps(good.witness) == 0
 
@@ -130,7 +131,7 @@ def last_event(values: str) -> str:
 
 
 def one_more_event(message: str, who: str = "won") -> str:
-    """Properly counted, at the job's epoch."""
+    """Add an event at the job's epoch, and count it."""
     return (
         f"WITH job AS (UPDATE jobs SET event_seq = event_seq + 1 WHERE id = %({who})s RETURNING *)"
         " INSERT INTO job_events (job_id, seq, level, type, message, lease_epoch)"
@@ -140,28 +141,28 @@ def one_more_event(message: str, who: str = "won") -> str:
 
 NEWEST = "WHERE job_id = %(won)s AND step = 6"
 IN_ROWS = [
-    ("was accepted and does not exist", "DELETE FROM jobs WHERE id = %(cancelled)s"),
+    ("was accepted but does not exist", "DELETE FROM jobs WHERE id = %(cancelled)s"),
     ("2 jobs of .* have the Idempotency-Key 'k'", job("idempotency_key = 'k'", "invalid")),
-    ("file-data is a result file of no job", "UPDATE files SET purpose = 'fine-tune-results' WHERE id = 'file-data'"),
+    ("file-data is the result file of no job", "UPDATE files SET purpose = 'fine-tune-results' WHERE id = 'file-data'"),
     ("of no job, or of two", job("result_file = %(result)s", "invalid")),
     ("is still queued", job("state = 'queued'", "cancelled")),
     (r"is still paused \(desired: run\)", job("desired_state = 'run'", "paused")),
     ("is still leased to w", job("lease_owner = 'w', lease_expires_at = now()", "paused")),
     ("is still leased to w", job("lease_owner = 'w'")),
     ("is still leased to None", job("lease_expires_at = now()")),
-    ("waits, and nobody was rung", job("state = 'queued'", "paused")),
-    ("waits, and nobody was rung", job("state = 'validating_files'", "paused")),
+    ("is queued, but was not rung for", job("state = 'queued'", "paused")),
+    ("is queued, but was not rung for", job("state = 'validating_files'", "paused")),
     ("has a gap in its events", "DELETE FROM job_events WHERE job_id = %(won)s AND seq = 2"),
-    ("has counted .* events, and the last is", job("event_seq = event_seq + 1")),
-    ("has events whose epochs fall", "UPDATE job_events SET lease_epoch = 2 WHERE job_id = %(won)s AND seq = 1"),
-    ("has an event of epoch 6, and is at 5", last_event("lease_epoch = 6")),
+    ("has event_seq .*, but its last event is", job("event_seq = event_seq + 1")),
+    ("has events whose epochs decrease", "UPDATE job_events SET lease_epoch = 2 WHERE job_id = %(won)s AND seq = 1"),
+    ("has an event of epoch 6, but is at epoch 5", last_event("lease_epoch = 6")),
     ("started twice at one epoch", "UPDATE job_events SET lease_epoch = 2 WHERE message LIKE '%%(attempt 2)'"),
-    ("is paused and has an event that says", one_more_event("The job was cancelled", "paused")),
+    ("is paused, but has a terminal event", one_more_event("The job was cancelled", "paused")),
     ("has 2 terminal events", one_more_event("The job was cancelled")),
     ("has 0 terminal events", last_event("message = 'x'")),
     ("has events after its terminal one: x", one_more_event("x")),
-    ("is succeeded, and its terminal event says: The job failed", last_event("message = 'The job failed'")),
-    ("ended at epoch 6, its terminal event is of 5", job("lease_epoch = 6")),
+    ("is succeeded, but its terminal event says: The job failed", last_event("message = 'The job failed'")),
+    ("ended at epoch 6, but its terminal event is of epoch 5", job("lease_epoch = 6")),
     ("is succeeded and has no adapter", "DELETE FROM adapters"),
     ("is failed and has an adapter", "UPDATE adapters SET job_id = %(invalid)s"),
     ("is succeeded and has no result file", job("result_file = NULL")),
@@ -173,22 +174,22 @@ IN_ROWS = [
     ("is cancelled and has an error", job('error = \'{"code": "x"}\'', "dry")),
     ("has an error without code or message", job("error = error - 'code'", "poison")),
     ("has an error without code or message", job('error = error || \'{"message": ""}\'', "invalid")),
-    ("has counted 5 attempts, and 4 were started", job("attempt = 5")),
-    ("was started 4 times, with 2 reasons", job("preempt_count = 0")),
+    ("has 5 attempts, but 4 were started", job("attempt = 5")),
+    ("was started 4 times, but has 2 reasons", job("preempt_count = 0")),
     ("crashed 4 times; allowed: 3", job("crash_count = 4", "poison")),
     (r"is succeeded \(completed\) after 3 crashes", job("crash_count = 3")),
     (r"is failed \(invalid\) after 3 crashes", job("crash_count = 3", "invalid")),
     (r"is failed \(poison\) after 2 crashes", job("crash_count = 2", "poison")),
     ("has a checkpoint at elsewhere/, expected", f"UPDATE checkpoints SET prefix = 'elsewhere/' {NEWEST}"),
-    ("has a checkpoint of epoch 7, and is at 5", f"UPDATE checkpoints SET lease_epoch = 7 {NEWEST}"),
+    ("has a checkpoint of epoch 7, but is at epoch 5", f"UPDATE checkpoints SET lease_epoch = 7 {NEWEST}"),
     (r"out of order at epoch 5: \[6, 5\]", f"UPDATE checkpoints SET created_at = '2000-01-01' {NEWEST}"),
-    (r"has no metrics of \[3\] of 6 steps", "DELETE FROM job_metrics WHERE step = 3"),
-    (r"has no metrics of \[6, 7\] of 6 steps", "UPDATE job_metrics SET step = 7 WHERE step = 6"),
-    (r"\(adapter\) lies at elsewhere/, expected", "UPDATE adapters SET prefix = 'elsewhere/'"),
-    (r"\(adapter\) has a manifest that lists other files", "UPDATE adapters SET files = files - 0"),
-    ("has an adapter that was not proven", "UPDATE adapters SET proof = NULL"),
+    (r"has metrics of wrong steps: \[3\] of 6", "DELETE FROM job_metrics WHERE step = 3"),
+    (r"has metrics of wrong steps: \[6, 7\] of 6", "UPDATE job_metrics SET step = 7 WHERE step = 6"),
+    (r"\(adapter\) is at elsewhere/, expected", "UPDATE adapters SET prefix = 'elsewhere/'"),
+    (r"\(adapter\) has a manifest whose files differ", "UPDATE adapters SET files = files - 0"),
+    ("has an adapter without a proof", "UPDATE adapters SET proof = NULL"),
     (r"\(adapter\) has no manifest", "UPDATE adapters SET files = files - -1"),
-    (r"\(checkpoint 6\) has a manifest that lists other", f"UPDATE checkpoints SET files = files - 0 {NEWEST}"),
+    (r"\(checkpoint 6\) has a manifest whose files differ", f"UPDATE checkpoints SET files = files - 0 {NEWEST}"),
     (r"\(checkpoint 6\) has no manifest", f"UPDATE checkpoints SET files = files - -1 {NEWEST}"),
 ]
 
@@ -202,11 +203,11 @@ def test_a_fault_in_rows_is_found(world: World, sentence: str, planted: str) -> 
 # ---------------------------------------------------------------- faults in the bucket
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("restored_bucket")
 @pytest.mark.parametrize("where", ["checkpoint", "adapter", "result file"])
 @pytest.mark.parametrize(
     ("sentence", "body"),
-    [("has lost", None), ("has other bytes in", b"\0" * 64), ("has 7 bytes in .*, expected 64", b"shorter")],
+    [("lacks", None), ("has bytes in .* that differ", b"\0" * 64), ("has 7 bytes in .*, expected 64", b"shorter")],
 )
 def test_a_fault_in_objects_is_found(world: World, where: str, sentence: str, body: bytes | None) -> None:
     key = world.key(where, "adapter_model.safetensors")
@@ -217,21 +218,21 @@ def test_a_fault_in_objects_is_found(world: World, where: str, sentence: str, bo
     assert_found(rf"\({where}.*\) {sentence}", world)
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("restored_bucket")
 @pytest.mark.parametrize("where", ["checkpoint", "adapter"])
 def test_a_stray_object_is_found(world: World, where: str) -> None:
     world.put(world.key(where, "left.over"), b"", {})
     assert_found(rf"\({where}.*\) has objects that no row names: \['.*left.over'\]", world)
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("restored_bucket")
 @pytest.mark.parametrize("where", ["checkpoint", "adapter"])
-def test_a_manifest_that_is_none_is_found(world: World, where: str) -> None:
+def test_an_invalid_manifest_is_found(world: World, where: str) -> None:
     world.put(world.key(where), b"{}", {"lease-epoch": "5"})
-    assert_found(rf"\({where}.*\) has a manifest that lists other files", world)
+    assert_found(rf"\({where}.*\) has a manifest whose files differ", world)
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("restored_bucket")
 @pytest.mark.parametrize("metadata", [{"lease-epoch": "4"}, {}])
 def test_an_adapter_of_another_epoch_is_found(world: World, metadata: dict[str, str]) -> None:
     world.put(world.key("adapter", "adapter_config.json"), b"{}", metadata)
@@ -242,28 +243,28 @@ def test_an_adapter_of_another_epoch_is_found(world: World, metadata: dict[str, 
 
 
 IN_WITNESSES = [
-    ("was trained by two at once: step 4 of epoch 2 came after epoch 5 began", "2 4 10 9.0\n"),
+    ("had overlapping trainers: step 4 of epoch 2 came after epoch 5 began", "2 4 10 9.0\n"),
     (r"had several trainers at epoch 5: \[10, 12\]", "5 7 10 9.0\n"),
     (r"did not train step by step at epoch 5: \[5, 6, 6\]", "5 6 12 9.0\n"),
     (r"did not train step by step at epoch 5: \[5, 6, 8\]", "5 8 12 9.0\n"),
-    ("went on at step 8 at epoch 6, and only 6 had been trained", "6 8 13 9.0\n"),
-    ("went on at step 4 at epoch 6, where no checkpoint was", "6 4 13 9.0\n"),
-    ("was trained at epoch 6, and is at 5", "6 1 13 9.0\n"),
-    ("was trained for 7 steps, and reports 6", "5 7 12 9.0\n"),
+    ("resumed at step 8 at epoch 6, but only 6 had been trained", "6 8 13 9.0\n"),
+    ("resumed at step 4 at epoch 6, but had no checkpoint there", "6 4 13 9.0\n"),
+    ("was trained at epoch 6, but is at epoch 5", "6 1 13 9.0\n"),
+    ("was trained for 7 steps, but reports 6", "5 7 12 9.0\n"),
 ]
 
 
 @pytest.mark.parametrize(("sentence", "line"), IN_WITNESSES)
-def test_a_fault_in_a_witness_is_found(world: World, sentence: str, line: str) -> None:
+def test_a_fault_in_witness_lines_is_found(world: World, sentence: str, line: str) -> None:
     with (world.witness / f"{world.ids['won']}.log").open("a") as log:
         log.write(line)
     assert_found(sentence, world)
-    assert overlaps(world.witness) == ("two at once" in sentence)
+    assert overlaps(world.witness) == ("overlapping trainers" in sentence)
 
 
-def test_a_witness_of_no_job_is_found(world: World) -> None:
+def test_witness_lines_of_an_unknown_job_are_found(world: World) -> None:
     (world.witness / "ftjob-x.log").write_text("1 1 10 9.0\n")
-    assert_found("ftjob-x was trained and does not exist", world)
+    assert_found("ftjob-x was trained but does not exist", world)
 
 
 def assert_found(sentence: str, world: World) -> None:
@@ -271,13 +272,13 @@ def assert_found(sentence: str, world: World) -> None:
     assert any(re.search(sentence, one) for one in found), found
 
 
-# ---------------------------------------------------------------- how the world is made
+# ---------------------------------------------------------------- building the world
 
 
 @pytest.fixture(scope="module")
 def good(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A world in order, with a job of every fate in it. Nobody writes to it any more."""
-    (url, _, s3), folder = servers.rent(), tmp_path_factory.mktemp("good")
+    """A correct world with one job of every outcome. Tests must not change its rows."""
+    (url, _, s3), folder = servers.allocate(), tmp_path_factory.mktemp("good")
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in s3.model_dump().items():
             patch.setenv(f"MILLINER_S3_{variable.upper()}", value)
@@ -287,8 +288,8 @@ def good(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings.get_settings.cache_clear()
     storage.client.cache_clear()
     engine(url).dispose()
-    for freedom in ("ALTER TABLE jobs DROP CONSTRAINT ck_jobs_lease_whole", "DROP INDEX uq_jobs_idempotency"):
-        administer(url, freedom)  # or two of the faults could not be planted
+    for statement in ("ALTER TABLE jobs DROP CONSTRAINT ck_jobs_lease_whole", "DROP INDEX uq_jobs_idempotency"):
+        administer(url, statement)  # otherwise two of the faults could not be planted
     bucket = s3_client(s3)
     yield World(url, s3, bucket, folder / "witness", ids)
     bucket.close()
@@ -296,17 +297,17 @@ def good(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def world(servers: Servers, good: World, tmp_path: Path) -> Iterator[World]:
-    """A copy of it to plant a fault in; but the bucket is the same one."""
-    everywhere, name = servers.database_url("postgres"), f"planted_{secrets.token_hex(4)}"
-    administer(everywhere, f"CREATE DATABASE {name} TEMPLATE {good.database_url.rsplit('/', 1)[1]}")
+    """A copy of the correct world to plant a fault in. The bucket is not copied: use `restored_bucket` too."""
+    maintenance, name = servers.database_url("postgres"), f"planted_{secrets.token_hex(4)}"
+    administer(maintenance, f"CREATE DATABASE {name} TEMPLATE {good.database_url.rsplit('/', 1)[1]}")
     witness = copytree(good.witness, tmp_path / "witness")
     yield replace(good, database_url=servers.database_url(name), witness=witness)
-    administer(everywhere, f"DROP DATABASE {name}")
+    administer(maintenance, f"DROP DATABASE {name}")
 
 
 @pytest.fixture
-def mended(good: World) -> Iterator[None]:
-    """The bucket is put in order afterwards."""
+def restored_bucket(good: World) -> Iterator[None]:
+    """Restore the bucket's objects after the test."""
     before = good.objects()
     yield
     after = good.objects()
@@ -323,7 +324,7 @@ def administer(url: str, statement: str) -> None:
 
 
 def history(bind: Engine, folder: Path) -> dict[str, str]:
-    """A tenant's jobs, one of every fate; `won` crashes, is preempted and paused on its way."""
+    """Create a tenant's jobs, one per outcome; `won` crashes, is preempted and is paused before it succeeds."""
     with session_scope(bind) as session:
         tenant = ensure_tenant(session, "acme")
         data = File(
@@ -336,32 +337,32 @@ def history(bind: Engine, folder: Path) -> dict[str, str]:
         )  # fmt: skip
         session.add_all([data, base])
     ids = {"tenant": tenant.id}
-    for fate in ("won", "invalid", "poison", "cancelled", "dry", "paused"):
-        body = JobCreate(model="tiny", training_file="file-data", dry_run=fate == "dry")
+    for outcome in ("won", "invalid", "poison", "cancelled", "dry", "paused"):
+        body = JobCreate(model="tiny", training_file="file-data", dry_run=outcome == "dry")
         with session_scope(bind) as session:
-            key = {"won": "k"}.get(fate)
-            ids[fate] = jobs.submit(session, tenant.id, body, idempotency_key=key)[0].id
-        if fate == "cancelled":
-            ask(bind, ids, fate, Desired.CANCEL)
+            key = {"won": "k"}.get(outcome)
+            ids[outcome] = jobs.submit(session, tenant.id, body, idempotency_key=key)[0].id
+        if outcome == "cancelled":
+            ask(bind, ids, outcome, Desired.CANCEL)
             continue
         claim(bind, Queue.PREPARE)
         with session_scope(bind) as session:
-            if fate == "invalid":
-                assert attempts.fail(session, ids[fate], 1, OOPS)
+            if outcome == "invalid":
+                assert attempts.failed(session, ids[outcome], 1, OOPS)
             else:
-                assert attempts.finish_planning(session, ids[fate], 1, PLAN)
-        if fate == "won":
+                assert attempts.planned(session, ids[outcome], 1, PLAN)
+        if outcome == "won":
             ids["result"] = win(bind, ids, folder)
-        elif fate == "poison":
+        elif outcome == "poison":
             for _ in range(MAX_CRASHES):
                 crash(bind, claim(bind, Queue.TRAIN))
-        elif fate == "paused":
-            ask(bind, ids, fate, Desired.PAUSE)
+        elif outcome == "paused":
+            ask(bind, ids, outcome, Desired.PAUSE)
     return ids
 
 
 def win(bind: Engine, ids: dict[str, str], folder: Path) -> str:
-    """Six steps in four attempts; returns the id of the result file."""
+    """Train six steps in four attempts; returns the id of the result file."""
     won, weights = ids["won"], folder / "files"
     weights.mkdir()
     (folder / "witness").mkdir()
@@ -388,8 +389,8 @@ def win(bind: Engine, ids: dict[str, str], folder: Path) -> str:
     for step in (5, 6):
         checkpoint(bind, last, step, weights)
     with session_scope(bind) as session:
-        gone = checkpoints.drop_checkpoints(session, won, last.lease_epoch, keep=3)
-    assert [storage.delete_prefix(prefix) for prefix in gone] == [2]
+        dropped = checkpoints.drop_checkpoints(session, won, last.lease_epoch, keep=3)
+    assert [storage.delete_prefix(prefix) for prefix in dropped] == [2]
     return publish(bind, last, weights)
 
 
@@ -416,31 +417,31 @@ def publish(bind: Engine, last: Job, weights: Path) -> str:
 
 def claim(bind: Engine, queue: Queue) -> Job:
     with session_scope(bind) as session:
-        taken = claims.claim(session, queue, owner="worker", lease_seconds=60)
-    assert taken is not None
-    return taken
+        claimed = claims.claim(session, queue, owner="worker", lease_seconds=60)
+    assert claimed is not None
+    return claimed
 
 
-def ask(bind: Engine, ids: dict[str, str], fate: str, desired: Desired) -> None:
+def ask(bind: Engine, ids: dict[str, str], outcome: str, desired: Desired) -> None:
     with session_scope(bind) as session:
-        jobs.set_desired_state(session, ids["tenant"], ids[fate], desired)
+        jobs.set_desired_state(session, ids["tenant"], ids[outcome], desired)
 
 
-def train(bind: Engine, held: Job, steps: list[int]) -> None:
+def train(bind: Engine, leased: Job, steps: list[int]) -> None:
     batch = [Metrics(step=step, total_steps=STEPS, train_loss=1.0) for step in steps]
     with session_scope(bind) as session:
-        assert attempts.record_metrics(session, held.id, held.lease_epoch, batch, {})
+        assert attempts.record(session, leased.id, leased.lease_epoch, batch, {})
 
 
-def checkpoint(bind: Engine, held: Job, step: int, weights: Path) -> None:
-    prefix = f"checkpoints/{held.tenant_id}/{held.id}/{held.lease_epoch}/{step}/"
+def checkpoint(bind: Engine, leased: Job, step: int, weights: Path) -> None:
+    prefix = f"checkpoints/{leased.tenant_id}/{leased.id}/{leased.lease_epoch}/{step}/"
     files, metrics = storage.put_folder(prefix, weights), Metrics(step=step, total_steps=STEPS, train_loss=1.0)
     with session_scope(bind) as session:
-        assert attempts.add_checkpoint(
-            session, held.id, held.lease_epoch, step=step, prefix=prefix, files=files, metrics=metrics
+        assert attempts.checkpointed(
+            session, leased.id, leased.lease_epoch, step=step, prefix=prefix, files=files, metrics=metrics
         )
 
 
-def crash(bind: Engine, held: Job) -> None:
+def crash(bind: Engine, leased: Job) -> None:
     with session_scope(bind) as session:
-        assert attempts.crash(session, held.id, held.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)
+        assert attempts.crashed(session, leased.id, leased.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)

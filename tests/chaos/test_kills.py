@@ -1,6 +1,6 @@
-"""kill -9 of everything of ours at random moments, SIGTERM at random steps: what it costs, and that nothing is lost.
+"""kill -9 of our processes at random moments, and SIGTERM at random steps: nothing is lost, and the cost is measured.
 
-Servers stay up here. The seeds are fixed, so that a run can be repeated as far as a scheduler allows.
+Servers stay up here. The seeds are fixed, so that a run can be repeated as far as the kernel's scheduler allows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tests.chaos.servers import Servers, until
 
 KILLS = {"trainer": 100, "slot": 65, "main": 20, "api": 20}
 SOAK_KILLS = {"trainer": 450, "slot": 400, "main": 100, "api": 100}
-#: Kills that one job may meet: its back-off doubles with each crash, and the storm shall reach many jobs.
+#: Most kills of one job: its back-off doubles with each crash, and the kills should reach many jobs.
 MOST_KILLS = 5
 LONGEST_RECOVERY = float(SHORT["MILLINER_LEASE_SECONDS"]) + float(SHORT["MILLINER_SWEEP_SECONDS"]) + 5.0
 LONGEST_DRAIN = 25.0
 
 
 class Line(NamedTuple):
-    """One line of a witness."""
+    """One witness line."""
 
     epoch: int
     step: int
@@ -39,22 +39,22 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, when, and which attempts went with it (job → epoch)."""
+    """What was killed, when, and which attempts it ended (job → epoch)."""
 
     kind: str
     at: float
     attempts: dict[str, int]
 
 
-def test_kills_at_random_moments_cost_steps_and_nothing_else(
+def test_random_kills_lose_no_job(
     fleet: Callable[..., Fleet], servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Trainers, slots, Celery mains and the API are killed while jobs come and go."""
+    """Trainers, slots, Celery mains and the API are killed while jobs are submitted and run."""
     ours = fleet(servers, workers=2, slots=4, settings={"MILLINER_CRASH_BACKOFF_SECONDS": "0.001"})
     chance, kills, began = random.Random(3), list[Kill](), time.monotonic()
     planned = [kind for kind, count in size(KILLS, SOAK_KILLS).items() for _ in range(count)]
     chance.shuffle(planned)
-    with jobs_coming(ours, chance, at_once=9):
+    with steady_jobs(ours, chance, at_once=9):
         for kind in planned:
             kills.append(one_kill(ours, kind, chance, kills))
     storm_seconds = time.monotonic() - began
@@ -78,21 +78,21 @@ def test_kills_at_random_moments_cost_steps_and_nothing_else(
     )
     assert found.overlaps == 0
     assert compared == found.jobs
-    share = size(0.5, 0.95)  # a CI machine may be busy with other things
+    share = size(0.5, 0.95)  # a CI machine may be busy
     assert percentile(recoveries["trainer"] + recoveries["slot"], share) <= LONGEST_RECOVERY
 
 
-def test_a_worker_that_is_asked_to_end_loses_no_step(
+def test_a_drained_worker_loses_no_step(
     fleet: Callable[..., Fleet], servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """SIGTERM at random steps: exit code 0 in time, and every job goes on with the very next step."""
+    """SIGTERM at random steps: exit code 0 in time, and every job continues with its next step."""
     ours = fleet(servers, workers=2, slots=3)
 
     def drain(name: str) -> list[float]:
         chance = random.Random(name)
         return [one_drain(ours, name, chance) for _ in range(size(8, 50))]
 
-    with jobs_coming(ours, random.Random(4), at_once=6, step_ms=60), ThreadPoolExecutor() as pool:
+    with steady_jobs(ours, random.Random(4), at_once=6, step_ms=60), ThreadPoolExecutor() as pool:
         drains = [seconds for each in pool.map(drain, ["train-0", "train-1"]) for seconds in each]
     ours.settle()
     found, compared = ours.check(), ours.check_adapters()
@@ -114,8 +114,8 @@ def test_a_worker_that_is_asked_to_end_loses_no_step(
 
 
 @contextmanager
-def jobs_coming(fleet: Fleet, chance: random.Random, *, at_once: int, step_ms: int = 40) -> Iterator[None]:
-    """While the block lasts, so many jobs of 20 to 60 steps are under way."""
+def steady_jobs(fleet: Fleet, chance: random.Random, *, at_once: int, step_ms: int = 40) -> Iterator[None]:
+    """Keep `at_once` jobs of 20 to 60 steps unfinished while the block lasts."""
     over, lengths = Event(), random.Random(chance.random())
 
     def feed() -> None:
@@ -134,37 +134,38 @@ def jobs_coming(fleet: Fleet, chance: random.Random, *, at_once: int, step_ms: i
 
 
 def one_kill(fleet: Fleet, kind: str, chance: random.Random, before: list[Kill]) -> Kill:
-    """Kill one of that kind, in a while.
+    """Kill one process of a kind after a short random time.
 
-    A trainer, or the slot of one, has taken up to nine steps by then, or is just starting. A main is killed while the
-    others live: with all of them dead, what is measured would be the time that Celery takes to start.
+    A trainer (or its slot) has then begun zero to nine steps. A Celery main is killed only while all others run:
+    otherwise the test would measure how long Celery takes to start.
     """
     time.sleep(chance.uniform(0.02, 0.3))
-    met = Counter(job for each in before for job in each.attempts)
+    kills_of = Counter(job for each in before for job in each.attempts)
     steps, pick = chance.randint(0, 9), chance.random()
     while True:
-        seen = fleet.look()
-        fair = [t for t in seen.trainers if met[t.job] < MOST_KILLS and fleet.steps_of(t) >= steps]
-        whole = {"api", *(slot.program for slot in seen.slots)} == set(fleet.env)
+        now_running = fleet.processes()
+        candidates = [t for t in now_running.trainers if kills_of[t.job] < MOST_KILLS and fleet.steps_of(t) >= steps]
+        all_running = {"api", *(slot.program for slot in now_running.slots)} == set(fleet.env)
         pids = {
             "api": [fleet.main("api")],
-            "main": list(seen.mains.values()) if whole else [],
-            "slot": [trainer.slot for trainer in fair],
-            "trainer": [trainer.pid for trainer in fair],
+            "main": list(now_running.mains.values()) if all_running else [],
+            "slot": [trainer.slot for trainer in candidates],
+            "trainer": [trainer.pid for trainer in candidates],
         }[kind]
         victim, at = sorted(pids)[int(pick * len(pids))] if pids else None, now()
         if victim is not None and kill(victim):
-            slots = {slot.pid for slot in seen.slots if victim in (slot.pid, seen.mains.get(slot.program))}
-            return Kill(kind, at, {t.job: t.epoch for t in seen.trainers if t.pid == victim or t.slot in slots})
+            mains = now_running.mains
+            slots = {slot.pid for slot in now_running.slots if victim in (slot.pid, mains.get(slot.program))}
+            return Kill(kind, at, {t.job: t.epoch for t in now_running.trainers if t.pid == victim or t.slot in slots})
         time.sleep(0.05)
 
 
 def one_drain(fleet: Fleet, name: str, chance: random.Random) -> float:
-    """SIGTERM to a worker that trains, at some step; returns the seconds until it has ended well."""
+    """Send SIGTERM to a training worker at a random step; returns the seconds until it exited with 0."""
 
     def trains() -> bool:
-        seen = fleet.look()
-        mine = {slot.pid for slot in seen.slots if slot.program == name}
+        now_running = fleet.processes()
+        mine = {slot.pid for slot in now_running.slots if slot.program == name}
         return any(trainer.slot in mine for trainer in fleet.training())
 
     until(trains, f"{name} trains")
@@ -176,10 +177,10 @@ def one_drain(fleet: Fleet, name: str, chance: random.Random) -> float:
 
 
 def recovered(fleet: Fleet, kills: list[Kill]) -> dict[str, list[float]]:
-    """Seconds from a kill to the next step of each job that it interrupted, by kind.
+    """Seconds from a kill to the next step of each job that it interrupted, by kind of kill.
 
-    A job that was killed again before it got there counts from the later kill. One with no step left does not count,
-    nor does one that had no step yet: it waits for its turn.
+    If a job was killed again before that step, only the later kill counts. Jobs without a remaining step are left out.
+    So are jobs without a step before the kill, because they wait for their turn.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for job in fleet.accepted:
@@ -196,8 +197,8 @@ def recovered(fleet: Fleet, kills: list[Kill]) -> dict[str, list[float]]:
 
 
 def witness(fleet: Fleet, job: str) -> list[Line]:
-    """Every step that any attempt began, in the order of the file, which is that of time."""
-    rows = [line.split() for line in fleet.said(job).splitlines()]
+    """Every step that any attempt began, in file order, which must also be the order of time."""
+    rows = [line.split() for line in fleet.witness_of(job).splitlines()]
     lines = [Line(int(epoch), int(step), float(at)) for epoch, step, _, at in rows]
     assert all(a.at <= b.at for a, b in pairwise(lines))
     return lines

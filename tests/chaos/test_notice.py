@@ -1,4 +1,4 @@
-"""A machine that is told that it will be taken away: its worker drains, and the job goes on elsewhere."""
+"""A machine gets a preemption notice: its worker drains, and another worker continues the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_spot_notice_drains_the_worker(fleet: Callable[..., Fleet], servers: S
     ours.wait_ready()
     ours.submit(2, max_steps=150, save_every=1000, step_ms=30)
     until(lambda: len(ours.training()) == 2, "both train")
-    ours.held_down.add("train-0")
+    ours.kept_down.add("train-0")
     notice.touch()
     assert ours.crew.process("train-0").wait(25) == 0
     ours.settle()

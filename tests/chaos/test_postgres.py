@@ -1,8 +1,8 @@
-"""Postgres restarted, killed, down for longer than a lease, or out of one worker's reach.
+"""Postgres is restarted, killed, down for longer than a lease, or unreachable for one worker.
 
-An outage freezes trainers at the most and restarts none, whoever is cut off alone loses his jobs before he can harm
-them, and what was answered with 200 is there. The servers are this file's own, and so is the fleet, which all tests
-share: three workers reach Postgres through proxies, the fourth is always well.
+An outage may freeze trainers but restarts none. A worker that alone is cut off loses its jobs, and its trainer stops
+before that. A job that was answered with 200 exists. The tests of this file share one fleet, on servers of their own.
+Three of its workers reach Postgres through proxies; the fourth is always connected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LONG = {"MILLINER_LEASE_SECONDS": "20", "MILLINER_FENCE_SECONDS": "15"}
 
 
 class Cut(NamedTuple):
-    """An attempt whose worker was cut off: its last lease ends at `lease_ends`, on the clock of the witness."""
+    """An attempt whose worker was cut off. Its lease ends at `lease_ends`, on the clock of the witness lines."""
 
     program: str
     trainer: Trainer
@@ -47,24 +47,24 @@ def shared(own_servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def ours(shared: Fleet, own_servers: Servers) -> Iterator[Fleet]:
-    """The fleet; all that a failed test has left broken is mended for the next one."""
+    """The shared fleet. Whatever a failed test has left broken is repaired for the next test."""
     yield shared
     if own_servers.crew.process("postgres").poll() is not None:
         own_servers.start_again("postgres")
     for proxy in shared.proxies.values():
         proxy.heal()
-    for name in tuple(shared.held_down):
-        shared.let_up(name)
+    for name in tuple(shared.kept_down):
+        shared.bring_up(name)
 
 
 def test_restarts_of_postgres_restart_no_trainer(
     ours: Fleet, own_servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Stopped and started as an operator would, while long jobs train and short ones are submitted."""
-    chance, mains, outages = random.Random(6), ours.look().mains, list[float]()
-    told = words(own_servers, "received fast shutdown request")
+    """Postgres is restarted as an operator would, while long jobs train and short ones are submitted."""
+    chance, mains, outages = random.Random(6), ours.processes().mains, list[float]()
+    before = count_in_log(own_servers, "received fast shutdown request")
     jobs = ours.submit(5, step_ms=size(50, 200), max_steps=size(300, 4200), save_every=size(50, 500))
-    until(lambda: all(map(ours.said, jobs)), "the long jobs train")
+    until(lambda: all(map(ours.witness_of, jobs)), "the long jobs train")
     for _ in range(size(3, 27)):
         with ThreadPoolExecutor() as pool:
             submits, began = pool.submit(ours.submit, 2, step_ms=5), time.monotonic()
@@ -73,27 +73,27 @@ def test_restarts_of_postgres_restart_no_trainer(
             outages.append(time.monotonic() - began)
             submits.result()
         time.sleep(chance.uniform(*size((1, 2), (5, 40))))
-    assert set(jobs) & set(ours.unfinished()), "the long jobs were too short to live through it"
+    assert set(jobs) & set(ours.unfinished()), "the long jobs ended before the last restart"
     succeed(ours)
     figures(
         {
-            "restarts": words(own_servers, "received fast shutdown request") - told,
+            "restarts": count_in_log(own_servers, "received fast shutdown request") - before,
             "outage_seconds": {"longest": round(max(outages), 1), "mean": round(sum(outages) / len(outages), 1)},
             "renewals_missed": logged(ours, "lease.renewal_failed"),
             **ours.check()._asdict() | {"steps_repeated": 0},
         }
     )
     assert ours.restarted(jobs) == []
-    assert words(own_servers, "received fast shutdown request") - told == len(outages)
-    assert ours.look().mains == mains
+    assert count_in_log(own_servers, "received fast shutdown request") - before == len(outages)
+    assert ours.processes().mains == mains
 
 
-def test_postgres_dies_amid_submits_and_publishing(
+def test_postgres_killed_during_submits_and_publishing_loses_no_job(
     ours: Fleet, own_servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Immediate shutdown and kill -9: what was answered is there, once, and it all succeeds."""
+    """Immediate shutdown and kill -9: every answered job exists once and succeeds."""
     recovered, refused = "automatic recovery in progress", served(ours, 503)
-    before, deaths = words(own_servers, recovered), [signal.SIGQUIT, signal.SIGKILL] * size(2, 25)
+    before, deaths = count_in_log(own_servers, recovered), [signal.SIGQUIT, signal.SIGKILL] * size(2, 25)
     for number in deaths:
         ours.submit(4, step_ms=5, max_steps=10)
         until(lambda: publishing(ours) > 0, "a job is being published")
@@ -112,29 +112,29 @@ def test_postgres_dies_amid_submits_and_publishing(
             "adapters_compared": compared,
         }
     )
-    assert words(own_servers, recovered) - before == len(deaths)
+    assert count_in_log(own_servers, recovered) - before == len(deaths)
     assert served(ours, 503) > refused
     assert found.overlaps == 0
     assert compared == found.jobs
 
 
-def test_an_outage_longer_than_the_lease_freezes_and_restarts_nothing(
+def test_an_outage_longer_than_the_lease_only_freezes_trainers(
     ours: Fleet, own_servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Every lease has run out when Postgres is back, and everybody is given the time to renew it."""
+    """Every lease has expired when Postgres is back, but workers get the time to renew first."""
     seconds = size(1.6 * LEASE, 60.0)
     jobs = ours.submit(4, step_ms=50, max_steps=220)
-    until(lambda: all(map(ours.said, jobs)), "the jobs train")
+    until(lambda: all(map(ours.witness_of, jobs)), "the jobs train")
     trainers = ours.training()
     assert len(trainers) == len(jobs)
     with down(own_servers):
         began = time.monotonic()
-        until(lambda: {state_of(trainer.pid) for trainer in trainers} == {"T"}, "all trainers stand still")
-        frozen, steps = time.monotonic(), [ours.said(job) for job in jobs]
+        until(lambda: {state_of(trainer.pid) for trainer in trainers} == {"T"}, "all trainers are frozen")
+        frozen, steps = time.monotonic(), [ours.witness_of(job) for job in jobs]
         until(lambda: time.monotonic() > began + seconds, "the outage has lasted", seconds=2 * seconds)
-        assert [ours.said(job) for job in jobs] == steps
+        assert [ours.witness_of(job) for job in jobs] == steps
     back = time.monotonic()
-    until(lambda: all(ours.said(job) != was for job, was in zip(jobs, steps, strict=True)), "all train again")
+    until(lambda: all(ours.witness_of(job) != was for job, was in zip(jobs, steps, strict=True)), "all train again")
     again = time.monotonic()
     succeed(ours)
     found = ours.check()
@@ -151,10 +151,10 @@ def test_an_outage_longer_than_the_lease_freezes_and_restarts_nothing(
     assert ours.restarted(jobs) == []
 
 
-def test_workers_that_are_cut_off_alone_lose_their_jobs_and_harm_none(
+def test_workers_that_are_cut_off_lose_their_jobs_without_overlap(
     ours: Fleet, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Three workers at once: in silence, unheard, and refused; the fourth takes back and finishes what was theirs."""
+    """Three workers are cut off at once by different faults; the fourth requeues and finishes their jobs."""
     pids = {name: ours.main(name) for name in CUTS}
     rounds = [one_cut(ours) for _ in range(size(1, 10))]
     ours.submit(6)
@@ -177,15 +177,15 @@ def test_workers_that_are_cut_off_alone_lose_their_jobs_and_harm_none(
     assert {name: ours.main(name) for name in pids} == pids
 
 
-def test_a_slow_way_to_postgres_restarts_nothing(
+def test_a_slow_connection_to_postgres_restarts_nothing(
     ours: Fleet, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """300 ms each way (half of that in CI): a transaction takes seconds. The lease is longer, yet below the default.
+    """300 ms each way (half of that in CI): a transaction takes seconds. The lease is longer, but below the default.
 
-    The slow worker is the only one: any other would be quicker to take the jobs.
+    The slow worker is the only one, because any other would claim the jobs first.
     """
-    for name in ours.look().mains.keys() - {"prepare", "train-0"}:
-        ours.hold_down(name)
+    for name in ours.processes().mains.keys() - {"prepare", "train-0"}:
+        ours.keep_down(name)
     ours.relaunch("train-0", **LONG)
     proxy, began = ours.proxies["train-0", "postgres"], now()
     before = proxy.faults["latency"]
@@ -206,31 +206,33 @@ def test_a_slow_way_to_postgres_restarts_nothing(
 
 
 def one_cut(ours: Fleet) -> tuple[float, float]:
-    """Cut off three workers that train; seconds until their trainers stand still, and until all jobs are done.
+    """Cut off three training workers; returns the seconds until their trainers are frozen, and until all jobs are done.
 
-    The fourth comes up only then, so that the jobs are sure to be with the others before.
+    The fourth worker starts only after the cut, so that the three have the jobs.
     """
-    ours.hold_down(HEALTHY)
+    ours.keep_down(HEALTHY)
     submit_until(ours, lambda: len(victims(ours)) == len(CUTS), step_ms=50, max_steps=200)
     began, chosen = now(), victims(ours)
     for name, fault in CUTS.items():
         getattr(ours.proxies[name, "postgres"], fault)()
-    ours.let_up(HEALTHY)
+    ours.bring_up(HEALTHY)
     cuts = [Cut(name, trainer, lease_end(ours, trainer)) for name, trainer in chosen.items()]
     assert len(cuts) == len(CUTS)
-    until(lambda: all(state_of(cut.trainer.pid) == "T" for cut in cuts), "their trainers stand still")
+    until(lambda: all(state_of(cut.trainer.pid) == "T" for cut in cuts), "their trainers are frozen")
     frozen_at = now()
     succeed(ours)
     finished_at = now()
-    assert all(state_of(cut.trainer.pid) == "T" for cut in cuts), "they cannot know yet that they are replaced"
-    told = [everything(ours, cut.trainer.job) for cut in cuts]
+    assert all(state_of(cut.trainer.pid) == "T" for cut in cuts), (
+        "a trainer continued although its worker cannot know yet that it was replaced"
+    )
+    before = [rows_of(ours, cut.trainer.job) for cut in cuts]
     for name in CUTS:
         ours.proxies[name, "postgres"].heal()
     until(lambda: all(state_of(cut.trainer.pid) == "X" for cut in cuts), "the zombies are killed")
-    until(lambda: all(has_left(ours, cut) for cut in cuts), "their attempts have ended")
-    assert [everything(ours, cut.trainer.job) for cut in cuts] == told
+    until(lambda: all(has_ended(ours, cut) for cut in cuts), "their attempts have ended")
+    assert [rows_of(ours, cut.trainer.job) for cut in cuts] == before
     for cut in cuts:
-        lines = [line.split() for line in ours.said(cut.trainer.job).splitlines()]
+        lines = [line.split() for line in ours.witness_of(cut.trainer.job).splitlines()]
         assert max(float(at) for epoch, _, _, at in lines if int(epoch) == cut.trainer.epoch) < cut.lease_ends
     jobs = [cut.trainer.job for cut in cuts]
     assert ours.restarted(jobs) == jobs
@@ -239,7 +241,7 @@ def one_cut(ours: Fleet) -> tuple[float, float]:
 
 @contextmanager
 def down(servers: Servers, number: signal.Signals | None = None) -> Iterator[None]:
-    """No Postgres inside the block. `number` kills it; without one it is stopped as its operator would ("fast")."""
+    """Postgres is down inside the block. `number` is the signal that ends it; without one it gets a fast shutdown."""
     if number is signal.SIGKILL:
         servers.freeze("postgres")  # so that none of its processes survives the postmaster
         servers.kill("postgres")
@@ -250,24 +252,24 @@ def down(servers: Servers, number: signal.Signals | None = None) -> Iterator[Non
     servers.start_again("postgres")
 
 
-def submit_until(ours: Fleet, holds: Callable[[], bool], **trainer: Any) -> None:
-    """Submit four jobs, and then one after the other, until it holds."""
+def submit_until(ours: Fleet, condition: Callable[[], bool], **trainer: Any) -> None:
+    """Submit four jobs, then one at a time, until `condition()` is true."""
     jobs = ours.submit(4, **trainer)
-    until(lambda: all(map(ours.said, jobs)) or holds(), "the jobs train")
-    while not holds():
+    until(lambda: all(map(ours.witness_of, jobs)) or condition(), "the jobs train")
+    while not condition():
         jobs.extend(ours.submit(1, **trainer))
-        until(lambda: ours.said(jobs[-1]).count("\n") > 10 or holds(), "the job trains")
+        until(lambda: ours.witness_of(jobs[-1]).count("\n") > 10 or condition(), "the job trains")
 
 
 def trainers_of(ours: Fleet, name: str) -> list[Trainer]:
-    """The trainers of one worker, those that dataset readers have started included."""
-    seen = ours.look()
+    """The trainers of one worker, including those that prepare datasets."""
+    seen = ours.processes()
     mine = {slot.pid for slot in seen.slots if slot.program == name}
     return [trainer for trainer in seen.trainers if trainer.slot in mine]
 
 
 def victims(ours: Fleet) -> dict[str, Trainer]:
-    """For each worker that can be cut off, a trainer with a checkpoint and much to do, if it has one."""
+    """For each worker that can be cut off: a trainer with a checkpoint and many steps left, if it has one."""
     return {name: t for name in CUTS for t in trainers_of(ours, name) if 11 <= ours.steps_of(t) <= 120}
 
 
@@ -277,7 +279,7 @@ def lease_end(ours: Fleet, trainer: Trainer) -> float:
     return now() + float(seconds)
 
 
-def everything(ours: Fleet, job: str) -> list[tuple[Any, ...]]:
+def rows_of(ours: Fleet, job: str) -> list[tuple[Any, ...]]:
     """Every row that a worker could write about a job."""
     tables = {
         "jobs": "id",
@@ -293,13 +295,13 @@ def everything(ours: Fleet, job: str) -> list[tuple[Any, ...]]:
     ]
 
 
-def has_left(ours: Fleet, cut: Cut) -> bool:
+def has_ended(ours: Fleet, cut: Cut) -> bool:
     lines = ours.crew.log(cut.program).read_text().splitlines()
     return any('"attempt.abandoned"' in line and cut.trainer.job in line for line in lines)
 
 
 def succeed(ours: Fleet, *, seconds: float = 240) -> None:
-    """All that was accepted, and nothing beside it, ends well."""
+    """Wait until all accepted jobs have succeeded; there must be no other jobs."""
     ours.settle(seconds)
     assert ours.states() == dict.fromkeys(ours.accepted, "succeeded")
 
@@ -308,16 +310,16 @@ def publishing(ours: Fleet) -> int:
     return int(ours.sql("SELECT count(*) FROM jobs WHERE phase = 'publishing'")[0][0])
 
 
-def words(servers: Servers, said: str) -> int:
-    """How often Postgres has said it."""
-    return servers.crew.log("postgres").read_text().count(said)
+def count_in_log(servers: Servers, text: str) -> int:
+    """How often Postgres's log contains a text."""
+    return servers.crew.log("postgres").read_text().count(text)
 
 
 def logged(ours: Fleet, event: str) -> int:
-    """How often any worker has logged this event."""
-    return sum(ours.crew.log(name).read_text().count(f'"{event}"') for name in ours.look().mains)
+    """How often workers have logged an event."""
+    return sum(ours.crew.log(name).read_text().count(f'"{event}"') for name in ours.processes().mains)
 
 
 def served(ours: Fleet, status: int) -> int:
-    """How many requests the API has answered so."""
+    """How many requests the API has answered with a status."""
     return len(re.findall(rf'"status": {status}\b', ours.crew.log("api").read_text()))

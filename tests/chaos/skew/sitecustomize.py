@@ -1,9 +1,9 @@
-"""Imported by Python itself before anything else, where this folder is on PYTHONPATH: a wall clock that is wrong."""
+"""Shift Python's wall clock by SKEW_SECONDS. Python imports this module first if this folder is on PYTHONPATH."""
 
 from __future__ import annotations
 
 import os
 import time
 
-_right = time.time
-time.time = lambda: _right() + float(os.environ["SKEW_SECONDS"])
+_correct = time.time
+time.time = lambda: _correct() + float(os.environ["SKEW_SECONDS"])

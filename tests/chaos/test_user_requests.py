@@ -1,4 +1,4 @@
-"""Cancel, pause and resume, raced with each other and with kill -9: what was answered is what happens."""
+"""Cancel, pause and resume concurrently with each other and with kill -9: every accepted request takes effect."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from tests.chaos.servers import Servers, until
 ENDED = {"succeeded", "failed", "cancelled"}
 
 
-def test_wishes_race_with_kills_and_none_is_lost(
+def test_accepted_requests_take_effect_during_kills(
     fleet: Callable[..., Fleet], servers: Servers, size: Callable[..., Any], figures: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A cancel that was answered ends in `cancelled`; a job that nobody cancelled is resumed and succeeds."""
+    """A job with an accepted cancel ends as `cancelled`; every other job is resumed and succeeds."""
     ours = fleet(servers, workers=2, slots=3)
-    wishes, chance = size(100, 1000), random.Random(11)
+    requests, chance = size(100, 1000), random.Random(11)
     client = ours.client.with_options(max_retries=5)
     cancelled: set[str] = set()
     asked = {"cancel": 0, "pause": 0, "resume": 0}
     refused = kills = 0
-    while sum(asked.values()) < wishes:
+    while sum(asked.values()) < requests:
         if len(ours.unfinished()) < 8:
             ours.submit(6, step_ms=chance.choice([2, 20, 60]))
         job = chance.choice(ours.unfinished() or ours.accepted)
-        wish = chance.choices(["cancel", "pause", "resume"], weights=[1, 5, 5])[0]
+        action = chance.choices(["cancel", "pause", "resume"], weights=[1, 5, 5])[0]
         try:
-            getattr(client.fine_tuning.jobs, wish)(job)
+            getattr(client.fine_tuning.jobs, action)(job)
         except openai.ConflictError:
             refused += 1
         else:
-            asked[wish] += 1
-            if wish == "cancel":
+            asked[action] += 1
+            if action == "cancel":
                 cancelled.add(job)
         if chance.random() < 0.15:
-            trainers = ours.look().trainers
+            trainers = ours.processes().trainers
             if trainers:
                 victim = chance.choice(trainers)
                 kills += kill(chance.choice([victim.pid, victim.slot]))
@@ -60,17 +60,17 @@ def test_wishes_race_with_kills_and_none_is_lost(
 
 
 def test_a_paused_job_frees_its_slot_and_keeps_its_steps(fleet: Callable[..., Fleet], servers: Servers) -> None:
-    """One slot in all: the second job runs while the first is paused, which then goes on where it was."""
+    """With one slot, a second job runs while the first is paused. The first then continues at its next step."""
     ours = fleet(servers, workers=1, slots=1)
     [first] = ours.submit(max_steps=200, save_every=100, step_ms=20)
-    until(lambda: len(ours.said(first).splitlines()) > 5, "the first job trains")
+    until(lambda: len(ours.witness_of(first).splitlines()) > 5, "the first job trains")
     ours.client.fine_tuning.jobs.pause(first)
     until(lambda: ours.states()[first] == "paused", "the first job is paused")
     [second] = ours.submit(max_steps=3)
     until(lambda: ours.states()[second] == "succeeded", "the second job has had the slot")
     ours.client.fine_tuning.jobs.resume(first)
     ours.settle()
-    steps = [int(line.split()[1]) for line in ours.said(first).splitlines()]
+    steps = [int(line.split()[1]) for line in ours.witness_of(first).splitlines()]
     assert steps == list(range(1, 201))
     ours.check()
     ours.check_adapters()
