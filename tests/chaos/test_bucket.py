@@ -212,7 +212,7 @@ def test_a_permanently_damaged_checkpoint_is_replaced_by_the_previous_one(ours: 
     at = next(
         i
         for i, line in enumerate(messages)
-        if line.startswith(f"Checkpoint of step {broken} is broken, going one back")
+        if line.startswith(f"Checkpoint of step {broken} is damaged; trying the one before it")
     )
     assert messages[at + 1] == f"Resuming from the checkpoint of step {good}"
     assert ours.states()[job] == "succeeded"

@@ -348,9 +348,9 @@ def history(bind: Engine, folder: Path) -> dict[str, str]:
         claim(bind, Queue.PREPARE)
         with session_scope(bind) as session:
             if outcome == "invalid":
-                assert attempts.failed(session, ids[outcome], 1, OOPS)
+                assert attempts.fail(session, ids[outcome], 1, OOPS)
             else:
-                assert attempts.planned(session, ids[outcome], 1, PLAN)
+                assert attempts.finish_planning(session, ids[outcome], 1, PLAN)
         if outcome == "won":
             ids["result"] = win(bind, ids, folder)
         elif outcome == "poison":
@@ -430,18 +430,18 @@ def ask(bind: Engine, ids: dict[str, str], outcome: str, desired: Desired) -> No
 def train(bind: Engine, leased: Job, steps: list[int]) -> None:
     batch = [Metrics(step=step, total_steps=STEPS, train_loss=1.0) for step in steps]
     with session_scope(bind) as session:
-        assert attempts.record(session, leased.id, leased.lease_epoch, batch, {})
+        assert attempts.record_metrics(session, leased.id, leased.lease_epoch, batch, {})
 
 
 def checkpoint(bind: Engine, leased: Job, step: int, weights: Path) -> None:
     prefix = f"checkpoints/{leased.tenant_id}/{leased.id}/{leased.lease_epoch}/{step}/"
     files, metrics = storage.put_folder(prefix, weights), Metrics(step=step, total_steps=STEPS, train_loss=1.0)
     with session_scope(bind) as session:
-        assert attempts.checkpointed(
+        assert attempts.add_checkpoint(
             session, leased.id, leased.lease_epoch, step=step, prefix=prefix, files=files, metrics=metrics
         )
 
 
 def crash(bind: Engine, leased: Job) -> None:
     with session_scope(bind) as session:
-        assert attempts.crashed(session, leased.id, leased.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)
+        assert attempts.crash(session, leased.id, leased.lease_epoch, OOPS, backoff=0.0, max_crashes=MAX_CRASHES)

@@ -237,6 +237,10 @@ def test_a_resumed_child_does_nothing_before_it_receives_a_new_alive(
         child.send(Stop(job="h"))
         while not isinstance(next_event(child), Stopped):
             pass
+        # The child may freeze once more until it is done with this job. Awake for the next one, it freezes no more.
+        child.send(Prepare(job="i", task=make_task(str(tmp_path / "missing.jsonl"))))
+        while not isinstance(next_event(child), Failed):
+            pass
 
 
 @pytest.mark.parametrize(("interval", "emitted"), [(0.0, True), (3600.0, False)])
