@@ -70,7 +70,7 @@ def micro_batches(
 
     Together, the micro-batches of one turn have at most `micro_batch` examples, or with packing as many tokens as
     `micro_batch` rows of `row` tokens. All are as equal as possible: a last one with a row or two would take nearly as
-    much time, and the others would need more memory; and a lane waits for the slowest one beside it. The documents of
+    much time, and the others would need more memory; and a lane waits for the slowest one of its turn. The documents of
     an example stay in one micro-batch.
     """
     ordered, most = sorted(examples, key=lambda e: (-len(e), e.line)), micro_batch // lanes

@@ -80,32 +80,40 @@ def refusal(config: PretrainedConfig) -> str | None:
     scaling = rope.get("rope_type", "default")
     rotary = rope.get("partial_rotary_factor") or 1.0
     scalar = getattr(config, "query_pre_attn_scalar", None)
-    objections = {
-        f"the activation {activation!r}; llama.cpp's {form.name} has {form.activation!r}": activation
-        != form.activation,
-        f"rotary positions scaled by {scaling!r}; supported: default, linear, llama3": scaling
-        not in ("default", "linear", "llama3"),
-        f"rotary positions on {rotary:g} of each head's dimensions; llama.cpp's {form.name} has them on all": rotary
-        != 1.0
-        and form.name != "phi3",
-        f"attention scaled by {scalar} (query_pre_attn_scalar); llama.cpp scales by the head width": scalar is not None
-        and scalar != config.head_dim,
-        "an untied output head (tie_word_embeddings is false); llama.cpp needs it tied": form.norm_offset
-        and not config.tie_word_embeddings,
-        "an unusual pattern of local layers; llama.cpp's "
-        f"{form.name} has {form.local_layers} in {form.local_layers + 1}, with a rotary base of {LOCAL_THETA:g}": (
-            form.local_layers and not _has_usual_layers(config, form.local_layers)
+    window = getattr(config, "sliding_window", None)
+    theirs = f"llama.cpp's {form.name}"
+    layers = f"{form.local_layers} in {form.local_layers + 1}, with a rotary base of {LOCAL_THETA:g}"
+    objections = [
+        (activation != form.activation, f"the activation {activation!r}; {theirs} has {form.activation!r}"),
+        (
+            scaling not in ("default", "linear", "llama3"),
+            f"rotary positions scaled by {scaling!r}; supported: default, linear, llama3",
         ),
-        "bidirectional attention": getattr(config, "use_bidirectional_attention", None),
-        "attention scaled by the layer index (scale_attn_by_inverse_layer_idx is true)": getattr(
-            config, "scale_attn_by_inverse_layer_idx", False
+        (
+            rotary != 1.0 and form.name != "phi3",
+            f"rotary positions on {rotary:g} of each head's dimensions; {theirs} has them on all",
         ),
-        "unscaled attention (scale_attn_weights is false)": not getattr(config, "scale_attn_weights", True),
-        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens, which llama.cpp does not apply": (
-            _has_window(config, form)
+        (
+            scalar is not None and scalar != config.head_dim,
+            f"attention scaled by {scalar} (query_pre_attn_scalar); {theirs} scales by the head width",
         ),
-    }
-    return next((objection for objection, holds in objections.items() if holds), None)
+        (
+            form.norm_offset and not config.tie_word_embeddings,
+            f"an untied output head (tie_word_embeddings is false); {theirs} needs it tied",
+        ),
+        (
+            form.local_layers and not _has_usual_layers(config, form.local_layers),
+            f"an unusual pattern of local layers; {theirs} has {layers}",
+        ),
+        (getattr(config, "use_bidirectional_attention", None), "bidirectional attention"),
+        (
+            getattr(config, "scale_attn_by_inverse_layer_idx", False),
+            "attention scaled by the layer index (scale_attn_by_inverse_layer_idx is true)",
+        ),
+        (not getattr(config, "scale_attn_weights", True), "unscaled attention (scale_attn_weights is false)"),
+        (_has_window(config, form), f"a sliding window of {window} tokens, which llama.cpp does not apply"),
+    ]
+    return next((reason for holds, reason in objections if holds), None)
 
 
 def names(config: PretrainedConfig) -> Callable[[str], str | None]:
