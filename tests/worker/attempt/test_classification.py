@@ -79,4 +79,4 @@ def test_an_encoder_fails_a_text_generation_job_before_training(client: openai.O
         failed = client.fine_tuning.jobs.retrieve(created.id)
     assert failed.error is not None
     assert failed.error.code == "unsupported_base_model"
-    assert "reads and does not write" in failed.error.message
+    assert "generates no text" in failed.error.message

@@ -89,7 +89,11 @@ def test_two_texts_without_a_separator_give_a_warning(plan: Any, bert: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("supervised", "reads and does not write"), ("dpo", "method 'dpo' trains")]
+    ("kind", "expected"),
+    [
+        ("supervised", "generates no text, which method 'supervised' needs"),
+        ("dpo", "generates no text, which method 'dpo' needs"),
+    ],
 )
 def test_an_encoder_supports_classification_only(
     make_task: MakeTask, write_rows: WriteRows, bert: str, kind: Any, expected: str

@@ -258,7 +258,7 @@ def test_a_quantized_base_is_refused_and_unchanged(full: Callable[..., Task], ll
 
 def test_a_base_that_is_too_large_is_refused_before_training(full: Callable[..., Task]) -> None:
     task = full(base_parameters=1_000_000_000, full_finetuning_bytes=FULL_BYTES * 999_999_999)
-    with pytest.raises(TrainingFailed, match=r"22\.0 GB, 22 bytes each for 1,000,000,000") as failed:
+    with pytest.raises(TrainingFailed, match=r"22\.0 GB, 22 bytes for each of its 1,000,000,000") as failed:
         prepare(task)
     assert (failed.value.code, failed.value.param) == ("base_too_large", "trainer.full_finetuning")
     prepare(task.model_copy(update={"base_parameters": 999_999_999}))
