@@ -1,6 +1,7 @@
 """Mutation tests: remove one durability guard from a copy of the code; the copy's tests must fail.
 
-The copy's tests run on the servers of this run, in their own databases. The workers and API of this run are not mutated.
+The copy's tests run on the servers of this run, in their own databases. The workers and API of this run are not
+mutated.
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ MUTANTS = {
     "a sweeper that does not wait after an outage": Mutant(
         "worker/background/sweeper.py", "if watched >= settings.lease_seconds and ", "if ", SWEEPER
     ),
-    "a resume that does not verify hashes": Mutant(
-        "shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS
-    ),
+    "a resume that does not verify hashes": Mutant("shared/storage.py", "if found == sha256:", "if found:", ATTEMPTS),
     "a proof that compares nothing": Mutant(
         "worker/trainer/artifact/verify.py",
         "    check(proof, command.report)\n",
