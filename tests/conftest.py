@@ -1,4 +1,4 @@
-"""The real stack that the tests share: PostgreSQL, Valkey, S3, the API and both workers, one per run."""
+"""Fixtures that all tests share: one real stack per run, with PostgreSQL, Valkey, S3, the API and both workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.database.tenants import create_key, ensure_tenant
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A lost worker is noticed within seconds instead of a minute.
+# Short times, so that a lost worker is detected within seconds instead of a minute.
 SHORT = {
     "MILLINER_LEASE_SECONDS": "6",
     "MILLINER_HEARTBEAT_SECONDS": "1",
@@ -30,22 +30,22 @@ SHORT = {
     "MILLINER_SWEEP_SECONDS": "0.5",
     "MILLINER_RERING_SECONDS": "2",
     "MILLINER_CRASH_BACKOFF_SECONDS": "0.2",
-    "MILLINER_INTEGRATIONS": "wandb",  # to be asked for; its workers have no key
+    "MILLINER_INTEGRATIONS": "wandb",  # jobs may ask for it; the workers have no key
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="the chaos tests at full size: hours instead of minutes")
-    parser.addoption("--stack", metavar="DIR", help="use the stack that runs in this folder instead of a new one")
-    parser.addoption("--figures", metavar="DIR", help="where the chaos tests leave what they measured, as JSON")
+    parser.addoption("--soak", action="store_true", help="run the chaos tests at full size: hours instead of minutes")
+    parser.addoption("--stack", metavar="DIR", help="use the stack running in this folder instead of starting one")
+    parser.addoption("--figures", metavar="DIR", help="folder for the measurements of the chaos tests")
 
 
 @pytest.fixture(scope="session")
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
-    """What `up --json` printed. It ends with the tests, even if they are killed."""
+    """The output of `up --json` of a running stack. The stack ends with the tests, even if they are killed."""
     if folder := request.config.getoption("--stack"):
         record = Folder(Path(folder)).record()
-        assert record, f"no stack runs in {folder}"
+        assert record, f"no stack is running in {folder}"
         yield record
         return
     data = tmp_path_factory.mktemp("stack")
@@ -62,7 +62,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         assert supervisor.stdout is not None
         printed = supervisor.stdout.readline()
         try:
-            assert printed, "the stack did not start; its words are above"
+            assert printed, "the stack did not start; its output is above"
             record = Record.model_validate_json(printed)
             yield record
             engine(record.database_url).dispose()
@@ -72,7 +72,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def database(stack: Record) -> Iterator[Engine]:
-    """A migrated database that no worker of the stack looks at."""
+    """A migrated database that no worker of the stack uses."""
     name = f"unit_{secrets.token_hex(4)}"
     with engine(stack.database_url).connect().execution_options(isolation_level="AUTOCOMMIT") as admin:
         admin.execute(text(f"CREATE DATABASE {name}"))
@@ -90,14 +90,14 @@ def database(stack: Record) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def client(stack: Record) -> Iterator[openai.OpenAI]:
-    """The official client, unchanged, as the stack's own tenant."""
+    """The official client, unchanged, for the stack's own tenant."""
     with openai.OpenAI(base_url=stack.base_url, api_key=stack.api_key) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def stranger(stack: Record) -> Iterator[openai.OpenAI]:
-    """The official client as another tenant."""
+    """The official client for another tenant."""
     with session_scope(engine(stack.database_url)) as session:
         key = create_key(session, ensure_tenant(session, "stranger"), name="tests")
     with openai.OpenAI(base_url=stack.base_url, api_key=key) as client:
@@ -106,6 +106,6 @@ def stranger(stack: Record) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def quotes() -> bytes:
-    """Sixty rows of the shape that the demo trains on."""
+    """Sixty rows in the demo's format."""
     rows = [{"text": f'Quote by SPEAKER {i % 7}: "hat number {i} is felt"'} for i in range(60)]
     return "\n".join(json.dumps(row) for row in rows).encode()

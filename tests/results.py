@@ -1,4 +1,4 @@
-"""The smallest recipe, plan, report and proof that the schemas accept, for tests that only pass them on."""
+"""The smallest recipe, plan, report and proof that the schemas accept, for tests that do not check their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny real models: random weights, a real byte-level tokenizer, loaded by the same code as any base."""
+"""Tiny real models with random weights and a real byte-level tokenizer, loaded by the same code as any base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    """256 bytes, a few merges, ChatML; pad = eos, which is the trap."""
+    """A tokenizer with 256 bytes, a few merges and ChatML. Its pad token is its EOS token, as in many real ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,6 +47,7 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> None:
+    """Write a Llama with two layers of random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
@@ -63,13 +64,13 @@ def tiny_llama(folder: Path, *, seed: int = 0) -> None:
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config)
-    # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
+    # A new model has zeros in the pad token's embedding. Pad is EOS here, and with zeros no model could learn EOS.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
-#: The sizes of a tiny base, by the names that most architectures use, and by GPT-2's.
+#: The sizes of a tiny base, under the names that most architectures use, and under GPT-2's.
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -83,20 +84,20 @@ GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positi
 
 
 def tiny_base(folder: Path, model_type: str, **config: Any) -> None:
-    """Any architecture that transformers knows, with two layers of random weights."""
+    """Write a base of any architecture that transformers knows, with two layers of random weights."""
     torch.manual_seed(0)
     sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
     special = {"vocab_size": 320, "eos_token_id": 2, "bos_token_id": None, "pad_token_id": 2}
-    made = AutoConfig.for_model(model_type, **sizes, **special, initializer_range=0.2, **config)
-    model = AutoModelForCausalLM.from_config(made)
-    # A fresh model has zeros in the padding's row; padding is EOS here, and no model could learn to say that.
+    configuration = AutoConfig.for_model(model_type, **sizes, **special, initializer_range=0.2, **config)
+    model = AutoModelForCausalLM.from_config(configuration)
+    # A new model has zeros in the pad token's embedding. Pad is EOS here, and with zeros no model could learn EOS.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
 def tiny_gpt2(folder: Path) -> None:
-    """Conv1D layers, learned positions, biases: what is unlike Llama."""
+    """Write a GPT-2: unlike Llama, it has Conv1D layers, learned positions and biases."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=None,
@@ -107,7 +108,7 @@ def tiny_gpt2(folder: Path) -> None:
 
 
 def encoder_tokenizer(*, typed: bool) -> PreTrainedTokenizerFast:
-    """`[CLS] a [SEP] b [SEP]`; the second text is of another type, which a model that is `typed` is told."""
+    """A tokenizer that makes `[CLS] a [SEP] b [SEP]`. If `typed`, it also returns token types (1: second text)."""
     special = {"cls_token": "<|im_start|>", "sep_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     names = ["input_ids", *["token_type_ids"] * typed, "attention_mask"]
     tokenizer = tiny_tokenizer(eos_token=None, model_input_names=names, **special)
@@ -121,9 +122,9 @@ def encoder_tokenizer(*, typed: bool) -> PreTrainedTokenizerFast:
 
 
 def tiny_encoder(folder: Path, model_type: str, **config: Any) -> None:
-    """An encoder with two layers of random weights, as its pretraining would leave it: a masked language model."""
+    """Write an encoder with two layers of random weights, as a masked language model like after pretraining."""
     torch.manual_seed(0)
     special = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
-    made = AutoConfig.for_model(model_type, **ENCODER_SIZES, **special, initializer_range=0.2, **config)
-    AutoModelForMaskedLM.from_config(made).save_pretrained(folder)
+    configuration = AutoConfig.for_model(model_type, **ENCODER_SIZES, **special, initializer_range=0.2, **config)
+    AutoModelForMaskedLM.from_config(configuration).save_pretrained(folder)
     encoder_tokenizer(typed=config.get("type_vocab_size") != 1).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A bare Postgres, for checks that need tables and nothing else of a stack."""
+"""Fixtures of the checks: a Postgres without the rest of the stack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploy.local.process import end, spawn, stop
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-released", action="store_true", help="write the schema of today as the released one")
+    parser.addoption("--write-released", action="store_true", help="write the current schema as the released one")
 
 
 @pytest.fixture(scope="session")

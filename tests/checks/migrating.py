@@ -1,4 +1,4 @@
-"""Alembic as it is run at a deployment: a process of its own."""
+"""Run Alembic as a deployment does, in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INI = Path(__file__).resolve().parents[2] / "migrations" / "alembic.ini"
 
 
 def alembic(url: str, *command: str) -> str:
-    """What it prints; it must succeed."""
+    """Run an Alembic command, which must succeed. Returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", "alembic", "-c", str(INI), *command],
         env=os.environ | {"MILLINER_DATABASE_URL": url},

@@ -1,10 +1,10 @@
-"""The schema of the last release, and what in a newer one would break that release's code.
+"""Compare the last release's schema with a newer one: find the changes that would break that release's code.
 
-While a deployment is upgraded, old processes run on the new schema and share rows with new processes. So the old code
-must still be able to name its columns, read them, insert rows without columns that it does not know, and update rows.
+During an upgrade, old processes run on the new schema and share rows with new processes. So the old code must still be
+able to name and read its columns, to insert rows without columns that it does not know, and to update rows.
 
 Only the shape of the tables is compared. A new state, or a new key in a JSON column, that the old code cannot read is
-not found.
+not detected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = """
         AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY c.relname, a.attname
 """
-# What may refuse a row: constraints, unique indexes that belong to none, triggers.
+# What can refuse a row: constraints, unique indexes that belong to no constraint, and triggers.
 RULES = """
     SELECT c.relname, rule.name, rule.definition FROM pg_class c JOIN (
         SELECT conrelid, conname, replace(pg_get_constraintdef(oid), ' NOT VALID', '')
@@ -48,14 +48,14 @@ class Table(BaseModel):
 
 
 class Schema(BaseModel):
-    """The tables that a version of the code has been released with."""
+    """The tables of a version of the code."""
 
     version: str
     tables: dict[str, Table]
 
 
 def read(connection: psycopg.Connection, version: str) -> Schema:
-    """What a migrated database looks like."""
+    """Read the schema of a migrated database."""
     tables: dict[str, Table] = {}
     for table, name, kind, nullable, default in connection.execute(COLUMNS):
         tables.setdefault(table, Table()).columns[name] = Column(type=kind, nullable=nullable, default=default)
@@ -65,11 +65,11 @@ def read(connection: psycopg.Connection, version: str) -> Schema:
 
 
 def breaks(old: Schema, new: Schema, *, allowed: Mapping[str, str]) -> list[str]:
-    """Each change that may break the old code; `allowed` holds new rules (`table.rule`) that it is known to satisfy."""
+    """The changes that may break the old code. `allowed`: new rules (`table.rule`) that it always satisfies."""
     found: list[str] = []
     for name, table in old.tables.items():
         if name not in new.tables:
-            found.append(f"table {name} is gone")
+            found.append(f"table {name} was removed")
         else:
             found += [f"{name}.{change}" for change in _of_columns(table, new.tables[name])]
             rules = _of_rules(table, new.tables[name])
@@ -81,25 +81,25 @@ def _of_columns(old: Table, new: Table) -> Iterator[str]:
     for name, was in old.columns.items():
         now = new.columns.get(name)
         if now is None:
-            yield f"{name} is gone"
+            yield f"{name} was removed"
             continue
         if now.type != was.type:
-            yield f"{name} was {was.type} and is {now.type}"
+            yield f"{name} was {was.type} and is now {now.type}"
         if now.nullable and not was.nullable:
-            yield f"{name} may be NULL now: the old code cannot read that"
+            yield f"{name} can be NULL now: the old code cannot read NULL"
         if was.nullable and not now.nullable:
-            yield f"{name} may not be NULL any more: the old code may write that"
+            yield f"{name} cannot be NULL any more: the old code may write NULL"
         if was.default and not now.default:
-            yield f"{name} has lost its default: the old code may leave it out"
+            yield f"{name} has no default any more: the old code may leave it out"
     for name in new.columns.keys() - old.columns.keys():
         if not new.columns[name].nullable and not new.columns[name].default:
-            yield f"{name} is new, NOT NULL and without a default: the old code leaves it out"
+            yield f"{name} is new, NOT NULL and without a default: the old code does not write it"
 
 
 def _of_rules(old: Table, new: Table) -> Iterator[tuple[str, str]]:
     for name, definition in new.rules.items():
         if old.rules.get(name) != definition:
-            yield name, f" is new or changed: the old code may break it ({definition})"
+            yield name, f" is new or changed: the old code may violate it ({definition})"
     for name, definition in old.rules.items():
         if name not in new.rules and definition.startswith(UNIQUE):
-            yield name, f" is gone: ON CONFLICT of the old code may need it ({definition})"
+            yield name, f" was removed: ON CONFLICT in the old code may need it ({definition})"

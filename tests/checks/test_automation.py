@@ -1,4 +1,4 @@
-"""CI runs what a contributor runs; hooks and issue forms are well-formed and download nothing."""
+"""CI runs the same script as a contributor. Hooks and issue forms are well-formed and download nothing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def test_ci_runs_the_script_and_nothing_else() -> None:
     assert job["timeout-minutes"] == 90
 
 
-def test_hooks_are_tools_of_the_environment() -> None:
+def test_hooks_use_the_tools_of_the_environment() -> None:
     (repo,) = parsed(".pre-commit-config.yaml")["repos"]
     assert repo["repo"] == "local"
     makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
     for hook in repo["hooks"]:
         assert hook["language"] == "system"
-        assert " ".join(hook["entry"].split()[:2]) in makefile, "make check or make format does the same"
+        assert " ".join(hook["entry"].split()[:2]) in makefile, "no make target runs the hook's command"
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: str(path.name))
-def test_a_form_asks_for_something(path: Path) -> None:
+def test_a_form_has_a_required_field(path: Path) -> None:
     form = parsed(str(path))
     assert {"name", "description", "body"} <= set(form)
     asked = [field for field in form["body"] if field["type"] != "markdown"]

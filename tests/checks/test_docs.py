@@ -1,4 +1,4 @@
-"""The documents say what the code does: settings, commands, targets, links, operations."""
+"""The documentation matches the code: settings, commands, make targets, links, API operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STATES = (ROOT / "docs" / "explain" / "states.md").read_text()
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_setting_has_its_line(name: str) -> None:
+def test_every_setting_is_documented(name: str) -> None:
     field = Settings.model_fields[name]
     (line,) = [row for row in SETTINGS.splitlines() if row.startswith(f"| `MILLINER_{name.upper()}` |")]
     assert field.description
@@ -36,12 +36,12 @@ def test_every_setting_has_its_line(name: str) -> None:
         assert f"| `{field.default}` |" in line
 
 
-def test_no_setting_is_documented_that_does_not_exist() -> None:
+def test_every_documented_setting_exists() -> None:
     documented = set(re.findall(r"MILLINER_([A-Z0-9_]+)", "".join(path.read_text() for path in DOCUMENTS)))
     assert documented - {name.upper() for name in Settings.model_fields} <= {""}
 
 
-def test_every_operation_is_in_the_reference() -> None:
+def test_every_operation_is_documented() -> None:
     for path in app.openapi()["paths"]:
         noun = path.split("/")[-1] if path.startswith("/v1/fine_tuning") and "}/" in path else path.split("/{")[0]
         assert noun.removeprefix("/v1").split("/")[-1] in API, path
@@ -50,8 +50,8 @@ def test_every_operation_is_in_the_reference() -> None:
     assert {"lora", "trainer", "quantization"} <= set(JobCreate.model_fields)
 
 
-def test_every_command_is_in_the_reference() -> None:
-    for words in spelled(typer.main.get_command(cli), ("milliner",)):
+def test_every_command_is_documented() -> None:
+    for words in command_paths(typer.main.get_command(cli), ("milliner",)):
         assert f"`{' '.join(words)}" in COMMANDS, words
 
 
@@ -74,10 +74,10 @@ def test_links_and_targets_exist(path: Path) -> None:
         assert (ROOT / file).exists(), file
 
 
-def spelled(command: Any, words: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Every way to the end of a command tree."""
+def command_paths(command: Any, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The words of every command in a command tree."""
     if not isinstance(command, TyperGroup):
         return [words]
-    below = [way for name, sub in command.commands.items() for way in spelled(sub, (*words, name))]
+    below = [way for name, sub in command.commands.items() for way in command_paths(sub, (*words, name))]
     assert below
     return ([words] if command.invoke_without_command and len(words) > 1 else []) + below

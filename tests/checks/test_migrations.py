@@ -1,4 +1,4 @@
-"""The migrations lead to the tables of shared/database/tables.py, and back to nothing."""
+"""The migrations create the tables of shared/database/tables.py, and the downgrade removes everything."""
 
 from __future__ import annotations
 

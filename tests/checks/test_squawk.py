@@ -1,4 +1,4 @@
-"""squawk finds nothing in a migration that would block a live database, except what is listed here with its reason.
+"""squawk finds nothing in a migration that would block a live database, except the exceptions listed here.
 
 Each migration is rendered as SQL by `alembic upgrade A:B --sql`, which needs no database.
 """
@@ -25,7 +25,7 @@ REVISIONS = {
 }
 
 UNRELEASED = "no released version has rows in this table"
-#: What a migration may do although squawk warns, by revision and rule.
+#: The reason why a migration may break a rule of squawk, by revision and rule.
 EXCEPTIONS = {
     ("0001", "prefer-text-field"): "alembic_version is Alembic's own table",
     ("0003", "constraint-missing-not-valid"): UNRELEASED,
@@ -41,11 +41,11 @@ class Finding(NamedTuple):
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_a_migration_blocks_nobody(revision: str) -> None:
+def test_a_migration_does_not_block_other_queries(revision: str) -> None:
     found = squawk(rendered(f"{REVISIONS[revision] or 'base'}:{revision}"))
     assert [one for one in found if (revision, one.rule) not in EXCEPTIONS] == []
     listed = {rule for name, rule in EXCEPTIONS if name == revision}
-    assert listed <= {one.rule for one in found}, "an exception that is not needed any more"
+    assert listed <= {one.rule for one in found}, "an entry of EXCEPTIONS is not needed any more"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_migration_has_a_lock_timeout() -> None:
 
 
 def rendered(revisions: str) -> str:
-    """The upgrade as SQL."""
+    """The SQL of an upgrade."""
     out = io.StringIO()
     command.upgrade(Config(INI, output_buffer=out), revisions, sql=True)
     return out.getvalue()
