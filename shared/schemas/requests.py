@@ -351,7 +351,7 @@ class JobCreate(Request):
     def _one_of_each_type(cls, value: list[Integration] | None) -> list[Integration] | None:
         types = [integration.type for integration in value or ()]
         if len(set(types)) < len(types):
-            raise ValueError(f"found {', '.join(types)}; a job has one run per tracker: list each type once")
+            raise ValueError(f"lists {', '.join(types)}; a job has one run per tracker: list each type once")
         return value
 
     @field_validator("trainer")
