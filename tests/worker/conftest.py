@@ -99,6 +99,7 @@ def job(as_worker: None) -> str:
         )  # fmt: skip
         session.flush()
         job, _ = jobs.submit(session, tenant.id, JobCreate(model=model, training_file=file_id))
-        plan = PLAN.model_copy(update={"recipe": PLAN.recipe.model_copy(update={"micro_batch": 4})})
+        recipe = PLAN.recipe.model_copy(update={"micro_batch": 4})
+        plan = PLAN.model_copy(update={"recipe": recipe, "fallback_levels": 5})  # 4, 2, 1, recomputed, unpacked
         session.execute(update(Job).where(Job.id == job.id).values(state=State.QUEUED, plan=plan.model_dump()))
     return job.id
