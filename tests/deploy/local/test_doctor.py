@@ -28,7 +28,7 @@ def failed(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 def test_a_healthy_stack_passes_every_check(stack: Record) -> None:
     done = doctor(Path(stack.data))
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("✓") == 11
+    assert done.stdout.count("✓") == 12
     assert "✗" not in done.stdout
 
 
