@@ -235,11 +235,11 @@ def _ending(job: Job) -> Ending | None:
     """Return how the attempt ended; None if the database is down or another attempt owns the job."""
     try:
         with session_scope() as session:
-            now = session.get_one(Job, job.id)
+            now = session.get(Job, job.id)
     except Unavailable as error:
         log.warning("tracker.ending_failed", error=error.message)
         return None
-    if now.lease_epoch != job.lease_epoch or now.lease_owner is not None:
+    if now is None or now.lease_epoch != job.lease_epoch or now.lease_owner is not None:
         return None
     return ENDINGS.get(State(now.state), "interrupted")
 
